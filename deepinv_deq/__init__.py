@@ -1,0 +1,25 @@
+r"""Deep equilibrium models for DeepInverse, with exact implicit gradients."""
+
+from deepinv_deq.denoisers import EquilibriumUNet
+from deepinv_deq.equivariance import IterationEquivariance, PipelineEquivariance
+from deepinv_deq.implicit import ModularIDHook
+from deepinv_deq.iterations import DEGrad, DEProx, FixedPointIteration
+from deepinv_deq.reconstructor import DEQReconstructor
+from deepinv_deq.solvers import ConvergenceError, ConvergenceWarning, Solver, SolverStat
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "DEGrad",
+    "DEProx",
+    "DEQReconstructor",
+    "EquilibriumUNet",
+    "FixedPointIteration",
+    "IterationEquivariance",
+    "ModularIDHook",
+    "PipelineEquivariance",
+    "Solver",
+    "SolverStat",
+]

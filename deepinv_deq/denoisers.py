@@ -1,0 +1,74 @@
+r"""A denoiser architecture suited to fixed points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from deepinv.models import UNet
+from torch import nn
+from torch.nn.utils import parametrizations
+
+_NORMS = {"spectral": parametrizations.spectral_norm, "weight": parametrizations.weight_norm, None: None}
+
+
+class EquilibriumUNet(UNet):
+    r"""Residual U-Net for deep equilibrium models (section 4.2.1): group norm, and spectral or weight normalisation.
+
+    deepinv's :class:`deepinv.models.UNet` with every batch norm, which would couple the samples of a batch, replaced by
+    group norm (:footcite:t:`wu2018group`), and normalised convolutions (:footcite:t:`miyato2018spectral,salimans2016weight`).
+    Images of any size are padded to a multiple of :math:`2^{\text{scales} - 1}` and cropped back.
+
+    Inside a :class:`DEQReconstructor` the normalisation is computed once per pass. Spectral normalisation bounds the
+    weight matrix of each convolution; it favours, but does not prove, that the iteration contracts.
+
+    :param int in_channels: image channels, 2 for real and imaginary part.
+    :param int, None out_channels: output channels, default ``in_channels``. Without it equal there is no residual connection.
+    :param Sequence[int] channels: feature maps of each scale, from fine to coarse; at least two scales.
+    :param str, None norm: ``"spectral"``, ``"weight"`` or ``None``.
+    :param int groups: largest number of groups of a group norm; a scale uses the largest divisor of its channels up to it.
+    :param str, torch.device device: where to put the weights.
+
+    :raises ValueError: for an unknown ``norm`` or fewer than two scales.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deq import EquilibriumUNet
+    >>> EquilibriumUNet(in_channels=2, channels=(4, 8, 16))(torch.rand(1, 2, 21, 30)).shape
+    torch.Size([1, 2, 21, 30])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int | None = None,
+        *,
+        channels: Sequence[int] = (32, 64, 128),
+        norm: str | None = "spectral",
+        groups: int = 8,
+        device: torch.device | str = "cpu",
+    ):
+        if norm not in _NORMS:
+            raise ValueError(f"Unknown norm {norm!r}: must be one of 'spectral', 'weight', None.")
+        if len(channels) < 2 or min(channels) < 1:
+            raise ValueError(f"channels needs at least two scales of at least one feature map, got {tuple(channels)}.")
+        out_channels = in_channels if out_channels is None else out_channels
+        super().__init__(
+            in_channels, out_channels, residual=in_channels == out_channels, channels_per_scale=tuple(channels)
+        )
+        for block in [m for m in self.modules() if isinstance(m, nn.Sequential)]:
+            for i, layer in enumerate(block):
+                if isinstance(layer, nn.BatchNorm2d):
+                    block[i] = nn.GroupNorm(_divisor(layer.num_features, groups), layer.num_features)
+        normalise = _NORMS[norm]
+        if normalise is not None:
+            for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
+                normalise(layer)
+        self.to(device)
+
+
+def _divisor(channels: int, most: int) -> int:
+    return next(g for g in range(min(most, channels), 0, -1) if channels % g == 0)

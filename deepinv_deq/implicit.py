@@ -1,0 +1,246 @@
+r"""Implicit differentiation of a fixed point (Proposition 1), the only place that knows how it is done.
+
+For :math:`\hat x = F(\hat x)` and a cotangent :math:`g`, the paper's eq. 10 says
+
+.. math::
+
+    g \, \frac{\partial \hat x}{\partial \theta} = b \, \frac{\partial F}{\partial \theta}
+    \quad \text{where} \quad b = b \, \frac{\partial F}{\partial x} + g .
+
+Nothing of :math:`F` is taped in the forward pass. The backward pass tapes it once at :math:`\hat x`, solves for
+:math:`b` with vector-Jacobian products of that one graph, and frees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from deepinv_deq.solvers import AffineMap, Solver, SolverStat, State
+
+_MODES = ("implicit", "jfb")
+Tensors = tuple[Tensor, ...]
+
+
+@runtime_checkable
+class DifferentiableMap(Protocol):
+    r"""A map that can say what it depends on, so that its fixed point is differentiated with one taped evaluation."""
+
+    @property
+    def inputs(self) -> Tensors:
+        r"""Every tensor that requires a gradient and on which the map depends, besides its argument."""
+
+    def __call__(self, x: Any) -> Any:
+        r"""Evaluate the map."""
+
+    def rebind(self, inputs: Sequence[Tensor]) -> Callable[[Any], Any]:
+        r"""The same map with other tensors in the place of :attr:`inputs`."""
+
+
+class ModularIDHook:
+    r"""Attach the implicit gradient to a fixed point: ``x_hat = hook(f, x_star)`` (Proposition 1, Fig. 2).
+
+    The result has the value of ``x_star`` and the gradient of the fixed point with respect to everything ``f`` depends
+    on: parameters, measurements, physics. It may be used in any loss, any number of times; every pass is independent.
+
+    ``f`` may be any callable. If it is a :class:`DifferentiableMap`, as the maps of
+    :meth:`FixedPointIteration.bind <deepinv_deq.FixedPointIteration.bind>` are, a pass costs one taped evaluation of
+    ``f``, in the backward pass. For any other callable, whose dependencies cannot be seen, it costs two more
+    evaluations: a checkpointed one now and its recomputation in the backward pass.
+
+    :param Solver, None solver: solver of the adjoint equation; default ``Solver("gmres", max_iter=50, tol=1e-3)``. The
+        cotangent is brought to unit size before and scaled back after, so the gradient is linear in the loss.
+    :param str mode: ``"implicit"``, the exact gradient, or ``"jfb"``, Jacobian-free backpropagation
+        (:footcite:t:`fung2022jfb`), which takes :math:`b = g`.
+
+    :raises ValueError: for an unknown mode.
+    :raises RuntimeError: in the backward pass, if a second-order gradient is asked for.
+
+    The attribute ``stat`` holds the :class:`SolverStat` of the last adjoint solve: ``evaluations`` counts
+    vector-Jacobian products, and ``residual`` is verified by the last of them.
+
+    |sep|
+
+    :Example:
+
+    The fixed point of :math:`x = a \cos x` and its derivative with respect to :math:`a`:
+
+    >>> import torch
+    >>> from deepinv_deq import ModularIDHook, Solver
+    >>> a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    >>> f = lambda x: a * torch.cos(x)
+    >>> x_star, stat = Solver("anderson", tol=1e-12)(f, torch.zeros(1, 1, dtype=torch.float64))
+    >>> ModularIDHook(Solver("gmres", tol=1e-12))(f, x_star).sum().backward()
+    >>> exact = torch.cos(x_star) / (1 + 0.5 * torch.sin(x_star))
+    >>> bool(torch.isclose(a.grad, exact.squeeze()))
+    True
+    """
+
+    def __init__(self, solver: Solver | None = None, *, mode: Literal["implicit", "jfb"] = "implicit"):
+        if mode not in _MODES:
+            raise ValueError(f"Unknown mode {mode!r}: must be one of {', '.join(_MODES)}.")
+        self.solver = Solver("gmres", max_iter=50, tol=1e-3) if solver is None else solver
+        self.mode = mode
+        self.stat: SolverStat | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.solver}, mode={self.mode!r})"
+
+    def __call__(self, f: Callable[[Any], Any], x_star: Any) -> Any:
+        r"""Give a fixed point its gradient.
+
+        :param Callable f: the map whose fixed point it is; deterministic.
+        :param torch.Tensor, tuple[torch.Tensor, ...] x_star: the fixed point, of any shape.
+        :return: a state with the values of ``x_star``; ``x_star`` itself where no gradient is wanted.
+        """
+        if not torch.is_grad_enabled():
+            return x_star
+        single = isinstance(x_star, Tensor)
+        state = (x_star.detach(),) if single else tuple(x.detach() for x in x_star)
+        if isinstance(f, DifferentiableMap):
+            if not f.inputs:
+                return x_star
+            x_hat = _FixedPoint.apply(self, f, single, len(state), *state, *f.inputs)
+        else:
+            with torch.enable_grad():
+                image = checkpoint(lambda *x: _as_tuple(f(_state(x, single))), *state, use_reentrant=False)
+            if not any(t.requires_grad for t in image):
+                return x_star
+            x_hat = _Adjoint.apply(self, f, single, len(state), *state, *image)
+        return _state(x_hat, single)
+
+    def _pull_back(self, image: Tensors, x: Tensors, inputs: Tensors, g: Tensors, single: bool) -> tuple[Tensors, Tensors]:
+        r"""Solve the adjoint equation on the graph from ``x`` and ``inputs`` to ``image``.
+
+        :return: the solution :math:`b`, and :math:`b \, \partial F / \partial` ``inputs``.
+        """
+        # a NaN loss must give NaN gradients, as everywhere in PyTorch (GradScaler relies on it)
+        if self.mode == "jfb" or not all(bool(torch.isfinite(t).all()) for t in g):
+            return g, _vjp(image, inputs, g)
+        adjoint = AffineMap(lambda b: _state(_vjp(image, x, _as_tuple(b), keep=True), single), _state(g, single))
+        b, self.stat = self.solver(adjoint, _state(tuple(torch.zeros_like(t) for t in g), single))
+        b = _as_tuple(b)
+        # the last product also gives b dF/dx: the true residual of the adjoint equation, for next to nothing
+        *products, = _vjp(image, (*x, *inputs), b)
+        measured = tuple(p + t for p, t in zip(products[: len(x)], g, strict=True))
+        self.solver.verify(_state(b, single), _state(measured, single), self.stat)
+        return b, tuple(products[len(x) :])
+
+
+class _FixedPoint(torch.autograd.Function):
+    r"""``x_star`` as a function of all inputs of a :class:`DifferentiableMap`: tapes the map once, in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hook: ModularIDHook, f: DifferentiableMap, single: bool, n: int, *tensors: Tensor) -> Tensors:
+        ctx.hook, ctx.f, ctx.single, ctx.n = hook, f, single, n
+        ctx.autocast = _autocast_settings(tensors[0].device.type)
+        ctx.save_for_backward(*tensors)  # which also notices a tensor that is changed in place before backward
+        return tuple(x.clone() for x in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
+        tensors = tuple(t.detach().requires_grad_() for t in ctx.saved_tensors)
+        x, inputs = tensors[: ctx.n], tensors[ctx.n :]
+        with _autocast(ctx.autocast), torch.enable_grad():
+            image = _as_tuple(ctx.f.rebind(inputs)(_state(x, ctx.single)))
+        _refuse_hidden_leaves(image, tensors)
+        _, grads = ctx.hook._pull_back(image, x, inputs, g, ctx.single)
+        return (None,) * (4 + ctx.n) + _refuse_second_order(grads, g)
+
+
+class _Adjoint(torch.autograd.Function):
+    r"""Replaces the cotangent :math:`g` of an evaluation :math:`F(x^*)` by the solution :math:`b` of eq. 10."""
+
+    @staticmethod
+    def forward(ctx: Any, hook: ModularIDHook, f: Callable[[Any], Any], single: bool, n: int, *tensors: Tensor) -> Tensors:
+        ctx.hook, ctx.f, ctx.single, ctx.n = hook, f, single, n
+        ctx.autocast = _autocast_settings(tensors[0].device.type)
+        ctx.save_for_backward(*tensors[:n])
+        return tuple(x.clone() for x in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
+        if ctx.hook.mode == "jfb":
+            return (None,) * (4 + ctx.n) + g
+        x = tuple(t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with _autocast(ctx.autocast), torch.enable_grad():
+            image = _as_tuple(ctx.f(_state(x, ctx.single)))
+        b, _ = ctx.hook._pull_back(image, x, (), g, ctx.single)
+        return (None,) * (4 + ctx.n) + _refuse_second_order(b, g)
+
+
+class _SecondOrder(torch.autograd.Function):
+    r"""Identity whose derivative is an error instead of a wrong value."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, *tensors: Tensor) -> Tensors:
+        return tuple(t.clone() for t in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "Second-order gradients through a fixed point are not supported: the implicit gradient (eq. 10) was itself "
+            "differentiated (create_graph=True). Use a first-order loss, or unroll F with torch for this term."
+        )
+
+
+def _refuse_second_order(grads: Tensors, g: Tensors) -> tuple[Any, ...]:
+    if not torch.is_grad_enabled():  # it is enabled in a backward pass under create_graph=True only
+        return tuple(grads)
+    return tuple(_SecondOrder.apply(len(grads), *grads, *g)) if grads else ()
+
+
+def _refuse_hidden_leaves(image: Tensors, known: Tensors) -> None:
+    r"""Raise if the map turns out to depend on a trainable tensor it did not name: its gradient would be lost."""
+    known_ids, seen = {id(t) for t in known}, set()
+    nodes = [t.grad_fn for t in image if t.grad_fn is not None]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known_ids:
+            raise RuntimeError(
+                f"The iteration depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient but is no "
+                "parameter, buffer or attribute of the iteration or the physics, so its gradient would be lost. Make it "
+                "an attribute of one of them, or detach it."
+            )
+        nodes.extend(parent for parent, _ in node.next_functions)
+
+
+def _vjp(outputs: Tensors, inputs: Tensors, cotangent: Tensors, keep: bool = False) -> Tensors:
+    r"""Product of a cotangent with the Jacobian of ``outputs`` over ``inputs``; zero where there is no dependence."""
+    pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangent, strict=True) if o.requires_grad]
+    if not pairs or not inputs:
+        return tuple(torch.zeros_like(t) for t in inputs)
+    outs, cots = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(outs, inputs, cots, retain_graph=keep, allow_unused=True)
+    return tuple(torch.zeros_like(t) if d is None else d for t, d in zip(inputs, grads, strict=True))
+
+
+def _as_tuple(state: State) -> Tensors:
+    return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def _state(tensors: Tensors, single: bool) -> State:
+    return tensors[0] if single else tuple(tensors)
+
+
+def _autocast_settings(device: str) -> list[tuple[str, bool, torch.dtype]]:
+    return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in {"cpu", device}]
+
+
+@contextmanager
+def _autocast(settings: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
+    r"""Evaluate as in the forward pass: a Trainer runs backward outside of its autocast region."""
+    with ExitStack() as stack:
+        for device, enabled, dtype in settings:
+            if enabled or torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        yield

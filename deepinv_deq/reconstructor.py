@@ -1,0 +1,126 @@
+r"""The deep equilibrium model as a deepinv reconstructor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepinv.loss.metric import PSNR
+from deepinv.models import Reconstructor
+from deepinv.physics import Physics
+from torch import Tensor
+
+from deepinv_deq.implicit import ModularIDHook
+from deepinv_deq.iterations import FixedPointIteration
+from deepinv_deq.solvers import Solver, SolverStat
+
+
+class DEQReconstructor(Reconstructor):
+    r"""Deep equilibrium model: :math:`\hat x` is the fixed point of a learned iteration (eq. 4).
+
+    .. math::
+
+        \hat x = F_\theta(\hat x; y)
+
+    It takes the place of any :class:`deepinv.models.Reconstructor`: give it to a :class:`deepinv.Trainer` as ``model``,
+    with any loss. Gradients are those of Proposition 1 (:class:`ModularIDHook`), for parameters, measurements and physics.
+
+    :param FixedPointIteration iteration: the template :math:`F_\theta`, such as :class:`DEProx` or :class:`DEGrad`.
+    :param Solver, None solver: forward solver; default ``Solver("anderson", max_iter=50, tol=1e-4)``.
+    :param ModularIDHook, None hook: how the fixed point is differentiated; default implicit, with GMRES.
+
+    :raises TypeError: if a part is not of its class.
+
+    The attributes ``forward_stat`` and ``hook.stat`` hold the :class:`SolverStat` of the last forward and backward solve.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import MRI
+    >>> from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet
+    >>> physics = MRI(mask=torch.ones(1, 2, 16, 16), img_size=(2, 16, 16))
+    >>> model = DEQReconstructor(DEProx(EquilibriumUNet(in_channels=2, channels=(4, 8)), stepsize=0.5))
+    >>> x_hat = model(physics(torch.rand(1, 2, 16, 16)), physics)
+    >>> x_hat.shape
+    torch.Size([1, 2, 16, 16])
+    """
+
+    def __init__(
+        self,
+        iteration: FixedPointIteration,
+        *,
+        solver: Solver | None = None,
+        hook: ModularIDHook | None = None,
+    ):
+        super().__init__()
+        solver = Solver("anderson", max_iter=50, tol=1e-4) if solver is None else solver
+        hook = ModularIDHook() if hook is None else hook
+        for name, part, kind in (
+            ("iteration", iteration, FixedPointIteration),
+            ("solver", solver, Solver),
+            ("hook", hook, ModularIDHook),
+        ):
+            if not isinstance(part, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(part).__name__}.")
+        self.iteration, self.solver, self.hook = iteration, solver, hook
+        self.forward_stat: SolverStat | None = None
+
+    def forward(
+        self,
+        y: Tensor,
+        physics: Physics,
+        init: Tensor | None = None,
+        *,
+        x_gt: Tensor | None = None,
+        compute_metrics: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        r"""Reconstruct.
+
+        :param torch.Tensor y: measurements, of the shape ``physics.A`` returns, batch first.
+        :param deepinv.physics.Physics physics: forward operator.
+        :param torch.Tensor, None init: first point, of shape ``(B, C, H, W)``; default ``iteration.init(y, physics)``.
+        :param torch.Tensor, None x_gt: ground truth of shape ``(B, C, H, W)``, for the PSNR of the iterates.
+        :param bool compute_metrics: whether to return the course of the solve too, as deepinv's optimisation models do.
+        :param kwargs: ignored, as deepinv's models must.
+        :return: reconstruction of shape ``(B, C, H, W)``; with ``compute_metrics``, also a dictionary with lists
+            ``"residual"`` and, given ``x_gt``, ``"psnr"``: one list per sample, one number per evaluation.
+        :raises ValueError: if ``y`` has NaN or Inf, or does not fit ``physics``.
+        :raises TypeError: if ``physics`` has no adjoint.
+        :raises ConvergenceError: if a solve misses its tolerance and its solver was told to raise.
+        """
+        _check_finite(y)
+        f = self.iteration.bind(y, physics)
+        x0 = self.iteration.init(y, physics) if init is None else init
+        course = _Course(f, x_gt) if compute_metrics else None
+        x_star, self.forward_stat = self.solver(course or f, x0)  # solvers never tape
+        x_hat = self.hook(f, x_star)
+        return x_hat if course is None else (x_hat, course.metrics(self.forward_stat))
+
+
+class _Course:
+    r"""A map that remembers the PSNR of the points it was evaluated at."""
+
+    def __init__(self, f: Any, x_gt: Tensor | None):
+        self.f, self.x_gt, self.psnr = f, x_gt, []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.x_gt is not None:
+            self.psnr.append(PSNR()(x, self.x_gt))
+        return self.f(x)
+
+    def metrics(self, stat: SolverStat) -> dict[str, list[list[float]]]:
+        out = {"residual": stat["rel_trace"].tolist()}
+        return out | ({"psnr": torch.stack(self.psnr, dim=1).tolist()} if self.psnr else {})
+
+
+def _check_finite(y: Any) -> None:
+    for i, part in enumerate([y] if isinstance(y, Tensor) else list(y)):
+        if not bool(torch.isfinite(part).all()):
+            count = int((~torch.isfinite(part)).sum())
+            raise ValueError(
+                f"The measurements have {count} NaN or Inf values of {part.numel()}"
+                f"{'' if isinstance(y, Tensor) else f' in part {i}'}. Repair or mask them before reconstructing."
+            )

@@ -1,0 +1,101 @@
+r"""Problems with exact answers, shared by all tests.
+
+Everything is small enough for a dense Jacobian, and in float64 unless a test asks otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from deepinv.physics import LinearPhysics
+from torch import Tensor, nn
+
+from deepinv_deq import DEGrad, DEProx, DEQReconstructor, ModularIDHook, Solver
+
+F64 = torch.float64
+
+
+def affine(batch: int = 3, n: int = 40, *, low: float = -0.3, high: float = 0.97, dtype=F64, seed: int = 0):
+    r"""``f(x) = x Wᵀ + c`` with a symmetric ``W`` of known spectrum; returns ``f``, its fixed point and ``W``."""
+    rng = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(n, n, generator=rng, dtype=F64))[0]
+    w = q @ torch.diag(torch.linspace(low, high, n, dtype=F64)) @ q.T
+    c = torch.randn(batch, n, generator=rng, dtype=F64)
+    x = torch.linalg.solve(torch.eye(n, dtype=F64) - w, c.T).T
+    w, c, x = w.to(dtype), c.to(dtype), x.to(dtype)
+    return (lambda z: z @ w.T + c), x, w
+
+
+class MatrixPhysics(LinearPhysics):
+    r"""``y = M x`` for images of shape ``(B, 1, h, h)``: a dense matrix, kept as a buffer that ``update`` replaces."""
+
+    def __init__(self, matrix: Tensor, side: int):
+        super().__init__(img_size=(1, side, side))
+        self.side = side
+        self.register_buffer("matrix", matrix)
+
+    def A(self, x: Tensor, **_) -> Tensor:
+        return x.flatten(1) @ self.matrix.T
+
+    def A_adjoint(self, y: Tensor, **_) -> Tensor:
+        return (y @ self.matrix).reshape(-1, 1, self.side, self.side)
+
+
+class SmallDenoiser(nn.Module):
+    r"""A smooth contraction on images: ``s · tanh(conv(x)) + s · x`` with few weights."""
+
+    def __init__(self, scale: float = 0.4, seed: int = 0):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        rng = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in self.conv.parameters():
+                p.copy_(0.25 * torch.randn(p.shape, generator=rng))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (x + torch.tanh(self.conv(x)))
+
+
+def imaging(template=DEProx, *, side: int = 4, batch: int = 2, dtype=F64, tol: float = 1e-13, seed: int = 0, **hook):
+    r"""A tiny DEQ for compressed measurements: returns ``model, physics, x, y``, everything with an exact answer."""
+    rng = torch.Generator().manual_seed(seed)
+    n, m = side * side, side * side // 2
+    matrix = torch.randn(m, n, generator=rng, dtype=F64) / math.sqrt(n)
+    physics = MatrixPhysics((matrix / torch.linalg.matrix_norm(matrix, 2)).to(dtype), side)
+    x = torch.rand(batch, 1, side, side, generator=rng, dtype=F64).to(dtype)
+    model = DEQReconstructor(
+        template(SmallDenoiser(seed=seed), stepsize=0.5, learn_stepsize=True),
+        solver=Solver("anderson", max_iter=300, tol=tol),
+        hook=ModularIDHook(Solver("gmres", max_iter=200, tol=tol), **hook),
+    ).to(dtype)
+    return model, physics, x, physics.A(x)
+
+
+def unrolled(model: DEQReconstructor, y: Tensor, physics, steps: int = 400) -> Tensor:
+    r"""The same fixed point by plain iteration under autograd."""
+    f = model.iteration.bind(y, physics)
+    x = model.iteration.init(y, physics)
+    for _ in range(steps):
+        x = f(x)
+    return x
+
+
+def dense_gradient(f: Callable[[Tensor], Tensor], x_star: Tensor, g: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    r"""Implicit gradient with the dense Jacobian: ``(I - Jᵀ) b = g`` by LU, then ``b ∂F/∂inputs``."""
+    x = x_star.detach().requires_grad_()
+    jacobian = torch.autograd.functional.jacobian(f, x).reshape(x.numel(), x.numel())
+    b = torch.linalg.solve(torch.eye(x.numel(), dtype=x.dtype) - jacobian.T, g.flatten())
+    return list(torch.autograd.grad(f(x), inputs, b.reshape(x.shape)))
+
+
+def relative_error(a, b) -> float:
+    r"""``‖a - b‖ / ‖b‖`` over one tensor or a list of tensors."""
+    a, b = ([t] if isinstance(t, Tensor) else list(t) for t in (a, b))
+    a, b = (torch.cat([t.detach().flatten().double() for t in ts]) for ts in (a, b))
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+
+
+TEMPLATES = [DEGrad, DEProx]
