@@ -19,6 +19,7 @@ class EquilibriumUNet(UNet):
     group norm (:footcite:t:`wu2018group`), and normalised convolutions (:footcite:t:`miyato2018spectral,salimans2016weight`).
     Images of any size are padded to a multiple of :math:`2^{\text{scales} - 1}` and cropped back.
 
+    The last, 1x1 convolution is not normalised and starts small, so that training starts from :math:`D_\theta \approx I`.
     Inside a :class:`DEQReconstructor` the normalisation is computed once per pass. Spectral normalisation bounds the
     weight matrix of each convolution; it favours, but does not prove, that the iteration contracts.
 
@@ -63,9 +64,15 @@ class EquilibriumUNet(UNet):
             for i, layer in enumerate(block):
                 if isinstance(layer, nn.BatchNorm2d):
                     block[i] = nn.GroupNorm(_divisor(layer.num_features, groups), layer.num_features)
+        # The last layer is left free, and starts small: the denoiser starts next to the identity, with which DE-Grad and
+        # DE-Prox do not expand; a random one makes them diverge before training has said a word.
+        last = self.Conv_1x1
+        with torch.no_grad():
+            last.weight.mul_(1e-2)
+            last.bias.zero_()
         normalise = _NORMS[norm]
         if normalise is not None:
-            for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
+            for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d) and m is not last]:
                 normalise(layer)
         self.to(device)
 

@@ -27,6 +27,7 @@ _FAILURE = ("warn", "raise", "ignore")
 # TorchDEQ's own method of the same name is wrong, batch-wide or scale-dependent (shared/FACTS.md), so
 # ``Solver("anderson")`` runs ours; TorchDEQ's stays available to everybody else under its plain name.
 _PREFIX = "deepinv_deq."
+_GROWTH = 10.0  # accelerated residuals are not monotone; a step this much worse than the best point was a bad one
 
 
 class ConvergenceWarning(UserWarning):
@@ -326,12 +327,15 @@ class _Layout:
         if not tensors or not all(isinstance(t, Tensor) for t in tensors):
             raise ValueError(f"A state must be a tensor or a non-empty tuple of tensors, got {type(state).__name__}.")
         self.like = tensors
-        self.batch = tensors[0].shape[0] if batched and tensors[0].ndim > 1 else 1
-        if batched and any(t.shape[:1] != tensors[0].shape[:1] for t in tensors):
+        joint = not batched or all(t.ndim <= 1 for t in tensors)
+        self.batch = 1 if joint else tensors[0].shape[:1].numel()
+        if not joint and any(t.shape[:1] != tensors[0].shape[:1] for t in tensors):
             raise ValueError(
                 "All tensors of a state must have the same batch size in dimension 0, got shapes "
                 f"{[tuple(t.shape) for t in tensors]}. Use Solver(..., batched=False) for one joint sample."
             )
+        # real numbers per sample; told explicitly, because an empty batch gives reshape(-1) nothing to infer them from
+        self.sizes = [(t.shape if joint else t.shape[1:]).numel() * (2 if t.is_complex() else 1) for t in tensors]
         # half precision is for the map; the solver's own sums are in single precision at least
         real = [t.real.dtype if t.is_complex() else t.dtype for t in tensors]
         self.dtype = torch.float32
@@ -345,13 +349,13 @@ class _Layout:
                 f"The map must return the shape it is given: {[tuple(t.shape) for t in self.like]} became "
                 f"{[tuple(t.shape) for t in tensors]}."
             )
-        rows = [(torch.view_as_real(t) if t.is_complex() else t).reshape(self.batch, -1) for t in tensors]
+        reals = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        rows = [t.reshape(self.batch, size) for t, size in zip(reals, self.sizes, strict=True)]
         return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).to(self.dtype)
 
     def unpack(self, flat: Tensor) -> State:
         out, start = [], 0
-        for t in self.like:
-            size = t.numel() * (2 if t.is_complex() else 1) // max(self.batch, 1)
+        for t, size in zip(self.like, self.sizes, strict=True):
             rows = flat[:, start : start + size]
             if t.is_complex():
                 rows = torch.view_as_complex(rows.to(t.real.dtype).reshape(*t.shape, 2).contiguous())
@@ -403,7 +407,8 @@ def _iterate(
     r"""Run ``x <- propose(x, f(x), restart)`` for each sample until its relative residual is below ``tol``.
 
     A point whose residual is more than ``growth`` times the best one (or not finite) is rejected: the rule is told to
-    forget its history for that sample (``restart``), and the next point is a damped step from the best one.
+    forget its history for that sample (``restart``), and the next point is a damped step from the best one. Every
+    rejection in a row doubles what is accepted, lest the transient growth of a non-normal map traps the solve.
 
     :param Callable propose: next point from the present one, its image, and the mask of samples to restart from there.
     :param float growth: largest accepted ratio of a point's residual to the best one so far.
@@ -411,7 +416,7 @@ def _iterate(
     eps = torch.finfo(x0.dtype).eps
     x, best_x, best_fx = x0, x0, x0
     best = x0.new_full((x0.shape[0],), torch.inf)
-    best_rel, step, nstep = best.clone(), torch.ones_like(best), torch.zeros_like(best)
+    best_rel, rejections, nstep = best.clone(), torch.zeros_like(best), torch.zeros_like(best)
     active = torch.ones_like(best, dtype=torch.bool)
     abs_trace, rel_trace, floor = [], [], None
 
@@ -422,7 +427,7 @@ def _iterate(
         floor = eps * _norm(fx).nan_to_num(0.0, 0.0) if floor is None else floor
         done = (relative <= tol) | (absolute <= floor)
         better = active & ((absolute < best) | done)
-        restart = active & ~better & ~(absolute <= growth * best)
+        restart = active & ~better & ~(absolute <= growth * 2**rejections * best)
         best_x, best_fx = _where(better, x, best_x), _where(better, fx, best_fx)
         best, best_rel = torch.where(better, absolute, best), torch.where(better, relative, best_rel)
         nstep = torch.where(active, float(k), nstep)
@@ -431,8 +436,8 @@ def _iterate(
         rel_trace.append(torch.where(active | better, relative, best_rel))
         if k == max_iter or not active.any():
             break
-        step = torch.where(restart, step / 2, torch.where(better, torch.ones_like(step), step))
-        fallback = best_x + step[:, None] * (best_fx - best_x)
+        rejections = torch.where(better, torch.zeros_like(best), rejections + restart)
+        fallback = best_x + (0.5**rejections)[:, None] * (best_fx - best_x)
         rejected = restart | ~active
         x_next = propose(_where(rejected, best_x, x), _where(rejected, best_fx, fx), restart)
         x = _where(active, _where(restart | ~torch.isfinite(x_next).all(dim=1), fallback, x_next), best_x)
@@ -461,7 +466,7 @@ class _Anderson:
         self.images, self.residuals = x0.new_zeros(2, batch, history, size)
         self.gram = x0.new_zeros(batch, history, history, dtype=torch.float64)
         self.valid = torch.zeros(batch, history, dtype=torch.bool, device=x0.device)
-        self.lam = torch.finfo(x0.dtype).eps
+        self.lam = 100 * torch.finfo(x0.dtype).eps  # of a unit diagonal: above rounding, far below any residual ratio
         self.damping, self.slot, self.history = damping, 0, history
 
     def __call__(self, x: Tensor, fx: Tensor, restart: Tensor) -> Tensor:
@@ -559,7 +564,7 @@ def anderson(
     :param float damping: step :math:`\beta` along the mixed residual.
     :return: in TorchDEQ's form, the point, an empty list and a dictionary for :class:`SolverStat`.
     """
-    return _iterate(_Anderson(x0, min(history, max_iter), damping), func, x0, max_iter, tol, growth=2.0)
+    return _iterate(_Anderson(x0, min(history, max_iter), damping), func, x0, max_iter, tol, growth=_GROWTH)
 
 
 def broyden(
@@ -580,7 +585,7 @@ def broyden(
     :param int, None history: rank of the inverse before it starts anew; ``None`` keeps all.
     :return: in TorchDEQ's form, the point, an empty list and a dictionary for :class:`SolverStat`.
     """
-    return _iterate(_Broyden(x0, min(history or max_iter, max_iter)), func, x0, max_iter, tol, growth=2.0)
+    return _iterate(_Broyden(x0, min(history or max_iter, max_iter)), func, x0, max_iter, tol, growth=_GROWTH)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -611,25 +616,27 @@ def gmres(
     linear, offset, evaluations = getattr(func, "linear", None), getattr(func, "offset", None), 0
     if linear is None:
         offset, evaluations = func(torch.zeros_like(x0)), 1
-        linear = lambda b: func(b) - offset  # noqa: E731
+        unit = _unit(offset)  # at the size of the offset, or the difference would be all rounding
+        linear = lambda b: (func(unit * b) - offset) / unit  # noqa: E731
     x, image = x0, offset
     if x0.any():
         image, evaluations = linear(x0) + offset, evaluations + 1
     absolute, relative = _residual(x, image)
+    floor = torch.finfo(x.dtype).eps * _norm(image)  # for a solution at zero, which has no relative accuracy
     abs_trace, rel_trace = [absolute], [relative]
     active, nstep = torch.isfinite(absolute) & (relative > tol), torch.full_like(absolute, evaluations)
 
     while bool(active.any()) and evaluations < max_iter:
         cycle = min(history or max_iter, max_iter - evaluations)
         x, absolute, relative, active, used = _arnoldi_cycle(
-            linear, x, image - x, absolute, relative, active, cycle, tol, (abs_trace, rel_trace), nstep
+            linear, x, image - x, absolute, relative, active, cycle, tol, floor, (abs_trace, rel_trace), nstep
         )
         evaluations += used
         if not bool(active.any()) or evaluations >= max_iter:
             break
         image, evaluations = linear(x) + offset, evaluations + 1  # the true residual, where the recurrence starts anew
         absolute, relative = _residual(x, image)
-        active = active & (relative > tol)
+        active = active & (relative > tol) & (absolute > floor)
 
     info = {
         "abs_lowest": absolute,
@@ -637,12 +644,24 @@ def gmres(
         "abs_trace": torch.stack(abs_trace, dim=1),
         "rel_trace": torch.stack(rel_trace, dim=1),
         "nstep": nstep,
-        "converged": relative <= tol,
+        "converged": (relative <= tol) | (absolute <= floor),
     }
     return x, [], info
 
 
-def _arnoldi_cycle(linear, x, residual, absolute, relative, active, cycle, tol, traces, nstep):  # noqa: ANN001, ANN202
+def _arnoldi_cycle(
+    linear: Callable[[Tensor], Tensor],
+    x: Tensor,
+    residual: Tensor,
+    absolute: Tensor,
+    relative: Tensor,
+    active: Tensor,
+    cycle: int,
+    tol: float,
+    floor: Tensor,
+    traces: tuple[list[Tensor], list[Tensor]],
+    nstep: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     r"""One GMRES cycle from ``x``: at most ``cycle`` products, per sample the least residual over the Krylov space."""
     batch, size = x.shape
     beta = _norm(residual).double()
@@ -674,7 +693,7 @@ def _arnoldi_cycle(linear, x, residual, absolute, relative, active, cycle, tol, 
         absolute = torch.where(update, step_abs.to(x.dtype), absolute)
         relative = torch.where(update, step_rel.to(x.dtype), relative)
         nstep += active
-        active = update & (step_rel > tol) & (length > 0)  # length 0: the space is exhausted, the answer exact
+        active = update & (step_rel > tol) & (step_abs > floor) & (length > 0)  # length 0: the space is exhausted, the answer exact
         traces[0].append(absolute), traces[1].append(relative)
         if not bool(active.any()):
             break
