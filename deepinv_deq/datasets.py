@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -64,8 +65,10 @@ def _load_npz(path: Path) -> Tensor:
         with np.load(path) as file:
             keys = list(file)
             array = file["images"] if "images" in keys else None
-    except (ValueError, OSError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} is no .npz file ({error}). Write one with numpy.savez(path, images=array).") from error
+    except (ValueError, OSError, EOFError, AttributeError, BadZipFile) as error:
+        raise ValueError(
+            f"{path} is no .npz file ({error}). Write one with numpy.savez(path, images=array)."
+        ) from error
     if array is None:
         raise ValueError(f"{path} has the keys {keys}, but no 'images'. Write it with numpy.savez(path, images=array).")
     if array.ndim != 3 or array.size == 0:

@@ -2,7 +2,9 @@ r"""A denoiser architecture suited to fixed points."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from deepinv.models import UNet
@@ -74,7 +76,35 @@ class EquilibriumUNet(UNet):
         if normalise is not None:
             for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d) and m is not last]:
                 normalise(layer)
+        self._settings = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "channels": tuple(channels),
+            "norm": norm,
+            "groups": groups,
+        }
         self.to(device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # PyTorch refuses to pickle parametrized layers; settings and state say all there is to say
+        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+        return _rebuild, (type(self), self._settings, self.state_dict(), self.training, frozen)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EquilibriumUNet:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+def _rebuild(
+    cls: type[EquilibriumUNet], settings: dict[str, Any], state: dict[str, Any], training: bool, frozen: list[str]
+) -> EquilibriumUNet:
+    net = cls(**settings)
+    net.load_state_dict(state, assign=True)  # which keeps dtype and device
+    for name, p in net.named_parameters():
+        p.requires_grad_(name not in frozen)
+    return net.train(training)
 
 
 def _divisor(channels: int, most: int) -> int:

@@ -114,7 +114,9 @@ class ModularIDHook:
             x_hat = _Adjoint.apply(self, f, single, len(state), *state, *image)
         return _state(x_hat, single)
 
-    def _pull_back(self, image: Tensors, x: Tensors, inputs: Tensors, g: Tensors, single: bool) -> tuple[Tensors, Tensors]:
+    def _pull_back(
+        self, image: Tensors, x: Tensors, inputs: Tensors, g: Tensors, single: bool
+    ) -> tuple[Tensors, Tensors]:
         r"""Solve the adjoint equation on the graph from ``x`` and ``inputs`` to ``image``.
 
         :return: the solution :math:`b`, and :math:`b \, \partial F / \partial` ``inputs``.
@@ -126,7 +128,7 @@ class ModularIDHook:
         b, self.stat = self.solver(adjoint, _state(tuple(torch.zeros_like(t) for t in g), single))
         b = _as_tuple(b)
         # the last product also gives b dF/dx: the true residual of the adjoint equation, for next to nothing
-        *products, = _vjp(image, (*x, *inputs), b)
+        (*products,) = _vjp(image, (*x, *inputs), b)
         measured = tuple(p + t for p, t in zip(products[: len(x)], g, strict=True))
         self.solver.verify(_state(b, single), _state(measured, single), self.stat)
         return b, tuple(products[len(x) :])
@@ -157,7 +159,9 @@ class _Adjoint(torch.autograd.Function):
     r"""Replaces the cotangent :math:`g` of an evaluation :math:`F(x^*)` by the solution :math:`b` of eq. 10."""
 
     @staticmethod
-    def forward(ctx: Any, hook: ModularIDHook, f: Callable[[Any], Any], single: bool, n: int, *tensors: Tensor) -> Tensors:
+    def forward(
+        ctx: Any, hook: ModularIDHook, f: Callable[[Any], Any], single: bool, n: int, *tensors: Tensor
+    ) -> Tensors:
         ctx.hook, ctx.f, ctx.single, ctx.n = hook, f, single, n
         ctx.autocast = _autocast_settings(tensors[0].device.type)
         ctx.save_for_backward(*tensors[:n])
@@ -197,8 +201,8 @@ def _refuse_second_order(grads: Tensors, g: Tensors) -> tuple[Any, ...]:
 
 def _refuse_hidden_leaves(image: Tensors, known: Tensors) -> None:
     r"""Raise if the map turns out to depend on a trainable tensor it did not name: its gradient would be lost."""
-    known_ids, seen = {id(t) for t in known}, set()
-    nodes = [t.grad_fn for t in image if t.grad_fn is not None]
+    known_ids, seen = {id(t) for t in known}, set[Any]()
+    nodes: list[Any] = [t.grad_fn for t in image]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:

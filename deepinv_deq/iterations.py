@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepinv.models import Denoiser
@@ -357,7 +357,9 @@ def _modules(*roots: nn.Module) -> Iterator[nn.Module]:
             continue
         seen.add(id(module))
         yield module
-        queue.extend(child for name, child in module._modules.items() if child is not None and name != "parametrizations")
+        queue.extend(
+            child for name, child in module._modules.items() if child is not None and name != "parametrizations"
+        )
 
 
 def _slots(*roots: nn.Module) -> list[_Slot]:
@@ -388,7 +390,7 @@ def _normalised_weights(*roots: nn.Module) -> dict[tuple[int, str], Tensor]:
         (id(module), name): getattr(module, name)
         for module in _modules(*roots)
         if parametrize.is_parametrized(module)
-        for name in module.parametrizations
+        for name in cast(nn.ModuleDict, module.parametrizations)
     }
 
 

@@ -36,7 +36,9 @@ class SparseLinearPhysics(LinearPhysics):
         measurement_size: Sequence[int],
         original: LinearPhysics | None = None,
     ):
-        kwargs = {} if original is None else {"noise_model": original.noise_model, "sensor_model": original.sensor_model}
+        kwargs = (
+            {} if original is None else {"noise_model": original.noise_model, "sensor_model": original.sensor_model}
+        )
         super().__init__(img_size=tuple(img_size), **kwargs)
         self.img_size, self.measurement_size = tuple(img_size), tuple(measurement_size)
         expected = (_numel(self.measurement_size), _numel(self.img_size))
@@ -126,7 +128,9 @@ class SparseLinearPhysics(LinearPhysics):
         """
         stale = [k for k, v in kwargs.items() if v is not None and any(hasattr(o, k) for o in self._original)]
         if stale:
-            raise ValueError(f"The matrix is that of fixed {', '.join(stale)}: call SparseLinearPhysics.from_physics again.")
+            raise ValueError(
+                f"The matrix is that of fixed {', '.join(stale)}: call SparseLinearPhysics.from_physics again."
+            )
 
     def _fbp(self, y: Tensor, **kwargs: Any) -> Tensor:
         r"""Filtered back-projection by the original's formula, with this adjoint.
@@ -139,8 +143,8 @@ class SparseLinearPhysics(LinearPhysics):
         return shadow.fbp(y, **kwargs)
 
     def _csr(self, name: str, shape: tuple[int, int]) -> Tensor:
-        parts = (getattr(self, f"_{name}_{part}") for part in ("rows", "columns", "values"))
-        return torch.sparse_csr_tensor(*parts, size=shape, check_invariants=False)
+        rows, columns, values = (getattr(self, f"_{name}_{part}") for part in ("rows", "columns", "values"))
+        return torch.sparse_csr_tensor(rows, columns, values, size=shape, check_invariants=False)
 
     def _multiply(self, x: Tensor, name: str, size_in: tuple[int, ...], size_out: tuple[int, ...]) -> Tensor:
         if tuple(x.shape[1:]) != size_in:
@@ -199,7 +203,7 @@ def _tomography_matrix(physics: Tomography, img_size: tuple[int, ...], m: int) -
     value = torch.cat(values)
     if physics.normalize:
         value = value / physics.operator_norm.double()
-    matrix = torch.sparse_coo_tensor(torch.cat(indices, 1), value, (m, side * side)).coalesce()
+    matrix = torch.sparse_coo_tensor(torch.cat(indices, 1), value, (m, side * side), check_invariants=False).coalesce()
     return matrix.to(physics.dtype).to_sparse_csr()
 
 
@@ -207,17 +211,12 @@ def _matrix_by_columns(physics: LinearPhysics, img_size: tuple[int, ...], m: int
     r"""The matrix of any operator: its columns are the measurements of unit images."""
     n, device, blocks = _numel(img_size), _device(physics), []
     for start in range(0, n, chunk):
-        unit = torch.eye(n, device=device)[start : start + chunk] if n <= chunk else _unit_images(n, start, chunk, device)
+        count = min(chunk, n - start)
+        unit = torch.zeros(count, n, device=device)
+        unit[:, start : start + count] = torch.eye(count, device=device)
         with torch.no_grad():
             blocks.append(physics.A(unit.reshape(-1, *img_size)).reshape(-1, m).to_sparse_coo())
     return torch.cat(blocks).t().coalesce().to_sparse_csr()
-
-
-def _unit_images(n: int, start: int, chunk: int, device: torch.device) -> Tensor:
-    count = min(chunk, n - start)
-    unit = torch.zeros(count, n, device=device)
-    unit[torch.arange(count), torch.arange(start, start + count)] = 1
-    return unit
 
 
 def _device(physics: LinearPhysics) -> torch.device:

@@ -104,7 +104,8 @@ class _Course:
     r"""A map that remembers the PSNR of the points it was evaluated at."""
 
     def __init__(self, f: Any, x_gt: Tensor | None):
-        self.f, self.x_gt, self.psnr = f, x_gt, []
+        self.f, self.x_gt = f, x_gt
+        self.psnr: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.x_gt is not None:

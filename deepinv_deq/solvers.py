@@ -190,9 +190,9 @@ class Solver:
         :raises ConvergenceError: if the tolerance is missed and ``on_failure="raise"``.
         """
         layout = _Layout(x0, self.batched)
-        flat, start = layout.flatten(f), layout.pack(x0)
-        unit = _unit(flat.offset) if isinstance(flat, AffineMap) else None
-        if unit is not None:  # an affine equation has no scale of its own: whatever the method, the answer is linear in c
+        flat, start, unit = layout.flatten(f), layout.pack(x0), None
+        if isinstance(flat, AffineMap):  # it has no scale of its own: whatever the method, the answer is linear in c
+            unit = _unit(flat.offset)
             flat, start = AffineMap(flat.linear, flat.offset / unit), start / unit
         counted = _Counted(flat)
         x, _, info = _lookup(self.method)(
@@ -209,7 +209,11 @@ class Solver:
         )
         stat = self._stat(info, counted, x)
         if unit is not None:
-            x, stat["abs_lowest"], stat["abs_trace"] = x * unit, stat["abs_lowest"] * unit[:, 0], stat["abs_trace"] * unit
+            x, stat["abs_lowest"], stat["abs_trace"] = (
+                x * unit,
+                stat["abs_lowest"] * unit[:, 0],
+                stat["abs_trace"] * unit,
+            )
         self.report(stat, getattr(f, "diagnose", None))
         torch.clear_autocast_cache()  # casts made here carry no graph and must not serve a taped evaluation
         return layout.unpack(x), stat
@@ -418,13 +422,13 @@ def _iterate(
     best = x0.new_full((x0.shape[0],), torch.inf)
     best_rel, rejections, nstep = best.clone(), torch.zeros_like(best), torch.zeros_like(best)
     active = torch.ones_like(best, dtype=torch.bool)
-    abs_trace, rel_trace, floor = [], [], None
+    abs_trace, rel_trace, floor = [], [], torch.zeros_like(best)
 
     for k in range(1, max_iter + 1):
         fx = func(x)
         absolute, relative = _residual(x, fx)
-        # a fixed point at zero has no relative accuracy: there, rounding of the first image is all one can ask for
-        floor = eps * _norm(fx).nan_to_num(0.0, 0.0) if floor is None else floor
+        if k == 1:  # a fixed point at zero has no relative accuracy: rounding of the first image is all one can ask for
+            floor = eps * _norm(fx).nan_to_num(0.0, 0.0)
         done = (relative <= tol) | (absolute <= floor)
         better = active & ((absolute < best) | done)
         restart = active & ~better & ~(absolute <= growth * 2**rejections * best)
@@ -502,7 +506,8 @@ class _Broyden:
 
     def __init__(self, x0: Tensor, history: int):
         self.u, self.v = x0.new_zeros(2, x0.shape[0], history, x0.shape[1])
-        self.used, self.history, self.previous = 0, history, None
+        self.used, self.history = 0, history
+        self.previous: tuple[Tensor, Tensor] | None = None
 
     def _apply(self, left: Tensor, right: Tensor, g: Tensor) -> Tensor:
         return torch.bmm(torch.bmm(right, g[:, :, None]).transpose(1, 2), left)[:, 0] - g
@@ -529,7 +534,13 @@ class _Broyden:
 
 
 def fixed_point_iter(
-    func: Callable[[Tensor], Tensor], x0: Tensor, *, max_iter: int = 50, tol: float = 1e-4, damping: float = 1.0, **_: Any
+    func: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    *,
+    max_iter: int = 50,
+    tol: float = 1e-4,
+    damping: float = 1.0,
+    **_: Any,
 ) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
     r"""Picard iteration :math:`x \leftarrow x + \beta (f(x) - x)`.
 
@@ -613,8 +624,9 @@ def gmres(
     :param int, None history: number of basis vectors kept before a restart; ``None`` never restarts.
     :return: in TorchDEQ's form, the point, an empty list and a dictionary for :class:`SolverStat`.
     """
-    linear, offset, evaluations = getattr(func, "linear", None), getattr(func, "offset", None), 0
-    if linear is None:
+    if hasattr(func, "linear") and hasattr(func, "offset"):
+        linear, offset, evaluations = func.linear, func.offset, 0
+    else:
         offset, evaluations = func(torch.zeros_like(x0)), 1
         unit = _unit(offset)  # at the size of the offset, or the difference would be all rounding
         linear = lambda b: (func(unit * b) - offset) / unit  # noqa: E731
@@ -693,8 +705,11 @@ def _arnoldi_cycle(
         absolute = torch.where(update, step_abs.to(x.dtype), absolute)
         relative = torch.where(update, step_rel.to(x.dtype), relative)
         nstep += active
-        active = update & (step_rel > tol) & (step_abs > floor) & (length > 0)  # length 0: the space is exhausted, the answer exact
-        traces[0].append(absolute), traces[1].append(relative)
+        active = (
+            update & (step_rel > tol) & (step_abs > floor) & (length > 0)
+        )  # length 0: the space is exhausted, the answer exact
+        traces[0].append(absolute)
+        traces[1].append(relative)
         if not bool(active.any()):
             break
     used = len(basis) - 1

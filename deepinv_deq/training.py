@@ -39,7 +39,8 @@ class ResumableTrainer(Trainer):
 
         :param bool train: whether the model is about to be trained.
         """
-        if train and self.resume and self.save_path and self.ckpt_pretrained is None:
+        given = getattr(self, "ckpt_pretrained", None)
+        if train and self.resume and self.save_path and given is None:
             self.ckpt_pretrained = latest_checkpoint(self.save_path)
         super().setup_train(train=train, **kwargs)
 
@@ -93,11 +94,11 @@ class ResumableTrainer(Trainer):
                     yield value
 
     def _rng_state(self) -> dict[str, Any]:
-        kind, keys, *rest = np.random.get_state()
+        kind, keys, *rest = np.random.get_state(legacy=True)
         return {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+            "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
             "python": random.getstate(),
             "generators": [generator.get_state() for generator in self._generators()],
         }
@@ -123,7 +124,9 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     found: list[tuple[int, float, str]] = []
     for path in Path(folder).rglob("ckp_*.pth.tar"):
         try:
-            found.append((torch.load(path, map_location="cpu", weights_only=False)["epoch"], path.stat().st_mtime, str(path)))
+            found.append(
+                (torch.load(path, map_location="cpu", weights_only=False)["epoch"], path.stat().st_mtime, str(path))
+            )
         except Exception as error:  # a broken file fails in as many ways as there are bytes in it
             warnings.warn(f"Passing over the broken checkpoint {path}: {error}", stacklevel=2)
     return max(found)[2] if found else None

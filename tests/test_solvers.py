@@ -181,7 +181,11 @@ def test_tuples_of_tensors_are_one_state():
 
 def test_half_precision_states_are_solved_in_single_precision():
     x, stat = Solver("anderson", tol=1e-2)(lambda x: 0.5 * x + 1, torch.zeros(2, 8, dtype=torch.bfloat16))
-    assert x.dtype == torch.bfloat16 and stat.residual.dtype == torch.float32 and torch.allclose(x, torch.tensor(2.0).bfloat16())
+    assert (
+        x.dtype == torch.bfloat16
+        and stat.residual.dtype == torch.float32
+        and torch.allclose(x, torch.tensor(2.0).bfloat16())
+    )
 
 
 def test_fixed_points_at_zero_and_empty_batches():

@@ -63,7 +63,7 @@ torch.manual_seed(args.seed)
 out = Path(args.out)
 out.mkdir(parents=True, exist_ok=True)
 # these notes of deepinv and PyTorch are about defaults this script does not use
-warnings.filterwarnings("ignore", message=".*(progress bar frequency|torch.meshgrid|non_blocking_transfers|beta state).*")
+warnings.filterwarnings("ignore", message=".*(progress bar frequency|meshgrid|non_blocking_transfers|[Ss]parse).*")
 
 # %%
 # Images and measurements
@@ -165,14 +165,10 @@ with torch.no_grad():
     x_deq = model(y_test, physics)
 psnr_fbp, psnr_deq = psnr(x_fbp, x_test), psnr(x_deq, x_test)
 
-shown = slice(0, 3)
+n_shown = min(3, len(x_test))
 dinv.utils.plot(
-    {"ground truth": x_test[shown], "FBP": x_fbp[shown].clamp(0, 1), "DEQ": x_deq[shown].clamp(0, 1)},
-    subtitles=[
-        [""] * len(x_test[shown]),
-        [f"{p:.1f} dB" for p in psnr_fbp[shown]],
-        [f"{p:.1f} dB" for p in psnr_deq[shown]],
-    ],
+    {"ground truth": x_test[:n_shown], "FBP": x_fbp[:n_shown].clamp(0, 1), "DEQ": x_deq[:n_shown].clamp(0, 1)},
+    subtitles=[["", f"{a:.1f} dB", f"{b:.1f} dB"] for a, b in zip(psnr_fbp[:n_shown], psnr_deq[:n_shown], strict=True)],
     rescale_mode="clip",
     save_fn=out / "reconstructions.png",
     dpi=200,

@@ -1,0 +1,77 @@
+r"""EquilibriumUNet: shapes, normalisation, independence of samples."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from deepinv_deq import EquilibriumUNet
+
+NORMS = ["spectral", "weight", None]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("channels", [(3, 5), (4, 6, 8, 10)])
+@pytest.mark.parametrize("size", [(1, 1), (7, 13), (16, 16)])
+def test_any_number_of_channels_scales_and_any_size(norm, channels, size):
+    net = EquilibriumUNet(2, channels=channels, norm=norm)
+    x = torch.rand(2, 2, *size)
+    assert net(x).shape == x.shape
+    assert EquilibriumUNet(2, 3, channels=channels, norm=norm)(x).shape == (2, 3, *size)
+
+
+def test_samples_do_not_see_each_other():
+    net = EquilibriumUNet(1, channels=(4, 8)).train().double()
+    net.eval()
+    x = torch.rand(3, 1, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(net(x)[:1], net(x[:1]))
+    assert not [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
+
+
+def test_it_starts_next_to_the_identity():
+    x = torch.rand(2, 1, 32, 32)
+    assert (EquilibriumUNet()(x) - x).norm() < 0.05 * x.norm()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_normalisation(norm):
+    net = EquilibriumUNet(1, channels=(4, 8), norm=norm)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m is not net.Conv_1x1]
+    assert all(parametrize.is_parametrized(m, "weight") == (norm is not None) for m in convolutions)
+    if norm == "spectral":
+        for _ in range(400):
+            net(torch.rand(1, 1, 8, 8))
+        net.eval()
+        for m in convolutions:
+            assert torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-2)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_copies_dtype_and_state(norm):
+    net = EquilibriumUNet(1, channels=(4, 8), norm=norm).eval()
+    x = torch.rand(1, 1, 8, 8)
+    expected = net(x)
+    net.Conv_1x1.bias.requires_grad_(False)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), copy.deepcopy(net).double().float()):
+        assert not twin.training and not twin.Conv_1x1.bias.requires_grad
+        assert all(p.requires_grad for n, p in twin.named_parameters() if n != "Conv_1x1.bias")
+        torch.testing.assert_close(twin(x), expected)
+    other = EquilibriumUNet(1, channels=(4, 8), norm=norm).eval()
+    other.load_state_dict(net.state_dict())
+    torch.testing.assert_close(other(x), expected)
+    assert pickle.loads(pickle.dumps(net.double()))(x.double()).dtype == torch.float64
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="must be one of 'spectral', 'weight', None"):
+        EquilibriumUNet(norm="batch")
+    with pytest.raises(ValueError, match="at least two scales"):
+        EquilibriumUNet(channels=(8,))
+    with pytest.raises(ValueError, match="at least one feature map"):
+        EquilibriumUNet(channels=(8, 0))

@@ -1,0 +1,215 @@
+r"""Templates, binding, and every kind of wrong input a user can hand to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepinv.models import DnCNN
+from deepinv.physics import Inpainting, LinearPhysics, Physics, Tomography
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from deepinv_deq import (
+    ConvergenceWarning,
+    DEGrad,
+    DEProx,
+    DEQReconstructor,
+    EquilibriumUNet,
+    FixedPointIteration,
+    Solver,
+)
+from tests.problems import F64, TEMPLATES, MatrixPhysics, imaging, relative_error
+
+
+def test_formulas():
+    model, physics, x, y = imaging(DEProx)
+    denoiser, eta = model.iteration.denoiser, 0.5
+    gradient = physics.A_adjoint(physics.A(x) - y * 2)
+    torch.testing.assert_close(model.iteration.bind(y * 2, physics)(x), denoiser(x - eta * gradient))  # eq. 6
+    grad = DEGrad(denoiser, stepsize=eta)
+    torch.testing.assert_close(grad.bind(y * 2, physics)(x), x - eta * gradient - eta * (x - denoiser(x)))  # eq. 11
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_adjoint_of_y_is_computed_once_per_solve(template):
+    model, physics, _, y = imaging(template)
+    calls = []
+    adjoint = physics.A_adjoint
+    physics.A_adjoint = lambda v, **kwargs: (calls.append(v is y or v.shape), adjoint(v, **kwargs))[1]
+    f = model.iteration.bind(y, physics)
+    x = physics.A_adjoint(y)
+    calls.clear()
+    for _ in range(3):
+        f(x)
+    assert len(calls) == 3 and True not in calls  # A^T(Ax) only, one per evaluation
+
+
+def test_init_is_fbp_or_adjoint():
+    physics = Tomography(angles=8, img_width=16, normalize=True)
+    x = torch.rand(1, 1, 16, 16)
+    iteration = DEGrad(nn.Identity())
+    torch.testing.assert_close(iteration.init(physics.A(x), physics), physics.fbp(physics.A(x)))
+    _, matrix_physics, _, y = imaging()
+    torch.testing.assert_close(iteration.init(y, matrix_physics), matrix_physics.A_adjoint(y))
+    assert not iteration.init(y.requires_grad_(), matrix_physics).requires_grad
+
+
+def test_stepsize_is_saved_and_optionally_trained():
+    fixed, learned = DEProx(nn.Identity(), stepsize=0.3), DEProx(nn.Identity(), stepsize=0.3, learn_stepsize=True)
+    assert not list(fixed.parameters()) and [name for name, _ in learned.named_parameters()] == ["stepsize"]
+    other = DEProx(nn.Identity(), stepsize=0.9)
+    other.load_state_dict(fixed.state_dict())
+    assert float(other.stepsize) == pytest.approx(0.3)
+
+
+def test_sigma_is_handed_to_denoisers_that_want_it():
+    class Wants(nn.Module):
+        def forward(self, x, sigma):
+            return x * sigma
+
+    x, physics = torch.ones(1, 1, 4, 4), Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
+    y = physics.A(x)
+    torch.testing.assert_close(DEProx(Wants(), sigma=0.25).bind(y, physics)(x), 0.25 * x)
+    torch.testing.assert_close(DEProx(nn.Identity(), sigma=0.25).bind(y, physics)(x), x)
+    with pytest.raises(ValueError, match="pass sigma="):
+        DEProx(Wants())
+    trained = DEProx(Wants(), sigma=nn.Parameter(torch.tensor(0.25)))
+    assert "sigma" in dict(trained.named_parameters())
+    model = DEQReconstructor(trained)
+    model(y, physics).sum().backward()
+    assert trained.sigma.grad.abs() > 0
+    assert DEProx(DnCNN(1, 1, depth=2, nf=4, pretrained=None), sigma=0.1).bind(y, physics)(x).shape == x.shape
+
+
+# Normalised weights ------------------------------------------------------------------------------------------------
+
+
+def test_normalised_weights_are_computed_once_per_pass_and_get_their_gradient():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 1, 3, padding=1)
+    # normalised to 1 as a matrix, a 3x3 convolution has norm up to 3: damp it to a contraction
+    damp = nn.Conv2d(1, 1, 1, bias=False).requires_grad_(False)
+    nn.init.constant_(damp.weight, 0.3)
+    denoiser = nn.Sequential(parametrizations.spectral_norm(conv), nn.Tanh(), damp).to(F64)
+    _, physics, _, y = imaging()
+    model = DEQReconstructor(DEProx(denoiser, stepsize=0.5), solver=Solver("anderson", max_iter=300, tol=1e-12)).to(F64)
+    model.hook.solver = Solver("gmres", max_iter=100, tol=1e-12)
+    model.train()
+    calls = []
+    conv.parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
+    loss = model(y, physics).sin().sum() + model(0.5 * y, physics).cos().sum()  # two passes: u and v move in between
+    assert len(calls) == 2
+    loss.backward()
+    assert len(calls) == 2 and model.forward_stat.converged.all()
+    ours = conv.parametrizations.weight.original.grad.clone()
+
+    model.eval()  # no more power iterations: now autograd through the normalisation is a fair reference
+    model.zero_grad()
+    (model(y, physics).sin().sum() + model(0.5 * y, physics).cos().sum()).backward()
+    at_rest = conv.parametrizations.weight.original.grad.clone()
+    model.zero_grad()
+    f, g = (model.iteration.bind(v, physics) for v in (y, 0.5 * y))
+    a, b = physics.A_adjoint(y), physics.A_adjoint(0.5 * y)
+    for _ in range(200):
+        a, b = f(a), g(b)
+    (a.sin().sum() + b.cos().sum()).backward()
+    assert relative_error(at_rest, conv.parametrizations.weight.original.grad) <= 1e-8
+    assert relative_error(ours, at_rest) < 0.5  # a few power iterations apart: near, though not the same weights
+
+
+def test_the_cache_of_weights_leaves_no_trace():
+    from torch.nn.utils import parametrize
+
+    conv = parametrizations.weight_norm(nn.Conv2d(1, 1, 3, padding=1))
+    physics = Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
+    x = torch.rand(1, 1, 4, 4)
+    f = DEProx(conv).bind(physics.A(x), physics)
+    before = f(x)
+    with parametrize.cached():  # a user's own cache survives ours
+        inner = conv.weight
+        f(x)
+        assert conv.weight is inner
+    with torch.no_grad():
+        conv.parametrizations.weight.original0.mul_(2)
+    torch.testing.assert_close(f(x), before)  # bound before the change
+    assert not torch.allclose(DEProx(conv).bind(physics.A(x), physics)(x), before)
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_construction():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        DEProx(torch.tanh)
+    for stepsize in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="stepsize must be positive"):
+            DEGrad(nn.Identity(), stepsize=stepsize)
+    with pytest.raises(NotImplementedError, match="must implement forward"):
+        FixedPointIteration(nn.Identity())(torch.zeros(1), None)
+
+
+def test_a_physics_without_adjoint():
+    with pytest.raises(TypeError, match="Physics lacks. Use a deepinv.physics.LinearPhysics"):
+        DEProx(nn.Identity()).bind(torch.zeros(1, 1, 4, 4), Physics(A=torch.sin))
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (2, 1, 9), (1,)])
+def test_measurements_of_a_wrong_shape(shape):
+    model, physics, _, _ = imaging()
+    with pytest.raises(ValueError, match="do not fit MatrixPhysics"):
+        model(torch.zeros(shape, dtype=F64), physics)
+
+
+def test_measurements_that_would_broadcast():
+    physics = LinearPhysics(A=lambda x, **_: x[..., :1, :], A_adjoint=lambda y, **_: y.expand(-1, -1, 4, -1))
+    with pytest.raises(ValueError, match=r"to measurements of shape \(1, 1, 1, 4\)"):
+        DEProx(nn.Identity()).bind(torch.zeros(1, 1, 4, 4), physics)
+
+
+def test_tomography_with_other_angles():
+    physics = Tomography(angles=8, img_width=16, normalize=True)
+    other = Tomography(angles=9, img_width=16, normalize=True)
+    with pytest.raises(ValueError, match="angles"):
+        DEGrad(nn.Identity()).bind(other.A(torch.zeros(1, 1, 16, 16)), physics)
+
+
+@pytest.mark.parametrize("template,remedy", [(DEProx, "use stepsize=0.25"), (DEGrad, "use stepsize=0.2")])
+def test_a_stepsize_that_diverges_is_explained(template, remedy):
+    physics = MatrixPhysics(2 * torch.eye(16), 4)  # squared norm 4
+    model = DEQReconstructor(template(nn.Identity(), stepsize=1.0), solver=Solver("fixed_point_iter", max_iter=30))
+    with pytest.warns(ConvergenceWarning, match=f"diverges for this operator, whose squared norm is 4 .*{remedy}"):
+        model(torch.rand(2, 16), physics)
+
+
+def test_a_failure_that_is_not_the_stepsizes_is_not_blamed_on_it():
+    model, physics, _, y = imaging()
+    model.solver = Solver("anderson", max_iter=2, tol=1e-12)
+    with pytest.warns(ConvergenceWarning) as caught:
+        model(y, physics)
+    assert "stepsize" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(1), nn.Dropout(0.5)])
+def test_layers_that_make_the_fixed_point_ill_defined_warn_once(layer):
+    physics = Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
+    y = physics.A(torch.rand(2, 1, 4, 4))
+    iteration = DEProx(nn.Sequential(layer, nn.Tanh()))
+    with pytest.warns(UserWarning, match="training mode"):
+        iteration.bind(y, physics)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        iteration.bind(y, physics)
+        DEProx(nn.Sequential(layer, nn.Tanh())).eval().bind(y, physics)
+        DEProx(EquilibriumUNet(channels=(2, 4))).bind(y, physics)
+
+
+def test_binding_does_not_change_modules():
+    model, physics, _, y = imaging()
+    before = {k: v.clone() for k, v in [*model.state_dict().items(), *physics.state_dict().items()]}
+    f = model.iteration.bind(y.requires_grad_(), physics)
+    f.rebind([torch.zeros_like(t) for t in f.inputs])(torch.zeros(2, 1, 4, 4, dtype=F64))
+    after = {**model.state_dict(), **physics.state_dict()}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
