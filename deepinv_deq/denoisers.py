@@ -3,7 +3,9 @@ r"""A denoiser architecture suited to fixed points."""
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,18 +23,24 @@ class EquilibriumUNet(UNet):
     group norm (:footcite:t:`wu2018group`), and normalised convolutions (:footcite:t:`miyato2018spectral,salimans2016weight`).
     Images of any size are padded to a multiple of :math:`2^{\text{scales} - 1}` and cropped back.
 
-    The last, 1x1 convolution is not normalised and starts small, so that training starts from :math:`D_\theta \approx I`.
+    The last, 1x1 convolution is not normalised and starts at zero: training starts from :math:`D_\theta = I`, where the
+    fixed points of DE-Grad and DE-Prox are the least-squares solutions.
     Inside a :class:`DEQReconstructor` the normalisation is computed once per pass. Spectral normalisation bounds the
     weight matrix of each convolution; it favours, but does not prove, that the iteration contracts.
 
     :param int in_channels: image channels, 2 for real and imaginary part.
     :param int, None out_channels: output channels, default ``in_channels``. Without it equal there is no residual connection.
-    :param Sequence[int] channels: feature maps of each scale, from fine to coarse; at least two scales.
+    :param Sequence[int], None channels: feature maps of each scale, from fine to coarse; at least two scales. Default
+        ``(32, 64, 128)``, or those of the pretrained weights.
     :param str, None norm: ``"spectral"``, ``"weight"`` or ``None``.
+    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: ``"gray"``, which ship with the package (one
+        channel, 16-32-64, spectral norm, blind up to a noise level of 0.1, BSDS500), or a file written by
+        ``examples/paper/pretrain_denoiser.py``.
     :param int groups: largest number of groups of a group norm; a scale uses the largest divisor of its channels up to it.
     :param str, torch.device device: where to put the weights.
 
-    :raises ValueError: for an unknown ``norm`` or fewer than two scales.
+    :raises ValueError: for an unknown ``norm``, fewer than two scales, or pretrained weights of another architecture.
+    :raises FileNotFoundError: if there are no such pretrained weights.
 
     |sep|
 
@@ -49,13 +57,17 @@ class EquilibriumUNet(UNet):
         in_channels: int = 1,
         out_channels: int | None = None,
         *,
-        channels: Sequence[int] = (32, 64, 128),
+        channels: Sequence[int] | None = None,
         norm: str | None = "spectral",
         groups: int = 8,
+        pretrained: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
     ):
         if norm not in _NORMS:
             raise ValueError(f"Unknown norm {norm!r}: must be one of 'spectral', 'weight', None.")
+        weights = None if pretrained is None else _read(pretrained)
+        if channels is None:
+            channels = (32, 64, 128) if weights is None else weights["settings"]["channels"]
         if len(channels) < 2 or min(channels) < 1:
             raise ValueError(f"channels needs at least two scales of at least one feature map, got {tuple(channels)}.")
         out_channels = in_channels if out_channels is None else out_channels
@@ -66,12 +78,11 @@ class EquilibriumUNet(UNet):
             for i, layer in enumerate(block):
                 if isinstance(layer, nn.BatchNorm2d):
                     block[i] = nn.GroupNorm(_divisor(layer.num_features, groups), layer.num_features)
-        # The last layer is left free, and starts small: the denoiser starts next to the identity, with which DE-Grad and
-        # DE-Prox do not expand; a random one makes them diverge before training has said a word.
+        # The last layer is left free and starts at zero: a random residual, however small, is amplified where the data
+        # say little, so that training would start far from every solution, or diverge before it has said a word.
         last = self.Conv_1x1
-        with torch.no_grad():
-            last.weight.mul_(1e-2)
-            last.bias.zero_()
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         normalise = _NORMS[norm]
         if normalise is not None:
             for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d) and m is not last]:
@@ -83,6 +94,13 @@ class EquilibriumUNet(UNet):
             "norm": norm,
             "groups": groups,
         }
+        if weights is not None:
+            try:
+                self.load_state_dict(weights["state_dict"])
+            except RuntimeError as error:
+                raise ValueError(
+                    f"The weights {str(pretrained)!r} are of an EquilibriumUNet with {weights['settings']}, not {self._settings}."
+                ) from error
         self.to(device)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -105,6 +123,14 @@ def _rebuild(
     for name, p in net.named_parameters():
         p.requires_grad_(name not in frozen)
     return net.train(training)
+
+
+def _read(pretrained: str | os.PathLike[str]) -> dict[str, Any]:
+    shipped = {path.stem: path for path in (Path(__file__).parent / "weights").glob("*.pt")}
+    path = shipped.get(str(pretrained), Path(pretrained))
+    if not path.is_file():
+        raise FileNotFoundError(f"No weights {str(pretrained)!r}: give a file or one of {', '.join(sorted(shipped))}.")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _divisor(channels: int, most: int) -> int:

@@ -35,9 +35,12 @@ class FixedPointIteration(nn.Module):
     :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image. A
         :class:`torch.nn.Parameter` is trained.
     :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
+        :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
+        normalised and the data are precise.
 
     :raises TypeError: if ``denoiser`` is not a module.
-    :raises ValueError: if ``stepsize`` is not positive, or the denoiser needs a noise level and gets none.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
 
     |sep|
 
@@ -64,18 +67,22 @@ class FixedPointIteration(nn.Module):
         stepsize: float = 1.0,
         sigma: float | Tensor | None = None,
         learn_stepsize: bool = False,
+        data_weight: float = 1.0,
     ):
         super().__init__()
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser must be a torch.nn.Module, got {type(denoiser).__name__}.")
         if not stepsize > 0:
             raise ValueError(f"stepsize must be positive, got {stepsize}.")
+        if not data_weight > 0:
+            raise ValueError(f"data_weight must be positive, got {data_weight}.")
         self.denoiser = denoiser
         eta = torch.tensor(float(stepsize))
         if learn_stepsize:
             self.stepsize = nn.Parameter(eta)
         else:
             self.register_buffer("stepsize", eta)
+        self.register_buffer("data_weight", torch.tensor(float(data_weight)))
         self.sigma = sigma
         self._takes_sigma = _takes_sigma(denoiser, sigma)
         self._fits: set[tuple[Any, ...]] = set()
@@ -146,14 +153,14 @@ class FixedPointIteration(nn.Module):
         return self.denoiser(x, self.sigma) if self._takes_sigma else self.denoiser(x)
 
     def data_gradient(self, x: Tensor, physics: Physics, aty: Tensor) -> Tensor:
-        r""":math:`\nabla \ell_{MC}(x) = A^\top (A x - y)` (eq. 6), with :math:`A^\top y` given.
+        r""":math:`\nabla \ell_{MC}(x) = \lambda A^\top (A x - y)` (eq. 6), with :math:`A^\top y` given.
 
         :param torch.Tensor x: image of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: linear forward operator.
         :param torch.Tensor aty: :math:`A^\top y`, of the shape of ``x``.
         :return: gradient, of the shape of ``x``.
         """
-        return physics.A_adjoint_A(x) - aty
+        return self.data_weight * (physics.A_adjoint_A(x) - aty)
 
     def safe_stepsize(self, sqnorm: float) -> float:
         r"""A stepsize for which the linear part of the iteration does not diverge.
@@ -161,7 +168,7 @@ class FixedPointIteration(nn.Module):
         :param float sqnorm: :math:`\|A\|^2`.
         :return: :math:`\eta`.
         """
-        return 1.0 / sqnorm
+        return 1.0 / (float(self.data_weight) * sqnorm)
 
     def _check_fit(self, y: Any, physics: Physics, constants: tuple[Tensor, ...]) -> None:
         key = (type(physics).__name__, _shape(y), tuple(_shape(c) for c in constants))
@@ -198,12 +205,16 @@ class DEProx(FixedPointIteration):
         F_\theta(x; y) = D_\theta(x - \eta A^\top (A x - y))
 
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
-    :param float stepsize: step :math:`\eta > 0`; the gradient step does not diverge for :math:`\eta < 2 / \|A\|^2`.
+    :param float stepsize: step :math:`\eta > 0`; the gradient step does not diverge for
+        :math:`\eta < 2 / (\lambda \|A\|^2)`.
     :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
     :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
+        :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
+        normalised and the data are precise.
 
     :raises TypeError: if ``denoiser`` is not a module.
-    :raises ValueError: if ``stepsize`` is not positive, or the denoiser needs a noise level and gets none.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
     """
 
     def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
@@ -226,12 +237,15 @@ class DEGrad(FixedPointIteration):
 
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
     :param float stepsize: step :math:`\eta > 0`; for a firmly non-expansive residual :math:`x - D_\theta(x)` the iteration
-        does not diverge for :math:`\eta < 2 / (\|A\|^2 + 1)`.
+        does not diverge for :math:`\eta < 2 / (\lambda \|A\|^2 + 1)`.
     :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
     :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
+        :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
+        normalised and the data are precise.
 
     :raises TypeError: if ``denoiser`` is not a module.
-    :raises ValueError: if ``stepsize`` is not positive, or the denoiser needs a noise level and gets none.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
     """
 
     def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
@@ -250,7 +264,7 @@ class DEGrad(FixedPointIteration):
         :param float sqnorm: :math:`\|A\|^2`.
         :return: :math:`\eta`.
         """
-        return 1.0 / (sqnorm + 1.0)
+        return 1.0 / (float(self.data_weight) * sqnorm + 1.0)
 
 
 class BoundIteration:

@@ -26,17 +26,23 @@ def test_any_number_of_channels_scales_and_any_size(norm, channels, size):
 
 
 def test_samples_do_not_see_each_other():
-    net = EquilibriumUNet(1, channels=(4, 8)).train().double()
-    net.eval()
+    net = EquilibriumUNet(1, channels=(4, 8)).eval().double()
+    nn.init.normal_(net.Conv_1x1.weight)
     x = torch.rand(3, 1, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(net(x)[:1], net(x[:1]))
     assert not [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
 
 
-def test_it_starts_next_to_the_identity():
-    x = torch.rand(2, 1, 32, 32)
-    assert (EquilibriumUNet()(x) - x).norm() < 0.05 * x.norm()
+def test_it_starts_at_the_identity_and_leaves_it():
+    x, net = torch.rand(2, 1, 32, 32), EquilibriumUNet(channels=(4, 8))
+    assert torch.equal(net(x), x)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (net(x) - x.roll(1, -1)).pow(2).sum().backward()
+        optimizer.step()
+    assert all(p.grad.abs().sum() > 0 for n, p in net.named_parameters() if n != "Conv1.0.bias")
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -56,6 +62,7 @@ def test_normalisation(norm):
 def test_copies_dtype_and_state(norm):
     net = EquilibriumUNet(1, channels=(4, 8), norm=norm).eval()
     x = torch.rand(1, 1, 8, 8)
+    nn.init.normal_(net.Conv_1x1.weight)
     expected = net(x)
     net.Conv_1x1.bias.requires_grad_(False)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), copy.deepcopy(net).double().float()):
@@ -68,10 +75,25 @@ def test_copies_dtype_and_state(norm):
     assert pickle.loads(pickle.dumps(net.double()))(x.double()).dtype == torch.float64
 
 
+def test_pretrained_weights_denoise():
+    net = EquilibriumUNet(pretrained="gray").eval()
+    rng = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.rand(4, 1, 6, 6, generator=rng), size=48, mode="bicubic").clamp(0, 1)
+    y = x + 0.1 * torch.randn(x.shape, generator=rng)
+    with torch.no_grad():
+        assert (net(y) - x).square().mean() < 0.1 * (y - x).square().mean()  # 10 dB on smooth images
+    twin = pickle.loads(pickle.dumps(net))
+    assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), net.parameters(), strict=True))
+
+
 def test_bad_settings():
     with pytest.raises(ValueError, match="must be one of 'spectral', 'weight', None"):
         EquilibriumUNet(norm="batch")
     with pytest.raises(ValueError, match="at least two scales"):
         EquilibriumUNet(channels=(8,))
+    with pytest.raises(FileNotFoundError, match="one of gray"):
+        EquilibriumUNet(pretrained="colour")
+    with pytest.raises(ValueError, match="'channels': .16, 32, 64.*not .*'channels': .4, 8"):
+        EquilibriumUNet(channels=(4, 8), pretrained="gray")
     with pytest.raises(ValueError, match="at least one feature map"):
         EquilibriumUNet(channels=(8, 0))

@@ -26,6 +26,8 @@ def test_formulas():
     denoiser, eta = model.iteration.denoiser, 0.5
     gradient = physics.A_adjoint(physics.A(x) - y * 2)
     torch.testing.assert_close(model.iteration.bind(y * 2, physics)(x), denoiser(x - eta * gradient))  # eq. 6
+    weighted = DEProx(denoiser, stepsize=eta / 4, data_weight=4.0)
+    torch.testing.assert_close(weighted.bind(y * 2, physics)(x), denoiser(x - eta * gradient))
     grad = DEGrad(denoiser, stepsize=eta)
     torch.testing.assert_close(grad.bind(y * 2, physics)(x), x - eta * gradient - eta * (x - denoiser(x)))  # eq. 11
 
@@ -141,9 +143,11 @@ def test_the_cache_of_weights_leaves_no_trace():
 def test_bad_construction():
     with pytest.raises(TypeError, match="must be a torch.nn.Module"):
         DEProx(torch.tanh)
-    for stepsize in (0.0, -1.0, float("nan")):
+    for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="stepsize must be positive"):
-            DEGrad(nn.Identity(), stepsize=stepsize)
+            DEGrad(nn.Identity(), stepsize=bad)
+        with pytest.raises(ValueError, match="data_weight must be positive"):
+            DEGrad(nn.Identity(), data_weight=bad)
     with pytest.raises(NotImplementedError, match="must implement forward"):
         FixedPointIteration(nn.Identity())(torch.zeros(1), None)
 

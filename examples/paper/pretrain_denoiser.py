@@ -1,0 +1,101 @@
+r"""
+Pretrain the denoiser of a DEQ on natural images
+================================================
+
+Trains :class:`deepinv_deq.EquilibriumUNet` to remove Gaussian noise of random strength, as the paper does before it trains
+a DEQ (section 4.2.1, on BSDS500). The weights that ship with the package, ``EquilibriumUNet(pretrained="gray")``, come from
+
+.. code-block:: bash
+
+    python examples/paper/pretrain_denoiser.py --data ../shared/data/bsds500_gray_256.npz --out deepinv_deq/weights/gray.pt
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import trange
+
+from deepinv_deq import EquilibriumUNet
+from deepinv_deq.datasets import load_images
+
+parser = argparse.ArgumentParser(description="Train EquilibriumUNet as a blind Gaussian denoiser.")
+parser.add_argument("--data", required=True, help=".npz with 'images' and optionally 'split', or folder of images")
+parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64])
+parser.add_argument("--norm", choices=["spectral", "weight"], default="spectral")
+parser.add_argument("--sigma", type=float, default=0.1, help="largest noise level, images in [0, 1]")
+parser.add_argument("--steps", type=int, default=2000)
+parser.add_argument("--batch-size", type=int, default=16)
+parser.add_argument("--patch", type=int, default=64)
+parser.add_argument("--lr", type=float, default=2e-3)
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--out", required=True, help="file for the weights")
+args = parser.parse_args()
+
+# %%
+# Patches
+# -------
+#
+# Images of the test split are never seen; without splits, the last tenth is held out.
+
+try:
+    images = load_images(args.data)
+except (FileNotFoundError, ValueError) as error:
+    sys.exit(f"error: {error}")
+split = np.load(args.data).get("split") if args.data.endswith(".npz") else None
+held_out = torch.arange(len(images)) >= 0.9 * len(images) if split is None else torch.from_numpy(split == "test")
+train, test = images[~held_out], images[held_out][:32]
+if min(images.shape[-2:]) < args.patch:
+    sys.exit(f"error: images of {tuple(images.shape[-2:])} are smaller than --patch {args.patch}")
+rng = torch.Generator().manual_seed(args.seed)
+torch.manual_seed(args.seed)
+
+
+def draw(shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """Uniform random numbers of the run."""
+    return torch.rand(shape, generator=rng)
+
+
+def batch() -> torch.Tensor:
+    """Random patches, randomly mirrored and turned."""
+    pick = torch.randint(len(train), (args.batch_size,), generator=rng)
+    top, left = (int(draw() * (side - args.patch + 1)) for side in train.shape[-2:])
+    x = train[pick, :, top : top + args.patch, left : left + args.patch]
+    return torch.rot90(x.flip(-1) if draw() < 0.5 else x, int(draw() * 4), (-2, -1))
+
+
+# %%
+# Training
+# --------
+
+model = EquilibriumUNet(1, channels=args.channels, norm=args.norm)
+optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+start = time.time()
+for _ in (bar := trange(args.steps)):
+    x = batch()
+    sigma = args.sigma * draw((len(x), 1, 1, 1))
+    loss = (model(x + sigma * torch.randn(x.shape, generator=rng)) - x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    bar.set_postfix(loss=f"{loss.item():.1e}")
+
+# %%
+# Held-out images, and the file
+# -----------------------------
+
+model.eval()
+with torch.no_grad():
+    for sigma in (0.2, 0.5, 1.0):
+        noise = args.sigma * sigma * torch.randn(test.shape, generator=torch.Generator().manual_seed(1))
+        psnr = [-10 * torch.log10((z - test).square().mean()).item() for z in (test + noise, model(test + noise))]
+        print(f"sigma {args.sigma * sigma:.3f}: noisy {psnr[0]:.2f} dB, denoised {psnr[1]:.2f} dB")
+Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+settings = {"in_channels": 1, "channels": tuple(args.channels), "norm": args.norm}
+torch.save({"settings": settings, "state_dict": model.state_dict()}, args.out)
+print(f"{args.out}: {Path(args.out).stat().st_size / 1024:.0f} KiB after {time.time() - start:.0f} s")
