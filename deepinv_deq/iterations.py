@@ -60,6 +60,9 @@ class FixedPointIteration(nn.Module):
     torch.Size([1, 1, 8, 8])
     """
 
+    stepsize: Tensor
+    data_weight: Tensor
+
     def __init__(
         self,
         denoiser: nn.Module,
@@ -125,13 +128,13 @@ class FixedPointIteration(nn.Module):
         :param torch.Tensor y: measurement, of the shape ``physics.A`` returns.
         :param deepinv.physics.Physics physics: linear forward operator with an adjoint.
         :return: a map with the attribute ``inputs``, see :class:`deepinv_deq.implicit.DifferentiableMap`.
-        :raises TypeError: if ``physics`` is not linear or has no adjoint.
+        :raises TypeError: if ``physics`` is not a linear operator.
         :raises ValueError: if the shape of ``y`` does not fit ``physics``.
         """
-        if not isinstance(physics, LinearPhysics) and not hasattr(physics, "A_adjoint"):
+        if not isinstance(physics, LinearPhysics):
             raise TypeError(
-                f"{type(self).__name__} needs the adjoint of the forward operator, which {type(physics).__name__} lacks. "
-                "Use a deepinv.physics.LinearPhysics, or give yours a method A_adjoint."
+                f"{type(self).__name__} needs a linear operator with an adjoint, which {type(physics).__name__} is not. "
+                "Use a deepinv.physics.LinearPhysics, or override bind and constants for yours."
             )
         self._warn_if_stochastic()
         try:

@@ -277,7 +277,7 @@ class Solver:
         if self.on_failure == "raise":
             raise ConvergenceError(message, stat)
         self._warned.add(cause)
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        warnings.warn(message, ConvergenceWarning, stacklevel=4)  # past torch.no_grad, to who asked for the solve
 
 
 def available_methods() -> list[str]:

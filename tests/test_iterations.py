@@ -153,7 +153,7 @@ def test_bad_construction():
 
 
 def test_a_physics_without_adjoint():
-    with pytest.raises(TypeError, match="Physics lacks. Use a deepinv.physics.LinearPhysics"):
+    with pytest.raises(TypeError, match="which Physics is not. Use a deepinv.physics.LinearPhysics"):
         DEProx(nn.Identity()).bind(torch.zeros(1, 1, 4, 4), Physics(A=torch.sin))
 
 

@@ -98,6 +98,16 @@ def memory(steps: int = 500) -> dict[str, float]:
     return peaks
 
 
+def render() -> str:
+    r"""Markdown table of the record."""
+    record = json.loads(RECORD.read_text())
+    lines = ["| measured | values |", "|---|---|"]
+    for name, values in record["rows"].items():
+        unit = "{:.1f}" if "MB" in name else "{:.1e}"
+        lines.append(f"| {name} | {', '.join(f'{k}: ' + unit.format(v) for k, v in values.items())} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     r"""Measure, print, record."""
     rows: dict[str, dict[str, float]] = {}
