@@ -86,7 +86,10 @@ class FixedPointIteration(nn.Module):
         else:
             self.register_buffer("stepsize", eta)
         self.register_buffer("data_weight", torch.tensor(float(data_weight)))
-        self.sigma = sigma
+        if isinstance(sigma, Tensor) and not isinstance(sigma, nn.Parameter):
+            self.register_buffer("sigma", sigma)
+        else:
+            self.sigma = sigma
         self._takes_sigma = _takes_sigma(denoiser, sigma)
         self._fits: set[tuple[Any, ...]] = set()
         self._warned_stochastic = False
@@ -139,13 +142,13 @@ class FixedPointIteration(nn.Module):
         self._warn_if_stochastic()
         try:
             constants = self.constants(y, physics)
-            self._check_fit(y, physics, constants)
+            self._check_fit(y, physics)
         except (RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
             raise ValueError(
                 f"Measurements of shape {_shape(y)} do not fit {type(physics).__name__}: {error}. Check that y comes "
                 "from this physics, at its image size, angles, coils or mask, and is on its device."
             ) from error
-        return BoundIteration(self, physics, constants)
+        return BoundIteration(self, physics, constants, y)
 
     def denoise(self, x: Tensor) -> Tensor:
         r"""Apply :math:`D_\theta`, with the noise level if it wants one.
@@ -153,7 +156,7 @@ class FixedPointIteration(nn.Module):
         :param torch.Tensor x: image of shape ``(B, C, H, W)``.
         :return: image of the same shape.
         """
-        return self.denoiser(x, self.sigma) if self._takes_sigma else self.denoiser(x)
+        return self.denoiser(x, sigma=self.sigma) if self._takes_sigma else self.denoiser(x)
 
     def data_gradient(self, x: Tensor, physics: Physics, aty: Tensor) -> Tensor:
         r""":math:`\nabla \ell_{MC}(x) = \lambda A^\top (A x - y)` (eq. 6), with :math:`A^\top y` given.
@@ -173,14 +176,17 @@ class FixedPointIteration(nn.Module):
         """
         return 1.0 / (float(self.data_weight) * sqnorm)
 
-    def _check_fit(self, y: Any, physics: Physics, constants: tuple[Tensor, ...]) -> None:
-        key = (type(physics).__name__, _shape(y), tuple(_shape(c) for c in constants))
-        if key in self._fits or not constants:
+    def _check_fit(self, y: Any, physics: Physics) -> None:
+        key = (id(physics), _shape(y))
+        if key in self._fits:
             return
         with torch.no_grad():  # one evaluation of A, once per shape: some operators broadcast a wrong y in silence
-            expected = _shape(physics.A(constants[0]))
+            image = physics.A_adjoint(y)
+            expected = _shape(physics.A(image))
         if expected != _shape(y):
-            raise RuntimeError(f"A maps images of shape {_shape(constants[0])} to measurements of shape {expected}")
+            raise RuntimeError(f"A maps images of shape {_shape(image)} to measurements of shape {expected}")
+        if len(self._fits) >= 64:  # physics that are made anew for every batch must not pile up here
+            self._fits.clear()
         self._fits.add(key)
 
     def _warn_if_stochastic(self) -> None:
@@ -274,18 +280,23 @@ class BoundIteration:
     r"""The map :math:`x \mapsto F_\theta(x; y)` of one measurement: what a solver iterates and a hook differentiates.
 
     It is made by :meth:`FixedPointIteration.bind`, and keeps the tensors that it found there: a later
-    ``physics.update(...)`` or optimiser step does not change what :meth:`rebind` evaluates.
+    ``physics.update(...)``, which replaces them, does not change what :meth:`rebind` evaluates, and a change in place, as
+    by an optimiser, is an error.
 
     :param FixedPointIteration iteration: the template.
     :param deepinv.physics.Physics physics: forward operator.
     :param tuple[torch.Tensor, ...] constants: what the template computes once per solve.
+    :param torch.Tensor y: measurement.
     """
 
-    def __init__(self, iteration: FixedPointIteration, physics: Physics, constants: tuple[Tensor, ...]):
-        self._iteration, self._physics, self._constants = iteration, physics, constants
+    def __init__(self, iteration: FixedPointIteration, physics: Physics, constants: tuple[Tensor, ...], y: Tensor):
+        self._iteration, self._physics, self._constants, self._y = iteration, physics, constants, y
         self._weights = _normalised_weights(iteration, physics)
-        self._slots = _slots(iteration, physics) if torch.is_grad_enabled() else []
-        self._versions = [(t, t._version) for t in (s.get() for s in _slots(physics)) if not t.is_inference()]
+        self._graded = torch.is_grad_enabled()
+        self._slots = _slots(iteration, physics)
+        # all but the statistics that layers of the denoiser may keep: those are theirs to change
+        guarded = [s.value for s in (*_slots(physics), *self._slots) if s.guarded]
+        self._versions = [(t, t._version) for t in guarded if not t.is_inference()]
 
     def __call__(self, x: State) -> State:
         r"""Evaluate the map.
@@ -302,20 +313,29 @@ class BoundIteration:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        r"""Every tensor that requires a gradient and on which the map depends: constants, weights, physics parameters."""
-        return tuple(t for t in self._tensors if t.requires_grad)
+        r"""Every tensor that requires a gradient and on which the map depends: constants, weights, physics parameters.
+
+        :raises RuntimeError: if the map was bound under ``torch.no_grad()``, where what it precomputed lost its gradient.
+        """
+        inputs = tuple(t for t in self._tensors if t.requires_grad)
+        if not self._graded and inputs:
+            raise RuntimeError(
+                "This map was bound under torch.no_grad(): bind it with gradients enabled to train through it."
+            )
+        return inputs
 
     def rebind(self, inputs: Sequence[Tensor]) -> Any:
         r"""The same map, of the physics as it was when it was bound, with other tensors in the place of ``inputs``.
 
         :param Sequence[torch.Tensor] inputs: one tensor for each of :attr:`inputs`.
         :return: a callable.
-        :raises RuntimeError: if a tensor of the physics was changed in place since.
+        :raises RuntimeError: if a tensor of the physics or a weight was changed in place since.
         """
         if any(t._version != version for t, version in self._versions):
             raise RuntimeError(
-                "A tensor of the physics was changed in place between forward and backward, so the gradient would be "
-                "that of another operator. Replace the tensor instead (physics.update(...) does)."
+                "A tensor of the physics or a weight was changed in place between forward and backward, so the gradient "
+                "would be that of another map. Replace a tensor of the physics instead (physics.update(...) does), and "
+                "step optimisers after backward."
             )
         given = iter(inputs)
         tensors = [next(given) if t.requires_grad else t for t in self._tensors]
@@ -333,11 +353,14 @@ class BoundIteration:
 
         :return: a sentence with the stepsize that would do, or an empty string.
         """
-        eta, image = float(self._iteration.stepsize), self._constants[0] if self._constants else None
-        if not isinstance(self._physics, LinearPhysics) or image is None:
+        eta = float(self._iteration.stepsize)
+        try:
+            # the power method draws its start: not from the generators that a resumed run must find as they were
+            with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+                image = self._physics.A_adjoint(self._y)
+                sqnorm = float(self._physics.compute_sqnorm(image, verbose=False))
+        except Exception:  # whatever is wrong with this operator, the solve has something to say that matters more
             return ""
-        with torch.no_grad():
-            sqnorm = float(self._physics.compute_sqnorm(torch.randn_like(image[:1]), verbose=False))
         safe = self._iteration.safe_stepsize(sqnorm)
         if eta < 2 * safe:
             return ""
@@ -354,8 +377,8 @@ class BoundIteration:
 class _Slot:
     r"""A place where a module keeps a tensor: a parameter, a buffer, or a plain attribute."""
 
-    def __init__(self, store: dict[str, Any], name: str):
-        self.store, self.name, self.value = store, name, store[name]
+    def __init__(self, store: dict[str, Any], name: str, guarded: bool):
+        self.store, self.name, self.value, self.guarded = store, name, store[name], guarded
 
     def get(self) -> Tensor:
         return self.store[self.name]
@@ -381,7 +404,7 @@ def _modules(*roots: nn.Module) -> Iterator[nn.Module]:
 
 def _slots(*roots: nn.Module) -> list[_Slot]:
     return [
-        _Slot(store, name)
+        _Slot(store, name, store is module._parameters or isinstance(module, (Physics, FixedPointIteration)))
         for module in _modules(*roots)
         for store in (module._parameters, module._buffers, module.__dict__)
         for name, value in store.items()

@@ -127,7 +127,7 @@ class Solver:
     :param float damping: step :math:`\beta` along the residual in Picard and Anderson steps, in :math:`(0, 1]`.
     :param str on_failure: ``"warn"`` (once per solver and cause), ``"raise"`` or ``"ignore"`` where the tolerance is missed.
     :param bool batched: ``False`` treats the whole state as one sample, for maps that couple the samples of a batch.
-    :param dict options: further keyword arguments for the registered function.
+    :param dict options: further keyword arguments for a function that others registered.
 
     :raises ValueError: at construction, for an unknown method or a setting out of range.
     :raises ConvergenceError: when called, if the tolerance is missed and ``on_failure="raise"``.
@@ -167,6 +167,11 @@ class Solver:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}.")
         if self.on_failure not in _FAILURE:
             raise ValueError(f"on_failure must be one of {', '.join(_FAILURE)}, got {self.on_failure!r}.")
+        if self.options and _is_ours(self.method):
+            raise ValueError(
+                f"options are for methods that others registered; {self.method!r} takes its settings as arguments of "
+                f"Solver, not {', '.join(self.options)}."
+            )
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,30 +195,24 @@ class Solver:
         :raises ConvergenceError: if the tolerance is missed and ``on_failure="raise"``.
         """
         layout = _Layout(x0, self.batched)
-        flat, start, unit = layout.flatten(f), layout.pack(x0), None
+        flat, start, unit, lost = layout.flatten(f), layout.pack(x0), None, None
         if isinstance(flat, AffineMap):  # it has no scale of its own: whatever the method, the answer is linear in c
-            unit = _unit(flat.offset)
-            flat, start = AffineMap(flat.linear, flat.offset / unit), start / unit
+            lost = ~torch.isfinite(flat.offset).all(dim=1, keepdim=True)
+            c = flat.offset.masked_fill(lost, 0.0)
+            unit = _unit(c)
+            flat, start = AffineMap(flat.linear, c / unit), start / unit
         counted = _Counted(flat)
-        x, _, info = _lookup(self.method)(
-            counted,
-            start,
-            max_iter=self.max_iter,
-            tol=self.tol,
-            stop_mode="rel",
-            damping=self.damping,
-            **({} if self.history is None else {"history": self.history}),
-            # the same settings under the names of TorchDEQ's own solvers
-            **{"tau": self.damping, "m": self.history or 6, "LBFGS_thres": self.history},
-            **self.options,
-        )
+        x, _, info = _lookup(self.method)(counted, start, **self._settings())
         stat = self._stat(info, counted, x)
-        if unit is not None:
+        if unit is not None and lost is not None:
             x, stat["abs_lowest"], stat["abs_trace"] = (
                 x * unit,
                 stat["abs_lowest"] * unit[:, 0],
                 stat["abs_trace"] * unit,
             )
+            if bool(lost.any()):  # b = l(b) + NaN has the solution NaN: a NaN loss must not look like a finite one
+                x = x.masked_fill(lost, torch.nan)
+                self._judge(stat, stat.residual.masked_fill(lost[:, 0], torch.inf), stat.converged & ~lost[:, 0])
         self.report(stat, getattr(f, "diagnose", None))
         torch.clear_autocast_cache()  # casts made here carry no graph and must not serve a taped evaluation
         return layout.unpack(x), stat
@@ -240,6 +239,14 @@ class Solver:
             )
             self.report(stat)
 
+    def _settings(self) -> dict[str, Any]:
+        settings = {"max_iter": self.max_iter, "tol": self.tol}
+        if _is_ours(self.method):
+            return settings | {"damping": self.damping} | ({} if self.history is None else {"history": self.history})
+        # the same settings under the names of TorchDEQ's own solvers
+        foreign = {"stop_mode": "rel", "tau": self.damping, "m": self.history or 6, "LBFGS_thres": self.history}
+        return settings | foreign | dict(self.options)
+
     def _stat(self, info: Mapping[str, Any], f: _Counted, x: Tensor) -> SolverStat:
         stat = SolverStat(**info)
         if "converged" not in info:  # a foreign solver: its statistic need not be that of the point it returned
@@ -247,13 +254,16 @@ class Solver:
             stat["abs_lowest"], stat["rel_lowest"] = _residual(x, fx)
             stat["converged"] = stat["rel_lowest"] <= self.tol
         stat["evaluations"] = f.evaluations
-        worst = stat.residual.max().item() if stat.residual.numel() else 0.0
-        done, total = int(stat.converged.sum()), stat.converged.numel()
-        stat["outcome"] = (
-            f"{self.method}: {done} of {total} samples reached the relative residual {self.tol:.1e} in "
-            f"{stat.evaluations} evaluations (largest residual {worst:.1e})."
-        )
+        self._judge(stat, stat.residual, stat.converged)
         return stat
+
+    def _judge(self, stat: SolverStat, residual: Tensor, converged: Tensor) -> None:
+        stat["rel_lowest"], stat["converged"] = residual, converged
+        worst = residual.max().item() if residual.numel() else 0.0
+        stat["outcome"] = (
+            f"{self.method}: {int(converged.sum())} of {converged.numel()} samples reached the relative residual "
+            f"{self.tol:.1e} in {stat.evaluations} evaluations (largest residual {worst:.1e})."
+        )
 
     def report(self, stat: SolverStat, diagnose: Callable[[], str] | None = None) -> None:
         r"""Warn or raise, as configured, if a statistic says that the tolerance was missed.
@@ -271,7 +281,7 @@ class Solver:
         remedy = (
             "Raise max_iter or tol, lower damping, or make the map more contractive."
             if finite
-            else "The map returned NaN or Inf at its first point: check its weights and its input."
+            else "The map or its constant (for a gradient: the cotangent) is NaN or Inf: check weights, input and loss."
         )
         message = " ".join(filter(None, (stat.outcome, diagnose() if diagnose else "", remedy)))
         if self.on_failure == "raise":
@@ -288,8 +298,12 @@ def available_methods() -> list[str]:
     return sorted({name.removeprefix(_PREFIX) for name in _registry})
 
 
+def _is_ours(method: str) -> bool:
+    return _PREFIX + method in _registry
+
+
 def _lookup(method: str) -> Callable[..., Any]:
-    return get_solver(_PREFIX + method if _PREFIX + method in _registry else method)
+    return get_solver(_PREFIX + method if _is_ours(method) else method)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -431,7 +445,7 @@ def _iterate(
             floor = eps * _norm(fx).nan_to_num(0.0, 0.0)
         done = (relative <= tol) | (absolute <= floor)
         better = active & ((absolute < best) | done)
-        restart = active & ~better & ~(absolute <= growth * 2**rejections * best)
+        restart = active & ~better & ~((absolute <= growth * 2**rejections * best) & torch.isfinite(absolute))
         best_x, best_fx = _where(better, x, best_x), _where(better, fx, best_fx)
         best, best_rel = torch.where(better, absolute, best), torch.where(better, relative, best_rel)
         nstep = torch.where(active, float(k), nstep)
@@ -604,7 +618,7 @@ def broyden(
 
 
 def gmres(
-    func: Callable[[Tensor], Tensor],
+    func: Any,
     x0: Tensor,
     *,
     max_iter: int = 50,
@@ -619,36 +633,44 @@ def gmres(
     :param Callable func: an affine map of ``(B, N)`` matrices; an :class:`AffineMap` saves the evaluation at zero that
         would otherwise give :math:`c`.
     :param torch.Tensor x0: first point, of shape ``(B, N)``.
-    :param int max_iter: largest number of evaluations.
+    :param int max_iter: largest number of evaluations; for a map that is not an :class:`AffineMap`, one of them measures the
+        residual of the answer.
     :param float tol: relative residual :math:`\|\ell(b) + c - b\| / \|\ell(b) + c\|` to reach.
     :param int, None history: number of basis vectors kept before a restart; ``None`` never restarts.
     :return: in TorchDEQ's form, the point, an empty list and a dictionary for :class:`SolverStat`.
     """
-    if hasattr(func, "linear") and hasattr(func, "offset"):
-        linear, offset, evaluations = func.linear, func.offset, 0
+    affine = hasattr(func, "linear") and hasattr(func, "offset")
+    zero_start = not bool(x0.any())
+    evaluations = 0 if affine and zero_start else 1
+    if affine:
+        linear, image = func.linear, func.offset if zero_start else func(x0)
     else:
-        offset, evaluations = func(torch.zeros_like(x0)), 1
+        offset = image = func(torch.zeros_like(x0))
+        if not zero_start:
+            image, evaluations = func(x0), 2
         unit = _unit(offset)  # at the size of the offset, or the difference would be all rounding
         linear = lambda b: (func(unit * b) - offset) / unit  # noqa: E731
-    x, image = x0, offset
-    if x0.any():
-        image, evaluations = linear(x0) + offset, evaluations + 1
+    x = x0
     absolute, relative = _residual(x, image)
     floor = torch.finfo(x.dtype).eps * _norm(image)  # for a solution at zero, which has no relative accuracy
     abs_trace, rel_trace = [absolute], [relative]
     active, nstep = torch.isfinite(absolute) & (relative > tol), torch.full_like(absolute, evaluations)
+    check = 0 if affine else 1  # nobody says that this map is affine: its true residual is the only one to report
 
-    while bool(active.any()) and evaluations < max_iter:
-        cycle = min(history or max_iter, max_iter - evaluations)
+    while bool(active.any()) and evaluations + check < max_iter:
+        cycle = min(history or max_iter, max_iter - evaluations - check)
+        tried = active
         x, absolute, relative, active, used = _arnoldi_cycle(
-            linear, x, image - x, absolute, relative, active, cycle, tol, floor, (abs_trace, rel_trace), nstep
+            linear, x, image - x, absolute, relative, active, cycle, tol, floor, (abs_trace, rel_trace)
         )
-        evaluations += used
-        if not bool(active.any()) or evaluations >= max_iter:
+        evaluations += int(used.max())
+        nstep = nstep + used
+        if affine and (evaluations >= max_iter or not bool(active.any())):
             break
-        image, evaluations = linear(x) + offset, evaluations + 1  # the true residual, where the recurrence starts anew
+        image, evaluations = func(x), evaluations + 1  # the true residual, from which the recurrence starts anew
+        nstep = torch.where(tried, nstep + 1, nstep)
         absolute, relative = _residual(x, image)
-        active = active & (relative > tol) & (absolute > floor)
+        active = tried & torch.isfinite(absolute) & (relative > tol) & (absolute > floor)
 
     info = {
         "abs_lowest": absolute,
@@ -672,15 +694,18 @@ def _arnoldi_cycle(
     tol: float,
     floor: Tensor,
     traces: tuple[list[Tensor], list[Tensor]],
-    nstep: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    r"""One GMRES cycle from ``x``: at most ``cycle`` products, per sample the least residual over the Krylov space."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""One GMRES cycle from ``x``: at most ``cycle`` products, per sample the least residual over the Krylov space.
+
+    :return: the point, its residuals by the recurrence, which samples want more, and how many products each one took.
+    """
     batch, size = x.shape
     beta = _norm(residual).double()
     basis = [torch.where(active[:, None], residual / _norm(residual)[:, None], torch.zeros_like(x))]
     overlap = [(x * basis[0]).sum(dim=1).double()]  # <x, v_j>: with it the norm of the image needs no product
     hessenberg = x.new_zeros(batch, cycle + 1, cycle, dtype=torch.float64)
     weights, x_norm2 = x.new_zeros(batch, cycle, dtype=torch.float64), _norm(x).double() ** 2
+    used = torch.zeros_like(absolute)
     for j in range(cycle):
         stacked = torch.stack(basis, dim=1)
         w = basis[j] - linear(basis[j])
@@ -704,16 +729,15 @@ def _arnoldi_cycle(
         weights[:, : j + 1] = torch.where(update[:, None], y, weights[:, : j + 1])
         absolute = torch.where(update, step_abs.to(x.dtype), absolute)
         relative = torch.where(update, step_rel.to(x.dtype), relative)
-        nstep += active
-        active = (
-            update & (step_rel > tol) & (step_abs > floor) & (length > 0)
-        )  # length 0: the space is exhausted, the answer exact
+        used = used + active
+        # length 0: the space is exhausted, the answer exact
+        active = update & (step_rel > tol) & (step_abs > floor) & (length > 0)
         traces[0].append(absolute)
         traces[1].append(relative)
         if not bool(active.any()):
             break
-    used = len(basis) - 1
-    step = torch.bmm(weights[:, None, :used].to(x.dtype), torch.stack(basis[:used], dim=1))[:, 0]
+    taken = len(basis) - 1
+    step = torch.bmm(weights[:, None, :taken].to(x.dtype), torch.stack(basis[:taken], dim=1))[:, 0]
     return x + step, absolute, relative, active, used
 
 
