@@ -701,24 +701,27 @@ def _arnoldi_cycle(
     """
     batch, size = x.shape
     beta = _norm(residual).double()
-    basis = [torch.where(active[:, None], residual / _norm(residual)[:, None], torch.zeros_like(x))]
-    overlap = [(x * basis[0]).sum(dim=1).double()]  # <x, v_j>: with it the norm of the image needs no product
+    basis = x.new_zeros(batch, min(cycle, 15) + 1, size)  # grows, since few solves need all of their budget
+    basis[:, 0] = _where(active, residual / _norm(residual)[:, None], torch.zeros_like(x))
+    overlap = [(x * basis[:, 0]).sum(dim=1).double()]  # <x, v_j>: with it the norm of the image needs no product
     hessenberg = x.new_zeros(batch, cycle + 1, cycle, dtype=torch.float64)
     weights, x_norm2 = x.new_zeros(batch, cycle, dtype=torch.float64), _norm(x).double() ** 2
     used = torch.zeros_like(absolute)
     for j in range(cycle):
-        stacked = torch.stack(basis, dim=1)
-        w = basis[j] - linear(basis[j])
+        known = basis[:, : j + 1]
+        w = basis[:, j] - linear(basis[:, j])
         finite = torch.isfinite(w).all(dim=1)
         w = _where(finite & active, w, torch.zeros_like(w))
         for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
-            h = torch.bmm(stacked, w[:, :, None])
-            w = w - torch.bmm(h.transpose(1, 2), stacked)[:, 0]
+            h = torch.bmm(known, w[:, :, None])
+            w = w - torch.bmm(h.transpose(1, 2), known)[:, 0]
             hessenberg[:, : j + 1, j] += h[..., 0].double()
         length = _norm(w)
         hessenberg[:, j + 1, j] = length.double()
-        basis.append(torch.where((length > 0)[:, None], w / length[:, None], torch.zeros_like(w)))
-        overlap.append((x * basis[-1]).sum(dim=1).double())
+        if j + 1 == basis.shape[1]:
+            basis = torch.cat([basis, torch.zeros_like(basis)], dim=1)
+        basis[:, j + 1] = _where(length > 0, w / length[:, None], torch.zeros_like(w))
+        overlap.append((x * basis[:, j + 1]).sum(dim=1).double())
 
         y, rho = _least_squares(hessenberg[:, : j + 2, : j + 1], beta)
         image = torch.cat([y, y.new_zeros(batch, 1)], dim=1) + rho
@@ -736,8 +739,8 @@ def _arnoldi_cycle(
         traces[1].append(relative)
         if not bool(active.any()):
             break
-    taken = len(basis) - 1
-    step = torch.bmm(weights[:, None, :taken].to(x.dtype), torch.stack(basis[:taken], dim=1))[:, 0]
+    taken = len(overlap) - 1
+    step = torch.bmm(weights[:, None, :taken].to(x.dtype), basis[:, :taken])[:, 0]
     return x + step, absolute, relative, active, used
 
 
