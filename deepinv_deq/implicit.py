@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deepinv_deq.solvers import AffineMap, Solver, SolverStat, State
+from deepinv_deq._states import AffineMap, State
+from deepinv_deq.solvers import Solver, SolverStat
 
 _MODES = ("implicit", "jfb")
 Tensors = tuple[Tensor, ...]

@@ -429,6 +429,15 @@ def test_a_weight_changed_in_place_is_an_error(frozen):
         loss.backward()
 
 
+def test_a_weight_frozen_after_the_forward_pass_changes_nothing():
+    model, physics, _, y = imaging()
+    weight, bias = model.iteration.denoiser.conv.weight, model.iteration.denoiser.conv.bias
+    expected = torch.autograd.grad(sup_loss(model, y, physics), bias)
+    loss = sup_loss(model, y, physics)
+    weight.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(loss, bias), expected)
+
+
 def test_a_map_bound_without_gradients_is_not_trained_through_in_silence():
     model, physics, _, y = imaging()
     with torch.no_grad():

@@ -14,7 +14,8 @@ from torchdeq.solver import register_solver
 from torchdeq.solver.anderson import anderson_solver
 
 from deepinv_deq import ConvergenceError, ConvergenceWarning, Solver, SolverStat
-from deepinv_deq.solvers import AffineMap, available_methods
+from deepinv_deq._states import AffineMap
+from deepinv_deq.solvers import available_methods
 from tests.problems import F64, affine, relative_error
 
 OURS = ["anderson", "broyden", "fixed_point_iter", "gmres"]
