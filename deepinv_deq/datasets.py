@@ -14,6 +14,8 @@ from deepinv.utils.phantoms import generate_random_phantom
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+# palette indices and transparency are no grey values
+_PLAIN_MODES = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBX": "RGB", "CMYK": "RGB", "LA": "L", "La": "L"}
 _HOUNSFIELD = (-1000.0, 1000.0)  # air to dense bone: what DICOM slices are clipped to
 
 
@@ -101,9 +103,10 @@ def _read_raster(file: Path) -> Tensor:
     from PIL import Image
 
     with Image.open(file) as image:
-        array = np.asarray(image)
-    image = _to_unit(array, file)
-    return image.mean(dim=2) if image.ndim == 3 else image
+        plain = _PLAIN_MODES.get(image.mode)
+        array = np.asarray(image.convert(plain) if plain else image)
+    values = _to_unit(array, file)
+    return values.mean(dim=2) if values.ndim == 3 else values
 
 
 def _read_dicom(file: Path) -> Tensor:

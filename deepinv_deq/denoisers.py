@@ -39,6 +39,8 @@ class EquilibriumUNet(UNet):
     :param int groups: largest number of groups of a group norm; a scale uses the largest divisor of its channels up to it.
     :param str, torch.device device: where to put the weights.
 
+    The attribute ``settings`` holds these arguments, all but the last two, as a dictionary.
+
     :raises ValueError: for an unknown ``norm``, fewer than two scales, or pretrained weights of another architecture.
     :raises FileNotFoundError: if there are no such pretrained weights.
 
@@ -87,7 +89,7 @@ class EquilibriumUNet(UNet):
         if normalise is not None:
             for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d) and m is not last]:
                 normalise(layer)
-        self._settings = {
+        self.settings = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "channels": tuple(channels),
@@ -95,18 +97,17 @@ class EquilibriumUNet(UNet):
             "groups": groups,
         }
         if weights is not None:
-            try:
-                self.load_state_dict(weights["state_dict"])
-            except RuntimeError as error:
+            if weights["settings"] != self.settings:
                 raise ValueError(
-                    f"The weights {str(pretrained)!r} are of an EquilibriumUNet with {weights['settings']}, not {self._settings}."
-                ) from error
+                    f"The weights {str(pretrained)!r} are of an EquilibriumUNet with {weights['settings']}, not {self.settings}."
+                )
+            self.load_state_dict(weights["state_dict"])
         self.to(device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # PyTorch refuses to pickle parametrized layers; settings and state say all there is to say
         frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
-        return _rebuild, (type(self), self._settings, self.state_dict(), self.training, frozen)
+        return _rebuild, (type(self), self.settings, self.state_dict(), self.training, frozen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EquilibriumUNet:
         twin = type(self).__new__(type(self))

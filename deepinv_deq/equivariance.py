@@ -23,7 +23,7 @@ class _Equivariance(PSNR):
             raise TypeError(f"transform must be a deepinv.transform.Transform, got {type(transform).__name__}.")
         self.transform, self.params = transform, params
 
-    def metric(
+    def forward(
         self,
         x_net: Tensor,
         x: Tensor | None = None,
@@ -32,13 +32,14 @@ class _Equivariance(PSNR):
         model: Callable[..., Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        r"""Compute the measure.
+        r"""Compute the measure. Options such as ``complex_abs`` apply to the two images that are compared.
 
         :param torch.Tensor x_net: reconstruction, used for its batch size only.
         :param torch.Tensor, None x: ground truth, of shape ``(B, C, H, W)``.
         :param torch.Tensor, None y: not used, the measurement is :math:`A x`.
         :param deepinv.physics.Physics physics: forward operator.
         :param torch.nn.Module model: reconstruction model.
+        :param kwargs: ignored.
         :return: PSNR in dB, of shape ``(B,)``; NaN where there is no ground truth, as deepinv's metrics do.
         :raises ValueError: without ``physics`` or ``model``.
         """
@@ -51,7 +52,7 @@ class _Equivariance(PSNR):
         with torch.no_grad():
             turned_after = self.transform.transform(system(x), **params)
             turned_before = system(self.transform.transform(x, **params))
-        return super().metric(turned_before, turned_after)
+        return super().forward(turned_before, turned_after)
 
     def system(self, physics: Physics, model: Any) -> Callable[[Tensor], Tensor] | None:
         r"""The map whose equivariance is measured."""

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deepinv_deq.solvers import AffineMap, Solver, SolverStat, State
+from deepinv_deq._states import AffineMap, State
+from deepinv_deq.solvers import Solver, SolverStat
 
 _MODES = ("implicit", "jfb")
 Tensors = tuple[Tensor, ...]
@@ -121,8 +122,7 @@ class ModularIDHook:
 
         :return: the solution :math:`b`, and :math:`b \, \partial F / \partial` ``inputs``.
         """
-        # a NaN loss must give NaN gradients, as everywhere in PyTorch (GradScaler relies on it)
-        if self.mode == "jfb" or not all(bool(torch.isfinite(t).all()) for t in g):
+        if self.mode == "jfb":
             return g, _vjp(image, inputs, g)
         adjoint = AffineMap(lambda b: _state(_vjp(image, x, _as_tuple(b), keep=True), single), _state(g, single))
         b, self.stat = self.solver(adjoint, _state(tuple(torch.zeros_like(t) for t in g), single))
@@ -130,6 +130,7 @@ class ModularIDHook:
         # the last product also gives b dF/dx: the true residual of the adjoint equation, for next to nothing
         (*products,) = _vjp(image, (*x, *inputs), b)
         measured = tuple(p + t for p, t in zip(products[: len(x)], g, strict=True))
+        # a NaN cotangent has given NaN, as everywhere in PyTorch (GradScaler relies on it): nothing to verify there
         self.solver.verify(_state(b, single), _state(measured, single), self.stat)
         return b, tuple(products[len(x) :])
 
@@ -152,7 +153,7 @@ class _FixedPoint(torch.autograd.Function):
             image = _as_tuple(ctx.f.rebind(inputs)(_state(x, ctx.single)))
         _refuse_hidden_leaves(image, tensors)
         _, grads = ctx.hook._pull_back(image, x, inputs, g, ctx.single)
-        return (None,) * (4 + ctx.n) + _refuse_second_order(grads, g)
+        return (None,) * (4 + ctx.n) + _refuse_second_order(grads, (*g, *ctx.saved_tensors))
 
 
 class _Adjoint(torch.autograd.Function):
@@ -164,18 +165,19 @@ class _Adjoint(torch.autograd.Function):
     ) -> Tensors:
         ctx.hook, ctx.f, ctx.single, ctx.n = hook, f, single, n
         ctx.autocast = _autocast_settings(tensors[0].device.type)
-        ctx.save_for_backward(*tensors[:n])
+        ctx.save_for_backward(*tensors)
         return tuple(x.clone() for x in tensors[:n])
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
+        outer = (*g, *ctx.saved_tensors)
         if ctx.hook.mode == "jfb":
-            return (None,) * (4 + ctx.n) + g
-        x = tuple(t.detach().requires_grad_() for t in ctx.saved_tensors)
+            return (None,) * (4 + ctx.n) + _refuse_second_order(g, outer)
+        x = tuple(t.detach().requires_grad_() for t in ctx.saved_tensors[: ctx.n])
         with _autocast(ctx.autocast), torch.enable_grad():
             image = _as_tuple(ctx.f(_state(x, ctx.single)))
         b, _ = ctx.hook._pull_back(image, x, (), g, ctx.single)
-        return (None,) * (4 + ctx.n) + _refuse_second_order(b, g)
+        return (None,) * (4 + ctx.n) + _refuse_second_order(b, outer)
 
 
 class _SecondOrder(torch.autograd.Function):
@@ -193,10 +195,11 @@ class _SecondOrder(torch.autograd.Function):
         )
 
 
-def _refuse_second_order(grads: Tensors, g: Tensors) -> tuple[Any, ...]:
+def _refuse_second_order(grads: Tensors, outer: Tensors) -> tuple[Any, ...]:
+    r"""Tie gradients to all they depend on (``outer``: cotangents and inputs) by an error."""
     if not torch.is_grad_enabled():  # it is enabled in a backward pass under create_graph=True only
         return tuple(grads)
-    return tuple(_SecondOrder.apply(len(grads), *grads, *g)) if grads else ()
+    return tuple(_SecondOrder.apply(len(grads), *grads, *outer)) if grads else ()
 
 
 def _refuse_hidden_leaves(image: Tensors, known: Tensors) -> None:

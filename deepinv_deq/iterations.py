@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from deepinv.models import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from deepinv_deq.solvers import State
+from deepinv_deq._binding import BoundIteration
+from deepinv_deq._states import State
 
 
 class FixedPointIteration(nn.Module):
@@ -86,7 +84,10 @@ class FixedPointIteration(nn.Module):
         else:
             self.register_buffer("stepsize", eta)
         self.register_buffer("data_weight", torch.tensor(float(data_weight)))
-        self.sigma = sigma
+        if isinstance(sigma, Tensor) and not isinstance(sigma, nn.Parameter):
+            self.register_buffer("sigma", sigma)
+        else:
+            self.sigma = sigma
         self._takes_sigma = _takes_sigma(denoiser, sigma)
         self._fits: set[tuple[Any, ...]] = set()
         self._warned_stochastic = False
@@ -139,13 +140,13 @@ class FixedPointIteration(nn.Module):
         self._warn_if_stochastic()
         try:
             constants = self.constants(y, physics)
-            self._check_fit(y, physics, constants)
+            self._check_fit(y, physics)
         except (RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
             raise ValueError(
                 f"Measurements of shape {_shape(y)} do not fit {type(physics).__name__}: {error}. Check that y comes "
                 "from this physics, at its image size, angles, coils or mask, and is on its device."
             ) from error
-        return BoundIteration(self, physics, constants)
+        return BoundIteration(self, physics, constants, y)
 
     def denoise(self, x: Tensor) -> Tensor:
         r"""Apply :math:`D_\theta`, with the noise level if it wants one.
@@ -153,7 +154,7 @@ class FixedPointIteration(nn.Module):
         :param torch.Tensor x: image of shape ``(B, C, H, W)``.
         :return: image of the same shape.
         """
-        return self.denoiser(x, self.sigma) if self._takes_sigma else self.denoiser(x)
+        return self.denoiser(x, sigma=self.sigma) if self._takes_sigma else self.denoiser(x)
 
     def data_gradient(self, x: Tensor, physics: Physics, aty: Tensor) -> Tensor:
         r""":math:`\nabla \ell_{MC}(x) = \lambda A^\top (A x - y)` (eq. 6), with :math:`A^\top y` given.
@@ -173,14 +174,17 @@ class FixedPointIteration(nn.Module):
         """
         return 1.0 / (float(self.data_weight) * sqnorm)
 
-    def _check_fit(self, y: Any, physics: Physics, constants: tuple[Tensor, ...]) -> None:
-        key = (type(physics).__name__, _shape(y), tuple(_shape(c) for c in constants))
-        if key in self._fits or not constants:
+    def _check_fit(self, y: Any, physics: Physics) -> None:
+        key = (id(physics), _shape(y))
+        if key in self._fits:
             return
         with torch.no_grad():  # one evaluation of A, once per shape: some operators broadcast a wrong y in silence
-            expected = _shape(physics.A(constants[0]))
+            image = physics.A_adjoint(y)
+            expected = _shape(physics.A(image))
         if expected != _shape(y):
-            raise RuntimeError(f"A maps images of shape {_shape(constants[0])} to measurements of shape {expected}")
+            raise RuntimeError(f"A maps images of shape {_shape(image)} to measurements of shape {expected}")
+        if len(self._fits) >= 64:  # physics that are made anew for every batch must not pile up here
+            self._fits.clear()
         self._fits.add(key)
 
     def _warn_if_stochastic(self) -> None:
@@ -268,163 +272,6 @@ class DEGrad(FixedPointIteration):
         :return: :math:`\eta`.
         """
         return 1.0 / (float(self.data_weight) * sqnorm + 1.0)
-
-
-class BoundIteration:
-    r"""The map :math:`x \mapsto F_\theta(x; y)` of one measurement: what a solver iterates and a hook differentiates.
-
-    It is made by :meth:`FixedPointIteration.bind`, and keeps the tensors that it found there: a later
-    ``physics.update(...)`` or optimiser step does not change what :meth:`rebind` evaluates.
-
-    :param FixedPointIteration iteration: the template.
-    :param deepinv.physics.Physics physics: forward operator.
-    :param tuple[torch.Tensor, ...] constants: what the template computes once per solve.
-    """
-
-    def __init__(self, iteration: FixedPointIteration, physics: Physics, constants: tuple[Tensor, ...]):
-        self._iteration, self._physics, self._constants = iteration, physics, constants
-        self._weights = _normalised_weights(iteration, physics)
-        self._slots = _slots(iteration, physics) if torch.is_grad_enabled() else []
-        self._versions = [(t, t._version) for t in (s.get() for s in _slots(physics)) if not t.is_inference()]
-
-    def __call__(self, x: State) -> State:
-        r"""Evaluate the map.
-
-        :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
-        :return: its image, of the same shape.
-        """
-        with _cached(self._weights):
-            return self._iteration(x, self._physics, *self._constants)
-
-    @property
-    def _tensors(self) -> list[Tensor]:
-        return [*self._constants, *self._weights.values(), *(slot.value for slot in self._slots)]
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        r"""Every tensor that requires a gradient and on which the map depends: constants, weights, physics parameters."""
-        return tuple(t for t in self._tensors if t.requires_grad)
-
-    def rebind(self, inputs: Sequence[Tensor]) -> Any:
-        r"""The same map, of the physics as it was when it was bound, with other tensors in the place of ``inputs``.
-
-        :param Sequence[torch.Tensor] inputs: one tensor for each of :attr:`inputs`.
-        :return: a callable.
-        :raises RuntimeError: if a tensor of the physics was changed in place since.
-        """
-        if any(t._version != version for t, version in self._versions):
-            raise RuntimeError(
-                "A tensor of the physics was changed in place between forward and backward, so the gradient would be "
-                "that of another operator. Replace the tensor instead (physics.update(...) does)."
-            )
-        given = iter(inputs)
-        tensors = [next(given) if t.requires_grad else t for t in self._tensors]
-        n, m = len(self._constants), len(self._weights)
-        constants, weights = tensors[:n], dict(zip(self._weights, tensors[n : n + m], strict=True))
-
-        def evaluate(x: State) -> State:
-            with _installed(self._slots, tensors[n + m :]), _cached(weights):
-                return self._iteration(x, self._physics, *constants)
-
-        return evaluate
-
-    def diagnose(self) -> str:
-        r"""Why a solve of this map may have failed: compares the stepsize with the norm of the operator.
-
-        :return: a sentence with the stepsize that would do, or an empty string.
-        """
-        eta, image = float(self._iteration.stepsize), self._constants[0] if self._constants else None
-        if not isinstance(self._physics, LinearPhysics) or image is None:
-            return ""
-        with torch.no_grad():
-            sqnorm = float(self._physics.compute_sqnorm(torch.randn_like(image[:1]), verbose=False))
-        safe = self._iteration.safe_stepsize(sqnorm)
-        if eta < 2 * safe:
-            return ""
-        return (
-            f"The stepsize {eta:.3g} diverges for this operator, whose squared norm is {sqnorm:.3g} "
-            f"(physics.compute_sqnorm): use stepsize={safe:.2g}."
-        )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Where the tensors of modules live, so that a map can be evaluated with others in their place
-
-
-class _Slot:
-    r"""A place where a module keeps a tensor: a parameter, a buffer, or a plain attribute."""
-
-    def __init__(self, store: dict[str, Any], name: str):
-        self.store, self.name, self.value = store, name, store[name]
-
-    def get(self) -> Tensor:
-        return self.store[self.name]
-
-    def set(self, value: Tensor) -> None:
-        self.store[self.name] = value
-
-
-def _modules(*roots: nn.Module) -> Iterator[nn.Module]:
-    r"""Submodules, without those that only compute a parametrized weight: the weight itself is cached instead."""
-    seen: set[int] = set()
-    queue = [root for root in roots if isinstance(root, nn.Module)]
-    while queue:
-        module = queue.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield module
-        queue.extend(
-            child for name, child in module._modules.items() if child is not None and name != "parametrizations"
-        )
-
-
-def _slots(*roots: nn.Module) -> list[_Slot]:
-    return [
-        _Slot(store, name)
-        for module in _modules(*roots)
-        for store in (module._parameters, module._buffers, module.__dict__)
-        for name, value in store.items()
-        if isinstance(value, Tensor)
-    ]
-
-
-@contextmanager
-def _installed(slots: Sequence[_Slot], values: Sequence[Tensor]) -> Iterator[None]:
-    previous = [slot.get() for slot in slots]
-    try:
-        for slot, value in zip(slots, values, strict=True):
-            slot.set(value)
-        yield
-    finally:
-        for slot, value in zip(slots, previous, strict=True):
-            slot.set(value)
-
-
-def _normalised_weights(*roots: nn.Module) -> dict[tuple[int, str], Tensor]:
-    r"""All parametrized tensors, each computed once: in training mode, spectral norm changes with every access."""
-    return {
-        (id(module), name): getattr(module, name)
-        for module in _modules(*roots)
-        if parametrize.is_parametrized(module)
-        for name in cast(nn.ModuleDict, module.parametrizations)
-    }
-
-
-@contextmanager
-def _cached(weights: dict[tuple[int, str], Tensor]) -> Iterator[None]:
-    r"""Use these tensors as the values of parametrized weights, through PyTorch's own cache of them."""
-    if not weights:
-        yield
-        return
-    with parametrize.cached():
-        outer = dict(parametrize._cache)
-        parametrize._cache.update(weights)
-        try:
-            yield
-        finally:
-            parametrize._cache.clear()
-            parametrize._cache.update(outer)
 
 
 def _shape(y: Any) -> Any:

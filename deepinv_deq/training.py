@@ -40,8 +40,9 @@ class ResumableTrainer(Trainer):
         :param bool train: whether the model is about to be trained.
         """
         given = getattr(self, "ckpt_pretrained", None)
+        self._resumed_from: str | Path | None = None
         if train and self.resume and self.save_path and given is None:
-            self.ckpt_pretrained = latest_checkpoint(self.save_path)
+            self.ckpt_pretrained = self._resumed_from = latest_checkpoint(self.save_path)
         super().setup_train(train=train, **kwargs)
 
     def save_model(self, filename: str | Path, epoch: int, state: dict[str, Any] | None = None) -> None:
@@ -58,7 +59,7 @@ class ResumableTrainer(Trainer):
         os.replace(Path(self.save_path) / f"{filename}.part", Path(self.save_path) / filename)
 
     def load_model(self, ckpt_pretrained: str | Path | None = None, strict: bool = True) -> dict[str, Any] | None:
-        r"""Load a checkpoint with its random generators and histories.
+        r"""Load a checkpoint; where a run is resumed from it, its random generators and histories too.
 
         :param str, None ckpt_pretrained: checkpoint; default the one given to the constructor or found by ``resume``.
         :param bool strict: whether the weights must match exactly.
@@ -66,23 +67,26 @@ class ResumableTrainer(Trainer):
         :raises ValueError: if the checkpoint is of a run with another ``config``; nothing is loaded then.
         """
         path = ckpt_pretrained or self.ckpt_pretrained
-        if path is not None:
+        resumed = path == self._resumed_from
+        if path is not None and resumed:
             found = torch.load(path, map_location="cpu", weights_only=False).get("config", {})
             differing = {k: (found[k], v) for k, v in self.config.items() if k in found and found[k] != v}
             if differing:
                 listed = ", ".join(f"{k} was {old}, is {new}" for k, (old, new) in differing.items())
                 raise ValueError(f"{path} is of another run ({listed}). Use the same settings or another save_path.")
         checkpoint = super().load_model(ckpt_pretrained, strict)
-        if checkpoint is not None and "rng" in checkpoint:
+        if resumed and checkpoint is not None:
             self._set_rng_state(checkpoint["rng"])
             self.loss_history |= checkpoint["loss"]
+            self.train_metrics_history |= checkpoint["train_metrics"]
+            self.eval_loss_history |= checkpoint["eval_loss"]
             self.eval_metrics_history |= checkpoint["eval_metrics"]
         return checkpoint
 
     def _generators(self) -> Iterator[torch.Generator]:
         r"""Every private generator of the run, in an order that depends on its structure only."""
         owners: list[Any] = []
-        for root in (*self.losses, *self.physics, self.model):
+        for root in (*self.losses, *self.physics, *(self.physics_generator or ()), self.model):
             owners += list(root.modules()) if isinstance(root, torch.nn.Module) else [root]
         for loader in self.train_dataloader:
             owners += [loader, getattr(loader, "sampler", None)]
@@ -122,7 +126,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     :return: path of the checkpoint with the largest epoch, or ``None``.
     """
     found: list[tuple[int, float, str]] = []
-    for path in Path(folder).rglob("ckp_*.pth.tar"):
+    for path in Path(folder).rglob("ckp_[0-9]*.pth.tar"):  # not ckp_best, written before the epoch's scheduler step
         try:
             found.append(
                 (torch.load(path, map_location="cpu", weights_only=False)["epoch"], path.stat().st_mtime, str(path))

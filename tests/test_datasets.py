@@ -59,6 +59,12 @@ def test_colours_are_averaged(tmp_path):
     torch.testing.assert_close(load_images(tmp_path), torch.full((1, 1, 4, 4), 1 / 3))
 
 
+@pytest.mark.parametrize("mode", ["P", "LA", "RGBA"])
+def test_palettes_and_transparency_are_not_grey_values(tmp_path, mode):
+    Image.fromarray(np.full((4, 4), 100, np.uint8)).convert("RGB").convert(mode).save(tmp_path / "a.png")
+    torch.testing.assert_close(load_images(tmp_path), torch.full((1, 1, 4, 4), 100 / 255), atol=2e-2, rtol=0)
+
+
 def test_dicom_folder(tmp_path):
     pytest.importorskip("pydicom")
     write_dicom(tmp_path / "a.dcm", np.array([[-1024, -1000], [0, 3000]]))

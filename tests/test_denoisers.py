@@ -81,7 +81,7 @@ def test_pretrained_weights_denoise():
     x = torch.nn.functional.interpolate(torch.rand(4, 1, 6, 6, generator=rng), size=48, mode="bicubic").clamp(0, 1)
     y = x + 0.1 * torch.randn(x.shape, generator=rng)
     with torch.no_grad():
-        assert (net(y) - x).square().mean() < 0.1 * (y - x).square().mean()  # 10 dB on smooth images
+        assert (net(y) - x).square().mean() < 0.2 * (y - x).square().mean()  # 7 dB on smooth images
     twin = pickle.loads(pickle.dumps(net))
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), net.parameters(), strict=True))
 
@@ -95,5 +95,7 @@ def test_bad_settings():
         EquilibriumUNet(pretrained="colour")
     with pytest.raises(ValueError, match="'channels': .16, 32, 64.*not .*'channels': .4, 8"):
         EquilibriumUNet(channels=(4, 8), pretrained="gray")
+    with pytest.raises(ValueError, match="'groups': 8.*not .*'groups': 1"):
+        EquilibriumUNet(pretrained="gray", groups=1)
     with pytest.raises(ValueError, match="at least one feature map"):
         EquilibriumUNet(channels=(8, 0))

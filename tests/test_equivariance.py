@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from deepinv.loss.metric import PSNR
-from deepinv.physics import Denoising, Inpainting
+from deepinv.physics import MRI, Denoising, Inpainting
 from deepinv.transform import Rotate, Shift
 from torch import nn
 
@@ -68,6 +68,15 @@ def test_other_transforms_use_one_element_for_both_sides():
     ramp = Shade(8).ramp[None, None]
     value = fixed(x, x, physics=physics, model=lambda y, physics: y + ramp)
     torch.testing.assert_close(value, PSNR()(torch.rot90(ramp, 2, (-2, -1)), ramp).expand(2))
+
+
+def test_magnitudes_of_two_channels_are_compared_after_the_physics():
+    x = torch.rand(2, 2, 8, 8)
+    mask = torch.ones(1, 2, 8, 8)
+    physics = MRI(mask=mask, img_size=(2, 8, 8))
+    flip = lambda y, physics: physics.A_adjoint(y) * torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1)  # noqa: E731
+    value = PipelineEquivariance(complex_abs=True)(x, x, physics=physics, model=flip)
+    assert torch.allclose(value, torch.full((2,), CEILING), atol=1.0)
 
 
 def test_the_default_is_90_degrees_counterclockwise():

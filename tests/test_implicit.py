@@ -169,8 +169,21 @@ def test_zero_and_nan_cotangents():
     x_hat = model(y, physics)
     zero = torch.autograd.grad(x_hat, list(model.parameters()), torch.zeros_like(x_hat), retain_graph=True)
     assert all((g == 0).all() for g in zero)
-    nan = torch.autograd.grad(x_hat, list(model.parameters()), torch.full_like(x_hat, torch.nan))
-    assert any(g.isnan().any() for g in nan)
+    with pytest.warns(ConvergenceWarning, match="the cotangent"):
+        nan = torch.autograd.grad(x_hat, list(model.parameters()), torch.full_like(x_hat, torch.nan))
+    assert any(g.isnan().any() for g in nan) and not model.hook.stat.converged.any()
+
+
+def test_a_nan_cotangent_of_one_sample_leaves_the_others_exact():
+    model, physics, _, y = imaging()
+    y.requires_grad_()
+    model.hook.solver = Solver("gmres", tol=1e-13, max_iter=200, on_failure="ignore")
+    x_hat, g = model(y, physics), torch.ones(2, 1, 4, 4, dtype=F64)
+    (expected,) = torch.autograd.grad(x_hat, y, g, retain_graph=True)
+    g[1, 0, 0, 0] = torch.inf
+    (got,) = torch.autograd.grad(x_hat, y, g)
+    torch.testing.assert_close(got[0], expected[0])
+    assert not got[1].isfinite().any()
 
 
 # Contract 3: repeatable --------------------------------------------------------------------------------------------
@@ -356,13 +369,15 @@ def test_a_map_that_couples_the_batch_is_found_out():
 
 
 @pytest.mark.parametrize("bare", [False, True])
-def test_second_order_gradients_are_refused(bare):
-    model, physics, _, y = imaging()
+@pytest.mark.parametrize("mode", ["implicit", "jfb"])
+@pytest.mark.parametrize("loss", [torch.sum, lambda x: x.pow(2).sum()])  # with a constant cotangent too
+def test_second_order_gradients_are_refused(bare, mode, loss):
+    model, physics, _, y = imaging(mode=mode)
     y.requires_grad_()
     f = model.iteration.bind(y, physics)
     x_star, _ = model.solver(f, model.iteration.init(y, physics))
     x_hat = model.hook((lambda x: f(x)) if bare else f, x_star)
-    (grad,) = torch.autograd.grad(x_hat.pow(2).sum(), y, create_graph=True)
+    (grad,) = torch.autograd.grad(loss(x_hat), y, create_graph=True)
     with pytest.raises(RuntimeError, match="Second-order"):
         grad.pow(2).sum().backward()
 
@@ -401,6 +416,36 @@ def test_gradient_is_of_the_physics_at_forward_time():
     assert torch.equal(physics.matrix, other)
     assert relative_error(gradients(loss, model, []), expected) <= 1e-12
     assert torch.equal(physics.matrix, other)  # and the user's physics is as they left it
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_weight_changed_in_place_is_an_error(frozen):
+    model, physics, _, y = imaging()
+    weight = model.iteration.denoiser.conv.weight.requires_grad_(not frozen)
+    loss = sup_loss(model, y.requires_grad_(), physics)
+    with torch.no_grad():
+        weight.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation|changed in place"):
+        loss.backward()
+
+
+def test_a_weight_frozen_after_the_forward_pass_changes_nothing():
+    model, physics, _, y = imaging()
+    weight, bias = model.iteration.denoiser.conv.weight, model.iteration.denoiser.conv.bias
+    expected = torch.autograd.grad(sup_loss(model, y, physics), bias)
+    loss = sup_loss(model, y, physics)
+    weight.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(loss, bias), expected)
+
+
+def test_a_map_bound_without_gradients_is_not_trained_through_in_silence():
+    model, physics, _, y = imaging()
+    with torch.no_grad():
+        f = model.iteration.bind(y, physics)
+        x_star, _ = model.solver(f, model.iteration.init(y, physics))
+        assert model.hook(f, x_star) is x_star
+    with pytest.raises(RuntimeError, match="bound under torch.no_grad"):
+        model.hook(f, x_star)
 
 
 def test_a_physics_changed_in_place_is_an_error():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from deepinv.models import DnCNN
-from deepinv.physics import Inpainting, LinearPhysics, Physics, Tomography
+from deepinv.physics import MRI, Inpainting, LinearPhysics, Physics, Tomography
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -183,6 +183,47 @@ def test_a_stepsize_that_diverges_is_explained(template, remedy):
     model = DEQReconstructor(template(nn.Identity(), stepsize=1.0), solver=Solver("fixed_point_iter", max_iter=30))
     with pytest.warns(ConvergenceWarning, match=f"diverges for this operator, whose squared norm is 4 .*{remedy}"):
         model(torch.rand(2, 16), physics)
+
+
+def test_the_diagnosis_leaves_the_random_generators_alone_and_never_crashes():
+    physics = MatrixPhysics(2 * torch.eye(16), 4)
+    model = DEQReconstructor(DEProx(nn.Identity()), solver=Solver("fixed_point_iter", max_iter=3))
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    with pytest.warns(ConvergenceWarning, match="diverges"):
+        model(torch.ones(2, 16), physics)
+    assert torch.rand(1) == expected
+    mask = (torch.rand(3, 2, 8, 8) > 0.5).float()  # one mask per sample, as deepinv's generators make them
+    mri = MRI(mask=mask, img_size=(2, 8, 8))
+    model = DEQReconstructor(DEProx(nn.Identity(), stepsize=3.0), solver=Solver("fixed_point_iter", max_iter=3))
+    with pytest.warns(ConvergenceWarning, match="use stepsize=1"):
+        model(mri.A(torch.rand(3, 2, 8, 8)), mri, init=torch.ones(3, 2, 8, 8))
+
+
+def test_templates_may_precompute_what_they_like():
+    class Late(DEProx):
+        def constants(self, y, physics):
+            return (y,)
+
+        def forward(self, x, physics, y):
+            return super().forward(x, physics, physics.A_adjoint(y))
+
+    model, physics, x, y = imaging()
+    late = Late(model.iteration.denoiser, stepsize=0.5).double()
+    torch.testing.assert_close(late.bind(y, physics)(x), model.iteration.bind(y, physics)(x))
+
+
+def test_sigma_by_name_and_as_a_buffer():
+    class Masked(nn.Module):
+        def forward(self, x, mask=None, sigma=None):
+            assert mask is None
+            return x * sigma
+
+    x, physics = torch.ones(1, 1, 4, 4), Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
+    iteration = DEProx(Masked(), sigma=torch.tensor(0.5)).double()
+    assert iteration.sigma.dtype == F64 and "sigma" in iteration.state_dict()
+    torch.testing.assert_close(iteration.bind(x, physics)(x), 0.5 * x, check_dtype=False)
 
 
 def test_a_failure_that_is_not_the_stepsizes_is_not_blamed_on_it():

@@ -72,6 +72,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert torch.equal(weights(whole.model), weights(fresh.model))
 
 
+def test_only_a_resumed_run_takes_over_the_generators(tmp_path):
+    trainer(tmp_path / "a", 3).train()
+    tuned = trainer(tmp_path / "b", 4, ckpt_pretrained=latest_checkpoint(tmp_path / "a"))
+    tuned.losses = [dinv.loss.MCLoss()]  # fewer generators than the checkpoint has
+    tuned.train()
+    assert len(tuned.loss_history["MCLoss"]) == 1
+
+
+def test_the_best_model_is_not_what_a_run_resumes_from(tmp_path):
+    run = trainer(tmp_path, 2)
+    run.train()
+    newest = Path(latest_checkpoint(tmp_path))
+    newest.rename(newest.with_name("ckp_best.pth.tar"))
+    assert latest_checkpoint(tmp_path) != str(newest.with_name("ckp_best.pth.tar"))
+
+
 def test_checkpoints_are_plain_and_atomic(tmp_path, monkeypatch):
     run = trainer(tmp_path, 2)
     run.train()

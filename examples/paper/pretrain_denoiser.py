@@ -96,6 +96,5 @@ with torch.no_grad():
         psnr = [-10 * torch.log10((z - test).square().mean()).item() for z in (test + noise, model(test + noise))]
         print(f"sigma {args.sigma * sigma:.3f}: noisy {psnr[0]:.2f} dB, denoised {psnr[1]:.2f} dB")
 Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-settings = {"in_channels": 1, "channels": tuple(args.channels), "norm": args.norm}
-torch.save({"settings": settings, "state_dict": model.state_dict()}, args.out)
+torch.save({"settings": model.settings, "state_dict": model.state_dict()}, args.out)
 print(f"{args.out}: {Path(args.out).stat().st_size / 1024:.0f} KiB after {time.time() - start:.0f} s")

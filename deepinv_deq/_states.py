@@ -1,0 +1,135 @@
+r"""States of any shape as one real ``(B, N)`` matrix, and the little algebra that every method shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    r"""The map :math:`b \mapsto \ell(b) + c`, which lets a Krylov method use its two parts.
+
+    :param Callable linear: the linear part :math:`\ell`.
+    :param torch.Tensor, tuple[torch.Tensor, ...] offset: the constant :math:`c`, of the shape of the state.
+    """
+
+    linear: Callable[[Any], Any]
+    offset: Any
+
+    def __call__(self, b: Any) -> Any:
+        r"""Evaluate the map.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] b: a state.
+        :return: :math:`\ell(b) + c`.
+        """
+        out = self.linear(b)
+        if isinstance(out, tuple):
+            return tuple(o + c for o, c in zip(out, self.offset, strict=True))
+        return out + self.offset
+
+
+class Counted:
+    r"""A map that counts its evaluations; ``tau`` is how TorchDEQ's own plain iteration damps."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor]):
+        self._f, self._count = f, [0]
+        if isinstance(f, AffineMap):
+            # no method of self: the cycle would keep the graph that f holds alive until the garbage collector comes
+            self.offset, self.linear = f.offset, _counting(f.linear, self._count)
+
+    @property
+    def evaluations(self) -> int:
+        return self._count[0]
+
+    def __call__(self, x: Tensor, tau: float = 1.0) -> Tensor:
+        fx = _counting(self._f, self._count)(x)
+        return fx if tau == 1.0 else tau * fx + (1 - tau) * x
+
+
+def _counting(f: Callable[[Tensor], Tensor], count: list[int]) -> Callable[[Tensor], Tensor]:
+    def counted(x: Tensor) -> Tensor:
+        count[0] += 1
+        return f(x)
+
+    return counted
+
+
+class Layout:
+    r"""How a state (a tensor or a tuple of tensors, real or complex) lies in one real ``(B, N)`` matrix."""
+
+    def __init__(self, state: State, batched: bool):
+        self.single = isinstance(state, Tensor)
+        tensors = (state,) if self.single else tuple(state)
+        if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+            raise ValueError(f"A state must be a tensor or a non-empty tuple of tensors, got {type(state).__name__}.")
+        self.like = tensors
+        joint = not batched or all(t.ndim <= 1 for t in tensors)
+        self.batch = 1 if joint else tensors[0].shape[:1].numel()
+        if not joint and any(t.shape[:1] != tensors[0].shape[:1] for t in tensors):
+            raise ValueError(
+                "All tensors of a state must have the same batch size in dimension 0, got shapes "
+                f"{[tuple(t.shape) for t in tensors]}. Use Solver(..., batched=False) for one joint sample."
+            )
+        # real numbers per sample; told explicitly, because an empty batch gives reshape(-1) nothing to infer them from
+        self.sizes = [(t.shape if joint else t.shape[1:]).numel() * (2 if t.is_complex() else 1) for t in tensors]
+        # half precision is for the map; the solver's own sums are in single precision at least
+        real = [t.real.dtype if t.is_complex() else t.dtype for t in tensors]
+        self.dtype = torch.float32
+        for dtype in real:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+
+    def pack(self, state: State) -> Tensor:
+        tensors = (state,) if isinstance(state, Tensor) else tuple(state)
+        if [t.shape for t in tensors] != [t.shape for t in self.like]:
+            raise ValueError(
+                f"The map must return the shape it is given: {[tuple(t.shape) for t in self.like]} became "
+                f"{[tuple(t.shape) for t in tensors]}."
+            )
+        reals = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        rows = [t.reshape(self.batch, size) for t, size in zip(reals, self.sizes, strict=True)]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).to(self.dtype)
+
+    def unpack(self, flat: Tensor) -> State:
+        out, start = [], 0
+        for t, size in zip(self.like, self.sizes, strict=True):
+            rows = flat[:, start : start + size]
+            if t.is_complex():
+                rows = torch.view_as_complex(rows.to(t.real.dtype).reshape(*t.shape, 2).contiguous())
+            out.append(rows.reshape(t.shape).to(t.dtype))
+            start += size
+        return out[0] if self.single else tuple(out)
+
+    def flatten(self, f: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
+        if isinstance(f, AffineMap):
+            return AffineMap(lambda b: self.pack(f.linear(self.unpack(b))), self.pack(f.offset))
+        return lambda x: self.pack(f(self.unpack(x)))
+
+
+def norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1)
+
+
+def residuals(x: Tensor, fx: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Absolute and relative residual per sample; Inf where they are not finite, 0 where f(x) = x = 0."""
+    absolute, scale = norms(fx - x), norms(fx)
+    relative = torch.where(absolute == 0, absolute, absolute / scale)
+    bad = ~(torch.isfinite(absolute) & torch.isfinite(scale))
+    return absolute.masked_fill(bad, torch.inf), relative.masked_fill(bad, torch.inf)
+
+
+def unit_size(c: Tensor) -> Tensor:
+    r"""A power of two of the size of each row, of shape ``(B, 1)``: dividing by it is exact."""
+    size = c.abs().amax(dim=1, keepdim=True) if c.shape[1] else c.new_ones(c.shape[0], 1)
+    exponent = torch.frexp(size).exponent
+    return torch.where((size > 0) & torch.isfinite(size), torch.ldexp(torch.ones_like(size), exponent), 1.0)
+
+
+def where_rows(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(mask[:, None], a, b)
