@@ -167,7 +167,7 @@ def test_the_demo_killed_and_resumed_equals_the_uninterrupted_one(tmp_path):
     assert all(torch.equal(expected[k], v) for k, v in final_weights(tmp_path / "cut").items())
 
     other = demo(*TINY, "--alpha", "3", "--out", tmp_path / "cut", "--resume")
-    assert other.returncode != 0 and "alpha was 0.1, is 3.0" in other.stderr and "Traceback" not in other.stderr
+    assert other.returncode != 0 and "alpha was 100.0, is 3.0" in other.stderr and "Traceback" not in other.stderr
 
 
 @pytest.mark.parametrize("loss,backward", [("sup", "implicit"), ("ei", "jfb")])

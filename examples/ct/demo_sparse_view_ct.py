@@ -48,7 +48,7 @@ parser.add_argument("--views", type=int, default=50, help="number of angles over
 parser.add_argument("--epochs", type=int, default=12)
 parser.add_argument("--batch-size", type=int, default=4)
 parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of Adam, with cosine decay")
-parser.add_argument("--alpha", type=float, default=0.1, help="weight of the equivariance term, eq. 3")
+parser.add_argument("--alpha", type=float, default=100.0, help="weight of the equivariance term, eq. 3")
 parser.add_argument("--loss", choices=["ei", "sup"], default="ei", help="without or with ground truth")
 parser.add_argument("--backward", choices=["implicit", "jfb"], default="implicit")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -84,6 +84,7 @@ x_train, x_test = images[:-n_test], images[-n_test:]
 physics = dinv.physics.Tomography(
     angles=args.views, img_width=args.size, normalize=True, adjoint_via_backprop=True, device=args.device
 )
+sqnorm = float(physics.operator_norm) ** 2
 if torch.device(args.device).type == "cpu":  # the same operator as a sparse matrix, some 20 times faster
     physics = SparseLinearPhysics.from_physics(physics, (1, args.size, args.size))
 
@@ -112,12 +113,16 @@ model = DEQReconstructor(
     hook=ModularIDHook(Solver("gmres", max_iter=50, tol=1e-2), mode=args.backward),
 ).to(args.device)
 
+psnr = dinv.metric.PSNR()
+with torch.no_grad():
+    psnr_untrained = psnr(model.eval()(y_test, physics), x_test)
+
 # %%
 # Training
 # --------
 #
 # Measurement consistency sees what the views see; equivariance to 360 rotations teaches the rest. The paper's weight
-# :math:`\alpha = 100` belongs to an operator that is not normalised: divide it by :math:`\|A\|^2`, some thousands.
+# :math:`\alpha = 100` belongs to measurements that are not normalised, whose squared error is :math:`\|A\|^2` times ours.
 
 rotations = dinv.transform.Rotate(
     limits=360, multiples=1, positive=True, interpolation_mode="bilinear", rng=torch.Generator().manual_seed(args.seed)
@@ -125,7 +130,7 @@ rotations = dinv.transform.Rotate(
 if supervised:
     losses = [dinv.loss.SupLoss()]
 else:
-    losses = [dinv.loss.MCLoss(), dinv.loss.EILoss(rotations, weight=args.alpha)]
+    losses = [dinv.loss.MCLoss(), dinv.loss.EILoss(rotations, weight=args.alpha / sqnorm)]
 
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 trainer = ResumableTrainer(
@@ -158,10 +163,10 @@ seconds = time.time() - start
 # Unseen images
 # -------------
 #
-# Filtered back-projection (FBP) is where the solver starts; the DEQ is where it ends.
+# Filtered back-projection (FBP) is where the solver starts; the DEQ is where it ends. The record also has the PSNR before
+# training, with the denoiser as it was pretrained on natural images.
 
-psnr = dinv.metric.PSNR()
-result = trainer.test(test_loader, compare_no_learning=False)
+trainer.test(test_loader, compare_no_learning=False)
 model.eval()
 with torch.no_grad():
     x_fbp = physics.fbp(y_test)
@@ -198,6 +203,7 @@ record = {
     "images": {"train": len(x_train), "test": len(x_test)},
     "steps": args.epochs * len(train_loader),
     "psnr_fbp": psnr_fbp.tolist(),
+    "psnr_untrained": psnr_untrained.tolist(),
     "psnr_deq": psnr_deq.tolist(),
     "evaluations": model.forward_stat.evaluations,
     "residual": model.forward_stat.residual.max().item(),
