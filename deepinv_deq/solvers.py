@@ -27,8 +27,8 @@ from deepinv_deq._quasi_newton import Anderson, Broyden, iterate
 from deepinv_deq._states import AffineMap, Counted, Layout, residuals, unit_size
 
 _FAILURE = ("warn", "raise", "ignore")
-# TorchDEQ's own method of the same name is wrong, batch-wide or scale-dependent (shared/FACTS.md), so
-# ``Solver("anderson")`` runs ours; TorchDEQ's stays available to everybody else under its plain name.
+# TorchDEQ's methods of the same names stop batch-wide, at absolute tolerances, with a regularisation that depends on the
+# scale: Solver("anderson") runs ours, and TorchDEQ's stay what they are for everybody else.
 _PREFIX = "deepinv_deq."
 _GROWTH = 10.0  # accelerated residuals are not monotone; a step this much worse than the best point was a bad one
 
@@ -193,8 +193,8 @@ class Solver:
             if bool(lost.any()):  # b = l(b) + NaN has the solution NaN: a NaN loss must not look like a finite one
                 x = x.masked_fill(lost, torch.nan)
                 self._judge(stat, stat.residual.masked_fill(lost[:, 0], torch.inf), stat.converged & ~lost[:, 0])
-        self.report(stat, getattr(f, "diagnose", None))
         torch.clear_autocast_cache()  # casts made here carry no graph and must not serve a taped evaluation
+        self.report(stat, getattr(f, "diagnose", None))
         return layout.unpack(x), stat
 
     @torch.no_grad()
