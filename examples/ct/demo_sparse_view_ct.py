@@ -109,7 +109,7 @@ test_loader = DataLoader(test_set, batch_size=args.batch_size)
 data_weight = 50.0
 model = DEQReconstructor(
     DEGrad(EquilibriumUNet(pretrained="gray"), stepsize=1 / (data_weight + 1), data_weight=data_weight),
-    solver=Solver("anderson", max_iter=50, tol=1e-4),
+    solver=Solver("anderson", max_iter=100, tol=1e-4),
     hook=ModularIDHook(Solver("gmres", max_iter=50, tol=1e-2), mode=args.backward),
 ).to(args.device)
 
