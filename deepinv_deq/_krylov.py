@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq._states import norms, residuals, unit_size, where_rows
+from deepinv_deq._states import norms, residuals, result, unit_size, where_rows
 
 
 def gmres(
@@ -47,7 +47,7 @@ def gmres(
     x = x0
     absolute, relative = residuals(x, image)
     floor = torch.finfo(x.dtype).eps * norms(image)  # for a solution at zero, which has no relative accuracy
-    abs_trace, rel_trace = [absolute], [relative]
+    traces = [absolute], [relative]
     active, nstep = torch.isfinite(absolute) & (relative > tol), torch.full_like(absolute, evaluations)
     check = 0 if affine else 1  # nobody says that this map is affine: its true residual is the only one to report
 
@@ -55,7 +55,7 @@ def gmres(
         cycle = min(history or max_iter, max_iter - evaluations - check)
         tried = active
         x, absolute, relative, active, used = _arnoldi_cycle(
-            linear, x, image - x, absolute, relative, active, cycle, tol, floor, (abs_trace, rel_trace)
+            linear, x, image - x, absolute, relative, active, cycle, tol, floor, traces
         )
         evaluations += int(used.max())
         nstep = nstep + used
@@ -66,15 +66,7 @@ def gmres(
         absolute, relative = residuals(x, image)
         active = tried & torch.isfinite(absolute) & (relative > tol) & (absolute > floor)
 
-    info = {
-        "abs_lowest": absolute,
-        "rel_lowest": relative,
-        "abs_trace": torch.stack(abs_trace, dim=1),
-        "rel_trace": torch.stack(rel_trace, dim=1),
-        "nstep": nstep,
-        "converged": (relative <= tol) | (absolute <= floor),
-    }
-    return x, [], info
+    return result(x, absolute, relative, traces, nstep, (relative <= tol) | (absolute <= floor))
 
 
 def _arnoldi_cycle(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq._states import norms, residuals, where_rows
+from deepinv_deq._states import norms, residuals, result, where_rows
 
 
 def iterate(
@@ -37,7 +37,8 @@ def iterate(
     best = x0.new_full((x0.shape[0],), torch.inf)
     best_rel, rejections, nstep = best.clone(), torch.zeros_like(best), torch.zeros_like(best)
     active = torch.ones_like(best, dtype=torch.bool)
-    abs_trace, rel_trace, floor = [], [], torch.zeros_like(best)
+    floor = torch.zeros_like(best)
+    traces: tuple[list[Tensor], list[Tensor]] = [], []
 
     for k in range(1, max_iter + 1):
         fx = func(x)
@@ -51,8 +52,8 @@ def iterate(
         best, best_rel = torch.where(better, absolute, best), torch.where(better, relative, best_rel)
         nstep = torch.where(active, float(k), nstep)
         active = active & ~done & torch.isfinite(best)
-        abs_trace.append(torch.where(active | better, absolute, best))
-        rel_trace.append(torch.where(active | better, relative, best_rel))
+        traces[0].append(torch.where(active | better, absolute, best))
+        traces[1].append(torch.where(active | better, relative, best_rel))
         if k == max_iter or not active.any():
             break
         rejections = torch.where(better, torch.zeros_like(best), rejections + restart)
@@ -61,15 +62,7 @@ def iterate(
         x_next = propose(where_rows(rejected, best_x, x), where_rows(rejected, best_fx, fx), restart)
         x = where_rows(active, where_rows(restart | ~torch.isfinite(x_next).all(dim=1), fallback, x_next), best_x)
 
-    info = {
-        "abs_lowest": best,
-        "rel_lowest": best_rel,
-        "abs_trace": torch.stack(abs_trace, dim=1),
-        "rel_trace": torch.stack(rel_trace, dim=1),
-        "nstep": nstep,
-        "converged": (best_rel <= tol) | (best <= floor),
-    }
-    return best_x, [], info
+    return result(best_x, best, best_rel, traces, nstep, (best_rel <= tol) | (best <= floor))
 
 
 class Anderson:

@@ -112,6 +112,26 @@ class Layout:
         return lambda x: self.pack(f(self.unpack(x)))
 
 
+def result(
+    x: Tensor,
+    absolute: Tensor,
+    relative: Tensor,
+    traces: tuple[list[Tensor], list[Tensor]],
+    nstep: Tensor,
+    converged: Tensor,
+) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+    r"""What a registered method returns, in TorchDEQ's form: the point, no samples, and the keys of its statistic."""
+    info = {
+        "abs_lowest": absolute,
+        "rel_lowest": relative,
+        "abs_trace": torch.stack(traces[0], dim=1),
+        "rel_trace": torch.stack(traces[1], dim=1),
+        "nstep": nstep,
+        "converged": converged,
+    }
+    return x, [], info
+
+
 def norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1)
 

@@ -180,7 +180,7 @@ def _tomography_matrix(physics: Tomography, img_size: tuple[int, ...], m: int) -
     views = len(radon.theta)
     grid = radon.all_grids if radon.parallel_computation else torch.cat(list(radon.all_grids), 2)
     rays, detectors = grid.shape[1], grid.shape[2] // views
-    # the same padding as Radon.forward, found by measuring where the centre of the image goes
+    # the same padding as in deepinv's Radon.forward; whoever calls checks the matrix against the operator
     padded, before = side, 0
     if not radon.circle:
         padded = side + int((torch.tensor(2.0).sqrt() * side - side).ceil())

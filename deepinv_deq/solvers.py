@@ -4,8 +4,8 @@ r"""Fixed-point solvers: ``solver(f, x0) -> (x, stat)``.
 TorchDEQ's registry, runs it without an autograd graph, and says honestly how it went.
 
 To add a method, write one function ``fn(func, x0, *, max_iter, tol, history, damping, **_)`` that maps a ``(B, N)``
-matrix to ``(x, samples, stat)``, and register it with :func:`torchdeq.solver.register_solver`. Methods of the
-quasi-Newton family only need a proposal rule: see :class:`Anderson` and :func:`iterate`.
+matrix to ``(x, samples, stat)`` in this module, and name it in its last lines. Methods of the quasi-Newton family only need
+a proposal rule: see :class:`deepinv_deq._quasi_newton.Anderson`.
 """
 
 from __future__ import annotations

@@ -125,12 +125,12 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     :param str, os.PathLike folder: the ``save_path`` of the run.
     :return: path of the checkpoint with the largest epoch, or ``None``.
     """
-    found: list[tuple[int, float, str]] = []
-    for path in Path(folder).rglob("ckp_[0-9]*.pth.tar"):  # not ckp_best, written before the epoch's scheduler step
+    # not ckp_best, written before the epoch's scheduler step; newest first, so that one file is read, not all of them
+    paths = Path(folder).rglob("ckp_[0-9]*.pth.tar")
+    for path in sorted(paths, key=lambda p: (int(p.name.split(".")[0].removeprefix("ckp_")), p.stat().st_mtime))[::-1]:
         try:
-            found.append(
-                (torch.load(path, map_location="cpu", weights_only=False)["epoch"], path.stat().st_mtime, str(path))
-            )
+            torch.load(path, map_location="cpu", weights_only=False)["epoch"]
+            return str(path)
         except Exception as error:  # a broken file fails in as many ways as there are bytes in it
             warnings.warn(f"Passing over the broken checkpoint {path}: {error}", stacklevel=2)
-    return max(found)[2] if found else None
+    return None
