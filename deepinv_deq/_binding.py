@@ -2,8 +2,10 @@ r"""A template bound to one measurement: every tensor it depends on, and the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +13,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from deepinv_deq._states import State
+from deepinv_deq._states import Rows, State, take
 
 if TYPE_CHECKING:
     from deepinv_deq.iterations import FixedPointIteration
@@ -41,6 +43,8 @@ class BoundIteration:
         self._needs = [
             t.requires_grad for t in self._tensors
         ]  # now: who freezes a weight later does not change the past
+        self._batch, self._rows = len(y if isinstance(y, Tensor) else y[0]), cast(Rows | None, None)
+        self._map = _Map(iteration, physics, constants, self._weights)
 
     def __call__(self, x: State) -> State:
         r"""Evaluate the map.
@@ -48,8 +52,7 @@ class BoundIteration:
         :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
         :return: its image, of the same shape.
         """
-        with _cached(self._weights):
-            return self._iteration(x, self._physics, *self._constants)
+        return self._map(x)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -64,7 +67,7 @@ class BoundIteration:
             )
         return inputs
 
-    def rebind(self, inputs: Sequence[Tensor]) -> Any:
+    def rebind(self, inputs: Sequence[Tensor]) -> Callable[[State], State]:
         r"""The same map, of the physics as it was when it was bound, with other tensors in the place of ``inputs``.
 
         :param Sequence[torch.Tensor] inputs: one tensor for each of :attr:`inputs`.
@@ -80,13 +83,72 @@ class BoundIteration:
         given = iter(inputs)
         tensors = [next(given) if needed else t for t, needed in zip(self._tensors, self._needs, strict=True)]
         n, m = len(self._constants), len(self._weights)
-        constants, weights = tensors[:n], dict(zip(self._weights, tensors[n : n + m], strict=True))
+        weights = dict(zip(self._weights, tensors[n : n + m], strict=True))
+        placed = list(zip(self._slots, tensors[n + m :], strict=True))
+        rebound = _Map(self._iteration, self._physics, tuple(tensors[:n]), weights, placed)
+        return rebound if self._rows is None else rebound.select(self._rows, self._batch, self._of_samples())
 
-        def evaluate(x: State) -> State:
-            with _installed(self._slots, tensors[n + m :]), _cached(weights):
-                return self._iteration(x, self._physics, *constants)
+    def select(self, rows: Rows) -> BoundIteration:
+        r"""The same map of some samples, in a batch of their own; its :attr:`inputs` are those of the whole.
 
-        return evaluate
+        :param torch.Tensor, slice rows: which samples. Ask :meth:`separable` first.
+        :return: a map of states of these samples.
+        """
+        part = copy.copy(self)
+        index = torch.arange(self._batch, device=getattr(rows, "device", "cpu"))
+        part._rows = rows if self._rows is None else index[self._rows][rows]
+        part._map = self._whole().select(part._rows, self._batch, self._of_samples())
+        return part
+
+    def separable(self, x: State, fx: State | None = None) -> bool:
+        r"""Whether :meth:`select` gives what the whole map gives, told by an evaluation for one sample.
+
+        It does not where the denoiser couples the samples, or where the physics keeps something of each sample in another
+        way than in the first dimension of a tensor. The template remembers the verdict on physics and measurements of
+        the same make, so that it costs nothing later.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state of all samples.
+        :param torch.Tensor, tuple[torch.Tensor, ...], None fx: its image, if known; else it is evaluated.
+        :return: the verdict.
+        """
+        known, make = self._iteration._separable, self._make()
+        if make not in known:
+            with torch.no_grad():
+                fx = self(x) if fx is None else fx
+                if not all(bool(torch.isfinite(t).all()) for t in _as_tuple(fx)):
+                    return False  # nothing to compare: another solve may tell
+                if len(known) >= 64:  # physics of ever new shapes must not pile up here
+                    known.clear()
+                known[make] = next((guess for guess in (True, False) if self._agrees(x, fx, guess)), None)
+        return known[make] is not None
+
+    def _agrees(self, x: State, fx: State, of_samples: bool) -> bool:
+        r"""Whether one sample alone has the image that it has in the batch."""
+        row = slice(self._batch // 2, self._batch // 2 + 1)
+        try:
+            image = self._whole().select(row, self._batch, of_samples)(take(x, row))
+        except Exception:  # whatever a physics says about a batch that it does not expect
+            return False
+        pairs = zip(_as_tuple(image), _as_tuple(take(fx, row)), strict=True)
+        return all(a.shape == b.shape and bool((a - b).norm() <= _rounding(a) * b.norm()) for a, b in pairs)
+
+    def _whole(self) -> _Map:
+        return _Map(
+            self._iteration,
+            self._physics,
+            self._constants,
+            self._weights,
+            [(s, s.value) for s in self._slots if s.outer],
+        )
+
+    def _make(self) -> tuple[Any, ...]:
+        r"""All that decides how the map is restricted to samples: everything but the values."""
+        shapes = tuple((slot.name, slot.value.shape) for slot in self._slots if slot.outer)
+        modes = tuple(module.training for module in _modules(self._iteration))
+        return type(self._physics), shapes, tuple(c.shape for c in self._constants), modes
+
+    def _of_samples(self) -> bool:
+        return bool(self._iteration._separable.get(self._make()))
 
     def diagnose(self) -> str:
         r"""Why a solve of this map may have failed: compares the stepsize with the norm of the operator.
@@ -110,15 +172,52 @@ class BoundIteration:
         )
 
 
+@dataclass(frozen=True)
+class _Map:
+    r"""A template with everything it depends on in place."""
+
+    iteration: FixedPointIteration
+    physics: Physics
+    constants: tuple[Tensor, ...]
+    weights: Mapping[tuple[int, str], Tensor]
+    placed: Sequence[tuple[_Slot, Tensor]] = ()  # where a module is to find another tensor than its own
+
+    def __call__(self, x: State) -> State:
+        with _installed(self.placed), _cached(self.weights):
+            return self.iteration(x, self.physics, *self.constants)
+
+    def select(self, rows: Rows, batch: int, of_samples: bool) -> _Map:
+        r"""For some samples: their rows of the constants and, if they are ``of_samples``, of the tensors of the physics and
+        of the template itself, wherever the first dimension is the batch."""
+
+        def pick(t: Tensor) -> Tensor:
+            return t[rows] if t.ndim and len(t) == batch else t
+
+        placed = [(slot, pick(t) if of_samples and slot.outer else t) for slot, t in self.placed]
+        return replace(self, constants=tuple(pick(c) for c in self.constants), placed=placed)
+
+
+def _as_tuple(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def _rounding(t: Tensor) -> float:
+    r"""What evaluations in other batches may differ by: far more than they do, far less than wrong samples would."""
+    device = t.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
+    return torch.finfo(dtype).eps ** 0.5
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Where the tensors of modules live, so that a map can be evaluated with others in their place
 
 
 class _Slot:
-    r"""A place where a module keeps a tensor: a parameter, a buffer, or a plain attribute."""
+    r"""A place where a module keeps a tensor: a parameter, a buffer, or a plain attribute. It is ``outer`` if that module is
+    the template itself or of the physics."""
 
-    def __init__(self, store: dict[str, Any], name: str, guarded: bool):
-        self.store, self.name, self.value, self.guarded = store, name, store[name], guarded
+    def __init__(self, store: dict[str, Any], name: str, guarded: bool, outer: bool):
+        self.store, self.name, self.value, self.guarded, self.outer = store, name, store[name], guarded, outer
 
     def get(self) -> Tensor:
         return self.store[self.name]
@@ -146,8 +245,9 @@ def _slots(root: nn.Module) -> list[_Slot]:
     r"""Where a template or a physics keeps tensors. All are guarded but the statistics that layers may keep: those are theirs
     to change."""
     return [
-        _Slot(store, name, store is module._parameters or module is root or isinstance(root, Physics))
+        _Slot(store, name, guarded=outer or store is module._parameters, outer=outer)
         for module in _modules(root)
+        for outer in [module is root or isinstance(root, Physics)]
         for store in (module._parameters, module._buffers, module.__dict__)
         for name, value in store.items()
         if isinstance(value, Tensor)
@@ -155,14 +255,14 @@ def _slots(root: nn.Module) -> list[_Slot]:
 
 
 @contextmanager
-def _installed(slots: Sequence[_Slot], values: Sequence[Tensor]) -> Iterator[None]:
-    previous = [slot.get() for slot in slots]
+def _installed(placed: Sequence[tuple[_Slot, Tensor]]) -> Iterator[None]:
+    previous = [slot.get() for slot, _ in placed]
     try:
-        for slot, value in zip(slots, values, strict=True):
+        for slot, value in placed:
             slot.set(value)
         yield
     finally:
-        for slot, value in zip(slots, previous, strict=True):
+        for (slot, _), value in zip(placed, previous, strict=True):
             slot.set(value)
 
 
@@ -177,7 +277,7 @@ def _normalised_weights(*roots: nn.Module) -> dict[tuple[int, str], Tensor]:
 
 
 @contextmanager
-def _cached(weights: dict[tuple[int, str], Tensor]) -> Iterator[None]:
+def _cached(weights: Mapping[tuple[int, str], Tensor]) -> Iterator[None]:
     r"""Use these tensors as the values of parametrized weights, through PyTorch's own cache of them."""
     if not weights:
         yield

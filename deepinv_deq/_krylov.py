@@ -18,6 +18,7 @@ def gmres(
     max_iter: int = 50,
     tol: float = 1e-4,
     history: int | None = None,
+    sync_every: int = 1,
     **_: Any,
 ) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
     r"""GMRES (:footcite:t:`saad1986gmres`) for :math:`b = \ell(b) + c`, that is :math:`(I - \ell) b = c`.
@@ -31,6 +32,7 @@ def gmres(
         residual of the answer.
     :param float tol: relative residual :math:`\|\ell(b) + c - b\| / \|\ell(b) + c\|` to reach.
     :param int, None history: number of basis vectors kept before a restart; ``None`` never restarts.
+    :param int sync_every: number of steps after which the host looks whether all samples are done.
     :return: in TorchDEQ's form, the point, an empty list and a dictionary for :class:`SolverStat`.
     """
     affine = hasattr(func, "linear") and hasattr(func, "offset")
@@ -54,10 +56,10 @@ def gmres(
     while bool(active.any()) and evaluations + check < max_iter:
         cycle = min(history or max_iter, max_iter - evaluations - check)
         tried = active
-        x, absolute, relative, active, used = _arnoldi_cycle(
-            linear, x, image - x, absolute, relative, active, cycle, tol, floor, traces
+        x, absolute, relative, active, used, taken = _arnoldi_cycle(
+            linear, x, image - x, absolute, relative, active, cycle, tol, floor, traces, sync_every
         )
-        evaluations += int(used.max())
+        evaluations += taken
         nstep = nstep + used
         if affine and (evaluations >= max_iter or not bool(active.any())):
             break
@@ -80,17 +82,18 @@ def _arnoldi_cycle(
     tol: float,
     floor: Tensor,
     traces: tuple[list[Tensor], list[Tensor]],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sync_every: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     r"""One GMRES cycle from ``x``: at most ``cycle`` products, per sample the least residual over the Krylov space.
 
-    :return: the point, its residuals by the recurrence, which samples want more, and how many products each one took.
+    :return: the point, its residuals by the recurrence, which samples want more, how many products each one used, and how
+        many there were.
     """
     batch, size = x.shape
-    beta = norms(residual).double()
     basis = x.new_zeros(batch, min(cycle, 15) + 1, size)  # grows, since few solves need all of their budget
     basis[:, 0] = where_rows(active, residual / norms(residual)[:, None], torch.zeros_like(x))
     overlap = [(x * basis[:, 0]).sum(dim=1).double()]  # <x, v_j>: with it the norm of the image needs no product
-    hessenberg = x.new_zeros(batch, cycle + 1, cycle, dtype=torch.float64)
+    problem = _LeastSquares(norms(residual).double(), cycle)
     weights, x_norm2 = x.new_zeros(batch, cycle, dtype=torch.float64), norms(x).double() ** 2
     used = torch.zeros_like(absolute)
     for j in range(cycle):
@@ -98,18 +101,18 @@ def _arnoldi_cycle(
         w = basis[:, j] - linear(basis[:, j])
         finite = torch.isfinite(w).all(dim=1)
         w = where_rows(finite & active, w, torch.zeros_like(w))
+        column = []
         for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
             h = torch.bmm(known, w[:, :, None])
-            w = w - torch.bmm(h.transpose(1, 2), known)[:, 0]
-            hessenberg[:, : j + 1, j] += h[..., 0].double()
+            w = torch.baddbmm(w[:, None], h.transpose(1, 2), known, alpha=-1)[:, 0]
+            column.append(h[..., 0].double())
         length = norms(w)
-        hessenberg[:, j + 1, j] = length.double()
         if j + 1 == basis.shape[1]:
             basis = torch.cat([basis, torch.zeros_like(basis)], dim=1)
         basis[:, j + 1] = where_rows(length > 0, w / length[:, None], torch.zeros_like(w))
         overlap.append((x * basis[:, j + 1]).sum(dim=1).double())
 
-        y, rho = _least_squares(hessenberg[:, : j + 2, : j + 1], beta)
+        y, rho = problem.append(column[0] + column[1], length.double())
         image = torch.cat([y, y.new_zeros(batch, 1)], dim=1) + rho
         image_norm2 = x_norm2 + 2 * (image * torch.stack(overlap, dim=1)).sum(dim=1) + (image * image).sum(dim=1)
         step_abs = rho.norm(dim=1)
@@ -123,20 +126,43 @@ def _arnoldi_cycle(
         active = update & (step_rel > tol) & (step_abs > floor) & (length > 0)
         traces[0].append(absolute)
         traces[1].append(relative)
-        if not bool(active.any()):
+        if (j + 1) % sync_every == 0 and not bool(active.any()):
             break
     taken = len(overlap) - 1
     step = torch.bmm(weights[:, None, :taken].to(x.dtype), basis[:, :taken])[:, 0]
-    return x + step, absolute, relative, active, used
+    return x + step, absolute, relative, active, used, taken
 
 
-def _least_squares(hessenberg: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Least-squares weights ``y`` for :math:`\beta e_1 \approx H y`, and the remainder :math:`\beta e_1 - H y`."""
-    rhs = hessenberg.new_zeros(hessenberg.shape[0], hessenberg.shape[1], 1)
-    rhs[:, 0, 0] = beta
-    q, r = torch.linalg.qr(hessenberg)
-    # a frozen sample has zero columns: an infinite pivot gives it the weight zero
-    pivot = torch.diagonal(r, dim1=1, dim2=2)
-    pivot.masked_fill_(pivot == 0, torch.inf)
-    y = torch.linalg.solve_triangular(r, q.transpose(1, 2) @ rhs, upper=True).nan_to_num(0.0)
-    return y[..., 0], (rhs - hessenberg @ y)[..., 0]
+class _LeastSquares:
+    r"""Least-squares weights ``y`` for :math:`\beta e_1 \approx H y`, per sample, while the Hessenberg matrix ``H`` grows.
+
+    Keeps :math:`Q H = R` by one Givens rotation per column, so a step costs the same few small products at any size.
+    """
+
+    def __init__(self, beta: Tensor, columns: int):
+        batch, n = beta.shape[0], columns + 1
+        self.beta, self.size = beta, 0
+        self.q = torch.eye(n, dtype=beta.dtype, device=beta.device).repeat(batch, 1, 1)
+        self.r = beta.new_zeros(batch, n, columns)
+
+    def append(self, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Add a column of ``H``: its entries down to the diagonal, ``(B, j)``, and the one below, ``(B,)``.
+
+        :return: the weights, of shape ``(B, j)``, and the remainder :math:`\beta e_1 - H y`, of shape ``(B, j + 1)``.
+        """
+        self.size = j = self.size + 1
+        q, r = self.q[:, : j + 1, : j + 1], self.r[:, :j, :j]
+        rotated = torch.bmm(q[:, :, :j], above[:, :, None])[..., 0]
+        a, b = rotated[:, j - 1], below  # the new row of Q is still that of the identity
+        length = torch.hypot(a, b)
+        # a column of zeros (a frozen sample, a singular map) reaches nothing: an infinite pivot gives it the weight zero,
+        # and the swap of two rows hands what is left to reach to the next column
+        c, s = torch.where(length > 0, a / length, 0.0), torch.where(length > 0, b / length, 1.0)
+        upper, lower = q[:, j - 1].clone(), q[:, j].clone()
+        q[:, j - 1] = c[:, None] * upper + s[:, None] * lower
+        q[:, j] = c[:, None] * lower - s[:, None] * upper
+        r[:, : j - 1, j - 1] = rotated[:, : j - 1]
+        r[:, j - 1, j - 1] = torch.where(length > 0, length, torch.inf)
+        rhs = self.beta[:, None] * q[:, :, 0]
+        y = torch.linalg.solve_triangular(r, rhs[:, :j, None], upper=True)[..., 0].nan_to_num(0.0)
+        return y, rhs[:, j, None] * q[:, j]  # what no column reaches: the last direction of Q

@@ -7,21 +7,33 @@ counts, stops, freezes and keeps the best point of every sample by itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from deepinv_deq._states import norms, residuals, result, where_rows
+from deepinv_deq._states import FlatMap, norms, residuals, result, where_rows
+
+
+class Rule(Protocol):
+    r"""Proposes the next point from the present one, its image, and the mask of samples that must start anew."""
+
+    def __call__(self, x: Tensor, fx: Tensor, restart: Tensor) -> Tensor:
+        r"""Propose, for all samples that it remembers."""
+
+    def keep(self, rows: Tensor) -> None:
+        r"""Forget all samples but these."""
 
 
 def iterate(
-    propose: Callable[[Tensor, Tensor, Tensor], Tensor],
+    propose: Rule,
     func: Callable[[Tensor], Tensor],
     x0: Tensor,
+    *,
     max_iter: int,
     tol: float,
     growth: float,
+    sync_every: int,
 ) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
     r"""Run ``x <- propose(x, f(x), restart)`` for each sample until its relative residual is below ``tol``.
 
@@ -29,16 +41,16 @@ def iterate(
     forget its history for that sample (``restart``), and the next point is a damped step from the best one. Every
     rejection in a row doubles what is accepted, lest the transient growth of a non-normal map traps the solve.
 
-    :param Callable propose: next point from the present one, its image, and the mask of samples to restart from there.
+    A sample that is done is frozen on the device at once; the host looks every ``sync_every`` evaluations. When at least
+    half of the samples are done, and the map can be restricted to the others, it is.
+
+    :param Rule propose: next point from the present one, its image, and the mask of samples to restart from there.
     :param float growth: largest accepted ratio of a point's residual to the best one so far.
     """
     eps = torch.finfo(x0.dtype).eps
-    x, best_x, best_fx = x0, x0, x0
-    best = x0.new_full((x0.shape[0],), torch.inf)
-    best_rel, rejections, nstep = best.clone(), torch.zeros_like(best), torch.zeros_like(best)
-    active = torch.ones_like(best, dtype=torch.bool)
-    floor = torch.zeros_like(best)
-    traces: tuple[list[Tensor], list[Tensor]] = [], []
+    x, best = x0, _Best(x0)
+    rejections = best.absolute.clone().zero_()
+    active, floor = torch.ones_like(rejections, dtype=torch.bool), torch.zeros_like(rejections)
 
     for k in range(1, max_iter + 1):
         fx = func(x)
@@ -46,23 +58,91 @@ def iterate(
         if k == 1:  # a fixed point at zero has no relative accuracy: rounding of the first image is all one can ask for
             floor = eps * norms(fx).nan_to_num(0.0, 0.0)
         done = (relative <= tol) | (absolute <= floor)
-        better = active & ((absolute < best) | done)
-        restart = active & ~better & ~((absolute <= growth * 2**rejections * best) & torch.isfinite(absolute))
-        best_x, best_fx = where_rows(better, x, best_x), where_rows(better, fx, best_fx)
-        best, best_rel = torch.where(better, absolute, best), torch.where(better, relative, best_rel)
-        nstep = torch.where(active, float(k), nstep)
-        active = active & ~done & torch.isfinite(best)
-        traces[0].append(torch.where(active | better, absolute, best))
-        traces[1].append(torch.where(active | better, relative, best_rel))
-        if k == max_iter or not active.any():
+        better = active & ((absolute < best.absolute) | done)
+        restart = active & ~better & ~((absolute <= growth * 2**rejections * best.absolute) & torch.isfinite(absolute))
+        best.update(k, x, fx, absolute, relative, better, active)
+        active = active & ~done & torch.isfinite(best.absolute)
+        if k == max_iter:
             break
-        rejections = torch.where(better, torch.zeros_like(best), rejections + restart)
-        fallback = best_x + (0.5**rejections)[:, None] * (best_fx - best_x)
+        if k % sync_every == 0:
+            left = int(active.sum())
+            if left == 0:
+                break
+            rows = torch.nonzero(active)[:, 0] if 2 * left <= len(active) else None
+            fewer = func.subset(rows, x, fx) if rows is not None and isinstance(func, FlatMap) else None
+            if rows is not None and fewer is not None:
+                func = fewer
+                propose.keep(rows)
+                best.keep(rows)
+                x, fx, restart, rejections, active, floor, better = (
+                    t[rows] for t in (x, fx, restart, rejections, active, floor, better)
+                )
+        rejections = torch.where(better, torch.zeros_like(rejections), rejections + restart)
+        fallback = best.x + (0.5**rejections)[:, None] * (best.fx - best.x)
         rejected = restart | ~active
-        x_next = propose(where_rows(rejected, best_x, x), where_rows(rejected, best_fx, fx), restart)
-        x = where_rows(active, where_rows(restart | ~torch.isfinite(x_next).all(dim=1), fallback, x_next), best_x)
+        x_next = propose(where_rows(rejected, best.x, x), where_rows(rejected, best.fx, fx), restart)
+        x = where_rows(active, where_rows(restart | ~torch.isfinite(x_next).all(dim=1), fallback, x_next), best.x)
 
-    return result(best_x, best, best_rel, traces, nstep, (best_rel <= tol) | (best <= floor))
+    return best.result(tol, floor)
+
+
+class _Best:
+    r"""The best point of every sample, its residuals and their course, while ever fewer samples are worked on."""
+
+    def __init__(self, x0: Tensor):
+        self.x = self.fx = x0
+        self.absolute = x0.new_full((x0.shape[0],), torch.inf)
+        self.relative, self.nstep = self.absolute.clone(), torch.zeros_like(self.absolute)
+        self.traces: tuple[list[Tensor], list[Tensor]] = [], []
+        self._rows: Tensor | None = None  # which samples of the batch these are; None: all of them
+        self._all: tuple[Tensor, ...] = ()
+
+    def update(
+        self, k: int, x: Tensor, fx: Tensor, absolute: Tensor, relative: Tensor, better: Tensor, active: Tensor
+    ) -> None:
+        r"""Take in the ``k``-th evaluated point of each sample."""
+        self.x, self.fx = where_rows(better, x, self.x), where_rows(better, fx, self.fx)
+        self.absolute = torch.where(better, absolute, self.absolute)
+        self.relative = torch.where(better, relative, self.relative)
+        self.nstep = torch.where(active, float(k), self.nstep)
+        for trace, now, best in zip(self.traces, (absolute, relative), (self.absolute, self.relative), strict=True):
+            course = torch.where(active, now, best)
+            trace.append(course if self._rows is None else trace[-1].index_copy(0, self._rows, course))
+
+    def keep(self, rows: Tensor) -> None:
+        r"""Work on these samples only."""
+        self._all = self._merged()
+        self._rows = rows if self._rows is None else self._rows[rows]
+        self.x, self.fx, self.absolute, self.relative, self.nstep = (
+            t[rows] for t in (self.x, self.fx, self.absolute, self.relative, self.nstep)
+        )
+
+    def _merged(self) -> tuple[Tensor, ...]:
+        mine = self.x, self.absolute, self.relative, self.nstep
+        if self._rows is None:
+            return mine
+        return tuple(a.index_copy(0, self._rows, m) for a, m in zip(self._all, mine, strict=True))
+
+    def result(self, tol: float, floor: Tensor) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+        r"""In TorchDEQ's form. Who was dropped had converged, or had no finite image to begin with."""
+        x, absolute, relative, nstep = self._merged()
+        converged = self.absolute <= floor
+        if self._rows is not None:
+            converged = torch.isfinite(absolute).index_copy(0, self._rows, converged)
+        return result(x, absolute, relative, self.traces, nstep, (relative <= tol) | converged)
+
+
+class Picard:
+    r"""A plain step along the residual."""
+
+    def __init__(self, damping: float):
+        self.damping = damping
+
+    def __call__(self, x: Tensor, fx: Tensor, restart: Tensor) -> Tensor:
+        return x + self.damping * (fx - x)
+
+    def keep(self, rows: Tensor) -> None:
+        pass
 
 
 class Anderson:
@@ -102,8 +182,13 @@ class Anderson:
         torch.diagonal(unit, dim1=1, dim2=2).add_(torch.where(scale > 0, self.lam, 1.0))
         weights = scale * torch.linalg.solve_ex(unit, scale[..., None]).result[..., 0]
         total = weights.sum(dim=1, keepdim=True)
-        newest = torch.nn.functional.one_hot(torch.tensor((self.slot - 1) % self.history), self.history)
-        return torch.where(total.abs() > 0, weights / total, newest.to(weights))
+        newest = torch.zeros_like(weights)
+        newest[:, self.slot - 1] = 1.0
+        return torch.where(total.abs() > 0, weights / total, newest)
+
+    def keep(self, rows: Tensor) -> None:
+        self.images, self.residuals = self.images[rows], self.residuals[rows]
+        self.gram, self.valid = self.gram[rows], self.valid[rows]
 
 
 class Broyden:
@@ -125,10 +210,8 @@ class Broyden:
         if self.used == self.history:
             self.u.zero_(), self.v.zero_()
             self.used, self.previous = 0, None
-        keep = (~restart)[:, None, None]
         u, v = self.u[:, : self.used + 1], self.v[:, : self.used + 1]
-        if restart.any():
-            u.mul_(keep), v.mul_(keep)
+        v.masked_fill_(restart[:, None, None], 0.0)  # with its right half gone, a term is gone
         if self.previous is not None:
             dx, dg = x - self.previous[0], g - self.previous[1]
             vt = self._apply(v, u, dx)
@@ -142,3 +225,8 @@ class Broyden:
             self.used += 1
         self.previous = x, g
         return x - self._apply(u, v, g)
+
+    def keep(self, rows: Tensor) -> None:
+        self.u, self.v = self.u[rows], self.v[rows]
+        if self.previous is not None:
+            self.previous = self.previous[0][rows], self.previous[1][rows]

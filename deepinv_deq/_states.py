@@ -2,14 +2,16 @@ r"""States of any shape as one real ``(B, N)`` matrix, and the little algebra th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 State = Tensor | tuple[Tensor, ...]
+Rows = Tensor | slice
+_WORTH = 2**14  # numbers: below, an evaluation costs what calling it costs, and its samples come for free
 
 
 @dataclass(frozen=True)
@@ -35,28 +37,81 @@ class AffineMap:
         return out + self.offset
 
 
-class Counted:
-    r"""A map that counts its evaluations; ``tau`` is how TorchDEQ's own plain iteration damps."""
+@runtime_checkable
+class SeparableMap(Protocol):
+    r"""A map of batches that can be restricted to some samples, so that a solver need not evaluate all of them."""
 
-    def __init__(self, f: Callable[[Tensor], Tensor]):
-        self._f, self._count = f, [0]
+    def separable(self, x: Any, fx: Any = None) -> bool:
+        r"""Whether :meth:`select` is faithful, told by evaluations at the state ``x``, whose image is ``fx`` if known."""
+
+    def select(self, rows: Rows) -> Callable[[Any], Any]:
+        r"""The map of the samples ``rows``, in a batch of their own."""
+
+
+def chunks(state: State, size: int | None) -> list[slice]:
+    r"""Slices of the batch of a state, of ``size`` samples; by default of few enough to be worked on in a CPU's cache."""
+    tensors = (state,) if isinstance(state, Tensor) else state
+    if not tensors or not isinstance(tensors[0], Tensor) or tensors[0].ndim < 2:
+        return []
+    batch, numbers = len(tensors[0]), sum(t.numel() for t in tensors)
+    if size is None:
+        size = batch if tensors[0].device.type != "cpu" else -(-_WORTH * batch // max(1, numbers))
+    return [slice(start, start + size) for start in range(0, batch, max(1, size))]
+
+
+def join(states: Sequence[State]) -> State:
+    r"""The inverse of taking slices."""
+    if len(states) == 1:
+        return states[0]
+    if isinstance(states[0], Tensor):
+        return torch.cat(cast(list[Tensor], states))
+    return tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+
+
+def take(state: State, rows: Rows) -> State:
+    r"""Some samples of a state."""
+    return state[rows] if isinstance(state, Tensor) else tuple(t[rows] for t in state)
+
+
+class FlatMap:
+    r"""A map of states as a map of ``(B, N)`` matrices that counts its evaluations, and what they cost in samples."""
+
+    def __init__(self, f: Callable[[Any], Any], layout: Layout, count: list[int] | None = None):
+        self._f, self._layout, self._count = f, layout, [0, 0] if count is None else count
+        # no method of self: the cycle would keep the graph that f holds alive until the garbage collector comes
+        self._evaluate = _counting(f.linear if isinstance(f, AffineMap) else f, layout, self._count)
         if isinstance(f, AffineMap):
-            # no method of self: the cycle would keep the graph that f holds alive until the garbage collector comes
-            self.offset, self.linear = f.offset, _counting(f.linear, self._count)
+            self.linear, self.offset = self._evaluate, layout.pack(f.offset)
 
     @property
     def evaluations(self) -> int:
+        r"""Calls of the map."""
         return self._count[0]
 
-    def __call__(self, x: Tensor, tau: float = 1.0) -> Tensor:
-        fx = _counting(self._f, self._count)(x)
+    @property
+    def samples(self) -> int:
+        r"""Evaluations of single samples."""
+        return self._count[1]
+
+    def __call__(self, x: Tensor, tau: float = 1.0) -> Tensor:  # TorchDEQ's own plain iteration damps by tau
+        fx = self._evaluate(x) + self.offset if isinstance(self._f, AffineMap) else self._evaluate(x)
         return fx if tau == 1.0 else tau * fx + (1 - tau) * x
 
+    def subset(self, rows: Tensor, x: Tensor, fx: Tensor) -> FlatMap | None:
+        r"""The map of some samples, if it is worth it and possible; ``x`` and its image ``fx`` are those of all samples."""
+        f, layout = self._f, self._layout
+        if x.numel() < _WORTH or layout.batch == 1 or not isinstance(f, SeparableMap):
+            return None
+        if not f.separable(layout.unpack(x), layout.unpack(fx)):
+            return None
+        return FlatMap(f.select(rows), layout.select(rows), self._count)
 
-def _counting(f: Callable[[Tensor], Tensor], count: list[int]) -> Callable[[Tensor], Tensor]:
+
+def _counting(f: Callable[[Any], Any], layout: Layout, count: list[int]) -> Callable[[Tensor], Tensor]:
     def counted(x: Tensor) -> Tensor:
         count[0] += 1
-        return f(x)
+        count[1] += x.shape[0]
+        return layout.pack(f(layout.unpack(x)))
 
     return counted
 
@@ -106,10 +161,10 @@ class Layout:
             start += size
         return out[0] if self.single else tuple(out)
 
-    def flatten(self, f: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
-        if isinstance(f, AffineMap):
-            return AffineMap(lambda b: self.pack(f.linear(self.unpack(b))), self.pack(f.offset))
-        return lambda x: self.pack(f(self.unpack(x)))
+    def select(self, rows: Rows) -> Layout:
+        r"""The layout of some samples."""
+        like = tuple(t[rows] for t in self.like)
+        return Layout(like[0] if self.single else like, batched=True)
 
 
 def result(

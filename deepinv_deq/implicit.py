@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deepinv_deq._states import AffineMap, State
+from deepinv_deq._states import AffineMap, SeparableMap, State
 from deepinv_deq.solvers import Solver, SolverStat
 
 _MODES = ("implicit", "jfb")
@@ -115,6 +115,27 @@ class ModularIDHook:
             x_hat = _Adjoint.apply(self, f, single, len(state), *state, *image)
         return _state(x_hat, single)
 
+    def _implicit_gradient(
+        self, f: DifferentiableMap, x_star: Tensors, inputs: Tensors, g: Tensors, single: bool
+    ) -> Tensors:
+        r"""The product :math:`g \, \partial \hat x / \partial` ``inputs``, by chunks of samples: one graph at a time."""
+        chunks = self.solver.chunks(f, _state(x_star, single))
+        total: Tensors = ()
+        stats: list[SolverStat] = []
+        for rows in [None] if chunks is None else chunks:
+            x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
+            leaves = tuple(t.detach().requires_grad_() for t in (*x, *inputs))
+            part = f if rows is None else cast(DifferentiableMap, cast(SeparableMap, f).select(rows))
+            with torch.enable_grad():
+                image = _as_tuple(part.rebind(leaves[len(x) :])(_state(leaves[: len(x)], single)))
+            _refuse_hidden_leaves(image, leaves)
+            _, grads = self._pull_back(image, leaves[: len(x)], leaves[len(x) :], cotangent, single)
+            total = tuple(t + d for t, d in zip(total, grads, strict=True)) if total else grads
+            stats += [self.stat] if self.stat else []
+        if self.mode == "implicit":
+            self.stat = self.solver.joined(stats)
+        return total
+
     def _pull_back(
         self, image: Tensors, x: Tensors, inputs: Tensors, g: Tensors, single: bool
     ) -> tuple[Tensors, Tensors]:
@@ -147,12 +168,9 @@ class _FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
-        tensors = tuple(t.detach().requires_grad_() for t in ctx.saved_tensors)
-        x, inputs = tensors[: ctx.n], tensors[ctx.n :]
-        with _autocast(ctx.autocast), torch.enable_grad():
-            image = _as_tuple(ctx.f.rebind(inputs)(_state(x, ctx.single)))
-        _refuse_hidden_leaves(image, tensors)
-        _, grads = ctx.hook._pull_back(image, x, inputs, g, ctx.single)
+        x_star, inputs = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        with _autocast(ctx.autocast):
+            grads = ctx.hook._implicit_gradient(ctx.f, x_star, inputs, g, ctx.single)
         return (None,) * (4 + ctx.n) + _refuse_second_order(grads, (*g, *ctx.saved_tensors))
 
 

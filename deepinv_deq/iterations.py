@@ -90,6 +90,7 @@ class FixedPointIteration(nn.Module):
             self.sigma = sigma
         self._takes_sigma = _takes_sigma(denoiser, sigma)
         self._fits: set[tuple[Any, ...]] = set()
+        self._separable: dict[tuple[Any, ...], bool | None] = {}
         self._warned_stochastic = False
 
     def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ a proposal rule: see :class:`deepinv_deq._quasi_newton.Anderson`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -23,13 +23,14 @@ from torchdeq.solver import get_solver, register_solver
 from torchdeq.solver.stat import SolverStat as _TorchDEQStat
 
 from deepinv_deq._krylov import gmres
-from deepinv_deq._quasi_newton import Anderson, Broyden, iterate
-from deepinv_deq._states import AffineMap, Counted, Layout, residuals, unit_size
+from deepinv_deq._quasi_newton import Anderson, Broyden, Picard, iterate
+from deepinv_deq._states import FlatMap, Layout, SeparableMap, State, chunks, join, residuals, take, unit_size
 
 _FAILURE = ("warn", "raise", "ignore")
 # TorchDEQ's methods of the same names stop batch-wide, at absolute tolerances, with a regularisation that depends on the
 # scale: Solver("anderson") runs ours, and TorchDEQ's stay what they are for everybody else.
 _PREFIX = "deepinv_deq."
+_SYNC_EVERY = 4  # on accelerators: the few evaluations too many cost less than the pipeline that runs dry each time
 _GROWTH = 10.0  # accelerated residuals are not monotone; a step this much worse than the best point was a bad one
 
 
@@ -53,9 +54,12 @@ class SolverStat(_TorchDEQStat):
     r"""What happened in a solve: TorchDEQ's statistic with an exact count and a verdict per sample.
 
     A dictionary with the keys of :class:`torchdeq.solver.stat.SolverStat` (``abs_lowest``, ``rel_lowest``,
-    ``abs_trace``, ``rel_trace``, ``nstep``) and three more, which are also attributes:
+    ``abs_trace``, ``rel_trace``, ``nstep``) and four more, which are also attributes:
 
-    - ``evaluations`` (``int``): how often the map was evaluated.
+    - ``evaluations`` (``int``): how often the map was evaluated; for a batch that was solved in chunks, for the chunk that
+      took most.
+    - ``work`` (``float``): how many evaluations of the whole batch that was in all. It is less than ``evaluations`` where
+      samples that were done cost nothing any more.
     - ``converged`` (``bool`` tensor of shape ``(B,)``): whether the sample met its tolerance.
     - ``outcome`` (``str``): one sentence for humans.
 
@@ -67,6 +71,11 @@ class SolverStat(_TorchDEQStat):
     def evaluations(self) -> int:
         r"""Number of evaluations of the map (for a backward solve: of vector-Jacobian products)."""
         return self["evaluations"]
+
+    @property
+    def work(self) -> float:
+        r"""What was evaluated, in evaluations of the whole batch."""
+        return self["work"]
 
     @property
     def residual(self) -> Tensor:
@@ -107,6 +116,12 @@ class Solver:
     :param float damping: step :math:`\beta` along the residual in Picard and Anderson steps, in :math:`(0, 1]`.
     :param str on_failure: ``"warn"`` (once per solver and cause), ``"raise"`` or ``"ignore"`` where the tolerance is missed.
     :param bool batched: ``False`` treats the whole state as one sample, for maps that couple the samples of a batch.
+    :param int, None chunk_size: number of samples that are solved at a time, for maps that can be restricted to samples
+        (those of :meth:`FixedPointIteration.bind <deepinv_deq.FixedPointIteration.bind>` can). A sample's result does not
+        depend on it; time and memory do. ``None`` is the whole batch on accelerators, and on CPU as many samples as have
+        :math:`2^{14}` numbers: what is worked on then stays in the cache.
+    :param int, None sync_every: number of evaluations after which the host asks the device whether all samples are done.
+        More of them keep an accelerator busy, at up to as many evaluations too many. ``None`` is 4 on accelerators, 1 on CPU.
     :param dict options: further keyword arguments for a function that others registered.
 
     :raises ValueError: at construction, for an unknown method or a setting out of range.
@@ -131,6 +146,8 @@ class Solver:
     damping: float = 1.0
     on_failure: Literal["warn", "raise", "ignore"] = "warn"
     batched: bool = True
+    chunk_size: int | None = None
+    sync_every: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
@@ -143,6 +160,9 @@ class Solver:
             raise ValueError(f"max_iter counts evaluations of f and must be at least 1, got {self.max_iter}.")
         if self.history is not None and self.history < 1:
             raise ValueError(f"history must be at least 1 (or None for the method's default), got {self.history}.")
+        for name in ("chunk_size", "sync_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 (or None for the default), got {getattr(self, name)}.")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}.")
         if self.on_failure not in _FAILURE:
@@ -161,7 +181,8 @@ class Solver:
         self.__dict__.update(state | {"options": MappingProxyType(state["options"])})
 
     def __hash__(self) -> int:
-        return hash((self.method, self.max_iter, self.tol, self.history, self.damping, self.on_failure, self.batched))
+        settings = self.method, self.max_iter, self.tol, self.history, self.damping, self.on_failure, self.batched
+        return hash((*settings, self.chunk_size, self.sync_every))
 
     @torch.no_grad()
     def __call__(self, f: Callable[[Any], Any], x0: Any) -> tuple[Any, SolverStat]:
@@ -174,16 +195,64 @@ class Solver:
         :raises ValueError: if ``f`` returns another shape than it was given.
         :raises ConvergenceError: if the tolerance is missed and ``on_failure="raise"``.
         """
+        solved = [self._solve(part, start) for part, start in self._parts(f, x0)]
+        torch.clear_autocast_cache()  # casts made here carry no graph and must not serve a taped evaluation
+        stat = self.joined([stat for _, stat in solved])
+        self.report(stat, getattr(f, "diagnose", None))
+        return join([x for x, _ in solved]), stat
+
+    def chunks(self, f: Callable[[Any], Any], x: Any) -> list[slice] | None:
+        r"""Which samples are solved together.
+
+        :param Callable f: the map.
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
+        :return: slices of the batch; ``None`` for all samples at once, as where the map cannot be restricted to some.
+        """
+        rows = chunks(x, self.chunk_size) if self.batched else []
+        return rows if len(rows) > 1 and isinstance(f, SeparableMap) and f.separable(x) else None
+
+    def joined(self, stats: Sequence[SolverStat]) -> SolverStat:
+        r"""One statistic for the chunks of a batch.
+
+        :param Sequence[SolverStat] stats: statistics of this solver, in the order of the samples.
+        :return: the statistic of all samples.
+        """
+        if len(stats) == 1:
+            return stats[0]
+        sizes = [len(stat.residual) for stat in stats]
+        length = max(stat["rel_trace"].shape[1] for stat in stats)
+        joint = {}
+        for key in ("abs_lowest", "rel_lowest", "nstep", "converged"):
+            joint[key] = torch.cat([stat[key] for stat in stats])
+        for key in ("abs_trace", "rel_trace"):
+            traces = [stat[key] for stat in stats]
+            joint[key] = torch.cat([torch.cat([t, t[:, -1:].expand(-1, length - t.shape[1])], dim=1) for t in traces])
+        stat = SolverStat(**joint)
+        stat["evaluations"] = max(s.evaluations for s in stats)
+        stat["work"] = sum(s.work * size for s, size in zip(stats, sizes, strict=True)) / sum(sizes)
+        self._judge(stat, stat.residual, stat.converged)
+        return stat
+
+    def _parts(self, f: Callable[[Any], Any], x0: State) -> Iterator[tuple[Callable[[Any], Any], State]]:
+        chunks = self.chunks(f, x0)
+        if chunks is None or not isinstance(f, SeparableMap):
+            yield f, x0
+        else:
+            for rows in chunks:
+                yield f.select(rows), take(x0, rows)
+
+    def _solve(self, f: Callable[[Any], Any], x0: State) -> tuple[State, SolverStat]:
         layout = Layout(x0, self.batched)
-        flat, start, unit, lost = layout.flatten(f), layout.pack(x0), None, None
-        if isinstance(flat, AffineMap):  # it has no scale of its own: whatever the method, the answer is linear in c
+        flat, start, unit, lost = FlatMap(f, layout), layout.pack(x0), None, None
+        if hasattr(
+            flat, "offset"
+        ):  # an affine map has no scale of its own: whatever the method, the answer is linear in c
             lost = ~torch.isfinite(flat.offset).all(dim=1, keepdim=True)
             c = flat.offset.masked_fill(lost, 0.0)
             unit = unit_size(c)
-            flat, start = AffineMap(flat.linear, c / unit), start / unit
-        counted = Counted(flat)
-        x, _, info = _lookup(self.method)(counted, start, **self._settings())
-        stat = self._stat(info, counted, x)
+            flat.offset, start = c / unit, start / unit
+        x, _, info = _lookup(self.method)(flat, start, **self._settings(start.device))
+        stat = self._stat(info, flat, x)
         if unit is not None and lost is not None:
             x, stat["abs_lowest"], stat["abs_trace"] = (
                 x * unit,
@@ -193,8 +262,6 @@ class Solver:
             if bool(lost.any()):  # b = l(b) + NaN has the solution NaN: a NaN loss must not look like a finite one
                 x = x.masked_fill(lost, torch.nan)
                 self._judge(stat, stat.residual.masked_fill(lost[:, 0], torch.inf), stat.converged & ~lost[:, 0])
-        torch.clear_autocast_cache()  # casts made here carry no graph and must not serve a taped evaluation
-        self.report(stat, getattr(f, "diagnose", None))
         return layout.unpack(x), stat
 
     @torch.no_grad()
@@ -219,21 +286,23 @@ class Solver:
             )
             self.report(stat)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, device: torch.device) -> dict[str, Any]:
         settings = {"max_iter": self.max_iter, "tol": self.tol}
         if _is_ours(self.method):
-            return settings | {"damping": self.damping} | ({} if self.history is None else {"history": self.history})
+            default = 1 if device.type == "cpu" else _SYNC_EVERY
+            settings |= {"damping": self.damping, "sync_every": self.sync_every or default}
+            return settings | ({} if self.history is None else {"history": self.history})
         # the same settings under the names of TorchDEQ's own solvers
         foreign = {"stop_mode": "rel", "tau": self.damping, "m": self.history or 6, "LBFGS_thres": self.history}
         return settings | foreign | dict(self.options)
 
-    def _stat(self, info: Mapping[str, Any], f: Counted, x: Tensor) -> SolverStat:
+    def _stat(self, info: Mapping[str, Any], f: FlatMap, x: Tensor) -> SolverStat:
         stat = SolverStat(**info)
         if "converged" not in info:  # a foreign solver: its statistic need not be that of the point it returned
             fx = f(x)
             stat["abs_lowest"], stat["rel_lowest"] = residuals(x, fx)
             stat["converged"] = stat["rel_lowest"] <= self.tol
-        stat["evaluations"] = f.evaluations
+        stat["evaluations"], stat["work"] = f.evaluations, f.samples / max(1, len(x))
         self._judge(stat, stat.residual, stat.converged)
         return stat
 
@@ -293,6 +362,7 @@ def fixed_point_iter(
     max_iter: int = 50,
     tol: float = 1e-4,
     damping: float = 1.0,
+    sync_every: int = 1,
     **_: Any,
 ) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
     r"""Picard iteration :math:`x \leftarrow x + \beta (f(x) - x)`.
@@ -302,10 +372,12 @@ def fixed_point_iter(
     :param int max_iter: largest number of evaluations.
     :param float tol: relative residual to reach.
     :param float damping: step :math:`\beta`.
+    :param int sync_every: number of evaluations after which the host looks whether all samples are done.
     :return: in TorchDEQ's form, the point, an empty list and a dictionary for :class:`SolverStat`.
     """
     # transient growth is no reason to reject a plain step: there is no history to blame
-    return iterate(lambda x, fx, _: x + damping * (fx - x), func, x0, max_iter, tol, growth=torch.inf)
+    rule = Picard(damping)
+    return iterate(rule, func, x0, max_iter=max_iter, tol=tol, growth=torch.inf, sync_every=sync_every)
 
 
 def anderson(
@@ -316,6 +388,7 @@ def anderson(
     tol: float = 1e-4,
     history: int = 5,
     damping: float = 1.0,
+    sync_every: int = 1,
     **_: Any,
 ) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
     r"""Safeguarded Anderson acceleration (:footcite:t:`walker2011anderson`) with scale-free regularisation.
@@ -326,9 +399,11 @@ def anderson(
     :param float tol: relative residual to reach.
     :param int history: number of points mixed.
     :param float damping: step :math:`\beta` along the mixed residual.
+    :param int sync_every: number of evaluations after which the host looks whether all samples are done.
     :return: in TorchDEQ's form, the point, an empty list and a dictionary for :class:`SolverStat`.
     """
-    return iterate(Anderson(x0, min(history, max_iter), damping), func, x0, max_iter, tol, growth=_GROWTH)
+    rule = Anderson(x0, min(history, max_iter), damping)
+    return iterate(rule, func, x0, max_iter=max_iter, tol=tol, growth=_GROWTH, sync_every=sync_every)
 
 
 def broyden(
@@ -338,6 +413,7 @@ def broyden(
     max_iter: int = 50,
     tol: float = 1e-4,
     history: int | None = None,
+    sync_every: int = 1,
     **_: Any,
 ) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
     r"""Safeguarded Broyden's method (:footcite:t:`broyden1965class`) for :math:`f(x) - x = 0`.
@@ -347,9 +423,11 @@ def broyden(
     :param int max_iter: largest number of evaluations.
     :param float tol: relative residual to reach.
     :param int, None history: rank of the inverse before it starts anew; ``None`` keeps all.
+    :param int sync_every: number of evaluations after which the host looks whether all samples are done.
     :return: in TorchDEQ's form, the point, an empty list and a dictionary for :class:`SolverStat`.
     """
-    return iterate(Broyden(x0, min(history or max_iter, max_iter)), func, x0, max_iter, tol, growth=_GROWTH)
+    rule = Broyden(x0, min(history or max_iter, max_iter))
+    return iterate(rule, func, x0, max_iter=max_iter, tol=tol, growth=_GROWTH, sync_every=sync_every)
 
 
 for _function in (anderson, broyden, fixed_point_iter, gmres):

@@ -8,6 +8,9 @@ a DEQ (section 4.2.1, on BSDS500). The weights that ship with the package, ``Equ
 .. code-block:: bash
 
     python examples/paper/pretrain_denoiser.py --data ../shared/data/bsds500_gray_256.npz --out deepinv_deq/weights/gray.pt
+
+With ``--in-channels 2`` the images get a smooth random phase, and the denoiser is one of complex images, as MRI needs it. Without
+``--data`` it trains on generated phantoms.
 """
 
 import argparse
@@ -20,10 +23,11 @@ import torch
 from tqdm import trange
 
 from deepinv_deq import EquilibriumUNet
-from deepinv_deq.datasets import load_images
+from deepinv_deq.datasets import load_images, phantoms
 
 parser = argparse.ArgumentParser(description="Train EquilibriumUNet as a blind Gaussian denoiser.")
-parser.add_argument("--data", required=True, help=".npz with 'images' and optionally 'split', or folder of images")
+parser.add_argument("--data", help=".npz with 'images' and optionally 'split', or folder of images; default: phantoms")
+parser.add_argument("--in-channels", type=int, choices=[1, 2], default=1, help="2 for real and imaginary part")
 parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64])
 parser.add_argument("--norm", choices=["spectral", "weight"], default="spectral")
 parser.add_argument("--sigma", type=float, default=0.1, help="largest noise level, images in [0, 1]")
@@ -42,10 +46,10 @@ args = parser.parse_args()
 # Images of the test split are never seen; without splits, the last tenth is held out.
 
 try:
-    images = load_images(args.data)
+    images = load_images(args.data) if args.data else phantoms(200, 128, args.seed)
 except (FileNotFoundError, ValueError) as error:
     sys.exit(f"error: {error}")
-split = np.load(args.data).get("split") if args.data.endswith(".npz") else None
+split = np.load(args.data).get("split") if str(args.data).endswith(".npz") else None
 held_out = torch.arange(len(images)) >= 0.9 * len(images) if split is None else torch.from_numpy(split == "test")
 train, test = images[~held_out], images[held_out][:32]
 if min(images.shape[-2:]) < args.patch:
@@ -59,19 +63,32 @@ def draw(shape: tuple[int, ...] = ()) -> torch.Tensor:
     return torch.rand(shape, generator=rng)
 
 
+def with_phase(x: torch.Tensor) -> torch.Tensor:
+    """Real and imaginary part of images with a linear phase, of up to one turn over the image, at a random offset."""
+    if args.in_channels == 1:
+        return x
+    across, down, offset = 2 * torch.pi * draw((3, len(x), 1, 1, 1))
+    column, row = (
+        torch.linspace(-0.5, 0.5, side).reshape(shape)
+        for side, shape in zip(x.shape[:1:-1], ((1, -1), (-1, 1)), strict=True)
+    )
+    phase = offset + column * across + row * down
+    return torch.cat([x * phase.cos(), x * phase.sin()], dim=1)
+
+
 def batch() -> torch.Tensor:
     """Random patches, randomly mirrored and turned."""
     pick = torch.randint(len(train), (args.batch_size,), generator=rng)
     top, left = (int(draw() * (side - args.patch + 1)) for side in train.shape[-2:])
     x = train[pick, :, top : top + args.patch, left : left + args.patch]
-    return torch.rot90(x.flip(-1) if draw() < 0.5 else x, int(draw() * 4), (-2, -1))
+    return with_phase(torch.rot90(x.flip(-1) if draw() < 0.5 else x, int(draw() * 4), (-2, -1)))
 
 
 # %%
 # Training
 # --------
 
-model = EquilibriumUNet(1, channels=args.channels, norm=args.norm)
+model = EquilibriumUNet(args.in_channels, channels=args.channels, norm=args.norm)
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
 start = time.time()
@@ -90,6 +107,7 @@ for _ in (bar := trange(args.steps)):
 # -----------------------------
 
 model.eval()
+test = with_phase(test)
 with torch.no_grad():
     for sigma in (0.2, 0.5, 1.0):
         noise = args.sigma * sigma * torch.randn(test.shape, generator=torch.Generator().manual_seed(1))
