@@ -28,6 +28,28 @@ def affine(batch: int = 3, n: int = 40, *, low: float = -0.3, high: float = 0.97
     return (lambda z: z @ w.T + c), x, w
 
 
+class Batch:
+    r"""``x_i ↦ r_i S x_i + c_i`` with a cyclic shift ``S``: samples of different speeds, and a count of what is evaluated.
+
+    ``calls`` lists the batch sizes of all evaluations.
+    """
+
+    def __init__(self, rates: Tensor, n: int, *, c: Tensor | None = None, calls: list[int] | None = None):
+        rng = torch.Generator().manual_seed(0)
+        self.rates, self.calls = rates, [] if calls is None else calls
+        self.c = torch.randn(len(rates), n, generator=rng, dtype=rates.dtype) if c is None else c
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        return self.rates[:, None] * x.roll(1, dims=1) + self.c
+
+    def separable(self, x: Tensor, fx: Tensor | None = None) -> bool:
+        return True
+
+    def select(self, rows: Tensor | slice) -> Batch:
+        return Batch(self.rates[rows], 0, c=self.c[rows], calls=self.calls)
+
+
 class MatrixPhysics(LinearPhysics):
     r"""``y = M x`` for images of shape ``(B, 1, h, h)``: a dense matrix, kept as a buffer that ``update`` replaces."""
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchdeq.solver import register_solver
 from torchdeq.solver.anderson import anderson_solver
 
 from deepinv_deq import ConvergenceError, ConvergenceWarning, Solver, SolverStat
 from deepinv_deq._states import AffineMap
 from deepinv_deq.solvers import available_methods
-from tests.problems import F64, affine, relative_error
+from tests.problems import F64, Batch, affine, relative_error
 
 OURS = ["anderson", "broyden", "fixed_point_iter", "gmres"]
 NONLINEAR = ["anderson", "broyden", "fixed_point_iter"]
@@ -317,6 +318,8 @@ def test_ours_does_not_replace_torchdeqs():
         ("anderson", {"tol": math.nan}, "tol .* must be positive"),
         ("anderson", {"max_iter": 0}, "max_iter .* at least 1"),
         ("anderson", {"history": 0}, "history must be at least 1"),
+        ("anderson", {"chunk_size": 0}, "chunk_size must be at least 1"),
+        ("gmres", {"sync_every": 0}, "sync_every must be at least 1"),
         ("anderson", {"damping": 0.0}, r"damping must be in \(0, 1\]"),
         ("anderson", {"on_failure": "shout"}, "must be one of warn, raise, ignore"),
     ],
@@ -364,3 +367,111 @@ def test_the_result_has_no_graph():
     a = torch.tensor(0.5, requires_grad=True)
     x, stat = Solver("anderson")(lambda x: a * x + 1, torch.zeros(2, 3))
     assert not x.requires_grad and not stat.residual.requires_grad
+
+
+# Cost: who is done costs nothing ------------------------------------------------------------------------------------
+
+RATES = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.0, 0.3], dtype=F64)
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_chunks_change_the_cost_and_nothing_else(method, size):
+    settings_ = {"method": method, "max_iter": 300, "tol": 1e-9}
+    whole, chunked = Batch(RATES, 50), Batch(RATES, 50)
+    x0 = torch.zeros(6, 50, dtype=F64)
+    x, stat = Solver(**settings_, chunk_size=6)(whole, x0)
+    again, parts = Solver(**settings_, chunk_size=size)(chunked, x0)
+    torch.testing.assert_close(again, x, rtol=1e-12, atol=1e-12)
+    assert torch.equal(parts["nstep"], stat["nstep"]) and parts.converged.all()
+    torch.testing.assert_close(parts.residual, stat.residual, rtol=1e-3, atol=1e-13)
+    assert set(whole.calls) == {6} and max(chunked.calls) == size
+    assert stat.work == stat.evaluations == len(whole.calls)
+    assert parts.evaluations == stat.evaluations and parts.work == pytest.approx(sum(chunked.calls) / 6)
+    assert parts["rel_trace"].shape == stat["rel_trace"].shape and "6 of 6" in parts.outcome
+
+
+def test_chunks_work_for_methods_of_others():
+    f, x0 = Batch(RATES[:4], 50), torch.zeros(4, 50, dtype=F64)
+    x, stat = Solver("simple_fixed_point_iter", max_iter=150, tol=1e-3, chunk_size=2)(f, x0)
+    assert max(f.calls) == 2 and stat.converged.all() and (f(x) - x).norm() <= 1e-3 * x.norm()
+
+
+def test_chunks_by_default_have_as_many_samples_as_a_cache_holds():
+    for n, expected in ((2**16, 1), (2**13, 2), (5000, 4), (8, 6)):
+        f = Batch(RATES.float(), n)
+        Solver("fixed_point_iter", max_iter=1, on_failure="ignore")(f, torch.zeros(6, n))
+        assert max(f.calls) == expected
+
+
+@pytest.mark.parametrize("method", NONLINEAR)
+def test_samples_that_are_done_are_dropped_from_the_batch(method):
+    n = 2**14  # enough numbers for it to be worth while
+    solver = Solver(method, max_iter=400, tol=1e-9, chunk_size=6)
+    f, plain = Batch(RATES, n), Batch(RATES, n)
+    x, stat = solver(f, torch.zeros(6, n, dtype=F64))
+    y, reference = solver(lambda x: plain(x), torch.zeros(6, n, dtype=F64))
+    torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    assert torch.equal(stat["nstep"], reference["nstep"]) and stat.converged.all()
+    torch.testing.assert_close(stat["rel_trace"], reference["rel_trace"], rtol=1e-3, atol=1e-13)
+    torch.testing.assert_close(stat.residual, residual(plain, x), rtol=1e-3, atol=1e-14)
+    assert plain.calls.count(6) == len(plain.calls) > f.calls.count(6)
+    assert stat.evaluations == len(f.calls) == reference.evaluations and stat.work == sum(f.calls) / 6
+    # never more samples than twice those that still need it
+    needed = [int((stat["nstep"] > k).sum()) for k in range(len(f.calls))]
+    assert all(size <= max(2 * need - 1, 1) or size == 6 for size, need in zip(f.calls, needed, strict=True))
+
+
+def test_a_broken_sample_is_dropped_and_reported():
+    f = Batch(RATES, 4000)
+    f.c[4] = math.nan
+    with pytest.warns(ConvergenceWarning, match="5 of 6"):
+        x, stat = Solver("anderson", max_iter=400, tol=1e-9, chunk_size=6)(f, torch.zeros(6, 4000, dtype=F64))
+    assert stat.converged.tolist() == [True] * 4 + [False, True] and torch.isfinite(x).all()
+    assert stat["nstep"][4] == 1
+
+
+class Synchronisations(TorchDispatchMode):
+    r"""Counts how often the host reads a value of a tensor, which on an accelerator is when it waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waiting = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += func in (*waiting, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_the_host_waits_as_often_as_it_is_told_to(method):
+    f, exact, w = affine()
+    c = f(torch.zeros_like(exact))
+    waits, results = {}, {}
+    for every in (1, 4, 1000):
+        solver = Solver(method, max_iter=25, tol=1e-30, sync_every=every, on_failure="ignore")
+        with Synchronisations() as mode:
+            results[every] = solver(AffineMap(lambda b: b @ w.T, c), torch.zeros_like(c))
+        waits[every] = mode.count
+    assert waits[1] - waits[1000] >= 24 > 7 >= waits[4] - waits[1000] and waits[1000] <= 8
+    for every in (4, 1000):
+        assert torch.equal(results[every][0], results[1][0])
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_a_host_that_looks_rarely_changes_no_result(method):
+    f, exact, w = affine()
+    maps = [f] if method != "gmres" else [f, AffineMap(lambda b: b @ w.T, f(torch.zeros_like(exact)))]
+    for g in maps:
+        x, stat = Solver(method, max_iter=1000, tol=1e-8)(g, torch.zeros_like(exact))
+        y, rare = Solver(method, max_iter=1000, tol=1e-8, sync_every=7)(g, torch.zeros_like(exact))
+        assert torch.equal(x, y) and torch.equal(stat["nstep"], rare["nstep"])
+        assert stat.evaluations <= rare.evaluations <= stat.evaluations + 6
+
+
+def test_gmres_says_so_when_the_system_is_singular():
+    b, stat = Solver("gmres", max_iter=20, tol=1e-8, on_failure="ignore")(
+        AffineMap(lambda b: b, torch.ones(1, 3, dtype=F64)), torch.zeros(1, 3, dtype=F64)
+    )
+    assert not stat.converged.any() and stat.residual == 1.0 and not b.any()  # b = b + 1 has no solution

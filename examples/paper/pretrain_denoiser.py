@@ -35,6 +35,11 @@ parser.add_argument("--steps", type=int, default=2000)
 parser.add_argument("--batch-size", type=int, default=16)
 parser.add_argument("--patch", type=int, default=64)
 parser.add_argument("--lr", type=float, default=2e-3)
+parser.add_argument("--contraction", type=float, help="penalise Jacobians whose norm is above this, such as 0.9")
+parser.add_argument(
+    "--contraction-steps", type=int, default=200, help="how many of the last steps do so: they cost more"
+)
+parser.add_argument("--start", help="weights to start from")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", required=True, help="file for the weights")
 args = parser.parse_args()
@@ -87,15 +92,33 @@ def batch() -> torch.Tensor:
 # %%
 # Training
 # --------
+#
+# A good denoiser is not yet a contraction: along some edges it amplifies, and a DEQ made of it has no fixed point. The last
+# steps may therefore penalise the norm of its Jacobian, by power iteration. One kind of product is enough, since the Jacobian of
+# a denoiser is nearly symmetric.
 
-model = EquilibriumUNet(args.in_channels, channels=args.channels, norm=args.norm)
+
+def jacobian_norm(x: torch.Tensor, iterations: int = 10) -> torch.Tensor:
+    """Norm of the denoiser's Jacobian at a part of some images, from below: what is amplified is local."""
+    x = x[:4, :, :32, :32].detach().requires_grad_()
+    out, b = model(x), torch.randn(x.shape, generator=rng)
+    for left in reversed(range(iterations)):
+        (b,) = torch.autograd.grad(out, x, b, retain_graph=True, create_graph=left == 0)
+        norm = b.flatten(1).norm(dim=1)
+        b = b / norm.reshape(-1, 1, 1, 1)
+    return norm
+
+
+model = EquilibriumUNet(args.in_channels, channels=args.channels, norm=args.norm, pretrained=args.start)
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
 start = time.time()
-for _ in (bar := trange(args.steps)):
+for step in (bar := trange(args.steps)):
     x = batch()
-    sigma = args.sigma * draw((len(x), 1, 1, 1))
-    loss = (model(x + sigma * torch.randn(x.shape, generator=rng)) - x).square().mean()
+    noisy = x + args.sigma * draw((len(x), 1, 1, 1)) * torch.randn(x.shape, generator=rng)
+    loss = (model(noisy) - x).square().mean()
+    if args.contraction and step >= args.steps - args.contraction_steps:
+        loss = loss + 0.3 * (jacobian_norm(noisy) - args.contraction).relu().square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
