@@ -100,6 +100,15 @@ class BoundIteration:
         part._map = self._whole().select(part._rows, self._batch, self._of_samples())
         return part
 
+    def preconditioner(self, x: State) -> Callable[[State], State] | None:
+        r"""The template's approximate inverse of :math:`I - \partial F / \partial x`, see
+        :meth:`FixedPointIteration.preconditioner`.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
+        :return: a linear map of states, or ``None``.
+        """
+        return self._map.preconditioner(x)
+
     def separable(self, x: State, fx: State | None = None) -> bool:
         r"""Whether :meth:`select` gives what the whole map gives, told by an evaluation for one sample.
 
@@ -185,6 +194,10 @@ class _Map:
     def __call__(self, x: State) -> State:
         with _installed(self.placed), _cached(self.weights):
             return self.iteration(x, self.physics, *self.constants)
+
+    def preconditioner(self, x: State) -> Callable[[State], State] | None:
+        with _installed(self.placed):
+            return self.iteration.preconditioner(x, self.physics)
 
     def select(self, rows: Rows, batch: int, of_samples: bool) -> _Map:
         r"""For some samples: their rows of the constants and, if they are ``of_samples``, of the tensors of the physics and

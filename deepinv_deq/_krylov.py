@@ -23,7 +23,9 @@ def gmres(
 ) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
     r"""GMRES (:footcite:t:`saad1986gmres`) for :math:`b = \ell(b) + c`, that is :math:`(I - \ell) b = c`.
 
-    One evaluation of :math:`\ell` per step; no method that sees :math:`\ell` through products alone needs fewer.
+    One evaluation of :math:`\ell` per step; no method that sees :math:`\ell` through products alone needs fewer. With an
+    approximate inverse of :math:`I - \ell` (``func.precondition``) it is flexible GMRES
+    (:footcite:t:`saad1993flexible`), which minimises the same residual.
 
     :param Callable func: an affine map of ``(B, N)`` matrices; an :class:`AffineMap` saves the evaluation at zero that
         would otherwise give :math:`c`.
@@ -46,7 +48,7 @@ def gmres(
             image, evaluations = func(x0), 2
         unit = unit_size(offset)  # at the size of the offset, or the difference would be all rounding
         linear = lambda b: (func(unit * b) - offset) / unit  # noqa: E731
-    x = x0
+    x, inverse = x0, getattr(func, "precondition", None)
     absolute, relative = residuals(x, image)
     floor = torch.finfo(x.dtype).eps * norms(image)  # for a solution at zero, which has no relative accuracy
     traces = [absolute], [relative]
@@ -57,7 +59,7 @@ def gmres(
         cycle = min(history or max_iter, max_iter - evaluations - check)
         tried = active
         x, absolute, relative, active, used, taken = _arnoldi_cycle(
-            linear, x, image - x, absolute, relative, active, cycle, tol, floor, traces, sync_every
+            linear, inverse, x, image - x, absolute, relative, active, cycle, tol, floor, traces, sync_every
         )
         evaluations += taken
         nstep = nstep + used
@@ -73,6 +75,7 @@ def gmres(
 
 def _arnoldi_cycle(
     linear: Callable[[Tensor], Tensor],
+    inverse: Callable[[Tensor], Tensor] | None,
     x: Tensor,
     residual: Tensor,
     absolute: Tensor,
@@ -89,33 +92,26 @@ def _arnoldi_cycle(
     :return: the point, its residuals by the recurrence, which samples want more, how many products each one used, and how
         many there were.
     """
-    batch, size = x.shape
-    basis = x.new_zeros(batch, min(cycle, 15) + 1, size)  # grows, since few solves need all of their budget
-    basis[:, 0] = where_rows(active, residual / norms(residual)[:, None], torch.zeros_like(x))
-    overlap = [(x * basis[:, 0]).sum(dim=1).double()]  # <x, v_j>: with it the norm of the image needs no product
+    krylov = _Basis(min(cycle, 15) + 1, where_rows(active, residual / norms(residual)[:, None], torch.zeros_like(x)))
     problem = _LeastSquares(norms(residual).double(), cycle)
-    weights, x_norm2 = x.new_zeros(batch, cycle, dtype=torch.float64), norms(x).double() ** 2
+    weights, x_norm2 = x.new_zeros(len(x), cycle, dtype=torch.float64), norms(x).double() ** 2
+    overlap = [(x * krylov.last).sum(dim=1).double()]  # <x, v_j>: with it the norm of the image needs no product
+    gains = []  # <x, P v_j>
     used = torch.zeros_like(absolute)
     for j in range(cycle):
-        known = basis[:, : j + 1]
-        w = basis[:, j] - linear(basis[:, j])
+        direction = krylov.last if inverse is None else inverse(krylov.last)
+        w = direction - linear(direction)
         finite = torch.isfinite(w).all(dim=1)
         w = where_rows(finite & active, w, torch.zeros_like(w))
-        column = []
-        for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
-            h = torch.bmm(known, w[:, :, None])
-            w = torch.baddbmm(w[:, None], h.transpose(1, 2), known, alpha=-1)[:, 0]
-            column.append(h[..., 0].double())
-        length = norms(w)
-        if j + 1 == basis.shape[1]:
-            basis = torch.cat([basis, torch.zeros_like(basis)], dim=1)
-        basis[:, j + 1] = where_rows(length > 0, w / length[:, None], torch.zeros_like(w))
-        overlap.append((x * basis[:, j + 1]).sum(dim=1).double())
+        length, column = krylov.append(w)
+        gains.append((x * direction).sum(dim=1).double() if krylov.extend(direction, inverse) else overlap[-1])
+        overlap.append((x * krylov.last).sum(dim=1).double())
 
-        y, rho = problem.append(column[0] + column[1], length.double())
-        image = torch.cat([y, y.new_zeros(batch, 1)], dim=1) + rho
-        image_norm2 = x_norm2 + 2 * (image * torch.stack(overlap, dim=1)).sum(dim=1) + (image * image).sum(dim=1)
+        y, rho = problem.append(column, length.double())
         step_abs = rho.norm(dim=1)
+        # |x + step + remainder|, the norm of the image
+        image_norm2 = x_norm2 + krylov.norm2(y, rho)
+        image_norm2 = image_norm2 + 2 * (y * torch.stack(gains, 1)).sum(1) + 2 * (rho * torch.stack(overlap, 1)).sum(1)
         step_rel = torch.where(step_abs == 0, step_abs, step_abs / image_norm2.clamp_min(0).sqrt())
         update = active & finite
         weights[:, : j + 1] = torch.where(update[:, None], y, weights[:, : j + 1])
@@ -128,9 +124,72 @@ def _arnoldi_cycle(
         traces[1].append(relative)
         if (j + 1) % sync_every == 0 and not bool(active.any()):
             break
-    taken = len(overlap) - 1
-    step = torch.bmm(weights[:, None, :taken].to(x.dtype), basis[:, :taken])[:, 0]
-    return x + step, absolute, relative, active, used, taken
+    return x + krylov.combine(weights), absolute, relative, active, used, len(gains)
+
+
+class _Basis:
+    r"""Orthonormal Krylov vectors ``V``, and the directions ``Z = P V`` that the solution is made of.
+
+    Without a preconditioner the two are one. With it, both are kept (flexible GMRES), with what is needed of their products.
+    """
+
+    def __init__(self, size: int, first: Tensor):
+        self.count, self.v = 1, first.new_zeros(first.shape[0], size, first.shape[1])
+        self.v[:, 0] = first
+        self.z: Tensor | None = None
+        self.zz, self.zv = first.new_zeros(2, first.shape[0], size, size, dtype=torch.float64)
+
+    @property
+    def last(self) -> Tensor:
+        return self.v[:, self.count - 1]
+
+    def append(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Take in a vector; returns its length beyond the others, and its components along them, ``(B, count)``."""
+        known, column = self.v[:, : self.count], []
+        for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
+            h = torch.bmm(known, w[:, :, None])
+            w = torch.baddbmm(w[:, None], h.transpose(1, 2), known, alpha=-1)[:, 0]
+            column.append(h[..., 0].double())
+        length = norms(w)
+        if self.count == self.v.shape[1]:  # grows, since few solves need all of their budget
+            self.v = torch.cat([self.v, torch.zeros_like(self.v)], dim=1)
+            self.zz, self.zv = (torch.nn.functional.pad(g, (0, self.count, 0, self.count)) for g in (self.zz, self.zv))
+        self.v[:, self.count] = where_rows(length > 0, w / length[:, None], torch.zeros_like(w))
+        self.count += 1
+        return length, column[0] + column[1]
+
+    def extend(self, direction: Tensor, inverse: Callable[[Tensor], Tensor] | None) -> bool:
+        r"""Keep the direction of the vector before the last, if it is not that vector itself."""
+        if inverse is None:
+            return False
+        if self.z is None or self.count - 1 > self.z.shape[1]:
+            grown = torch.zeros_like(self.v)
+            if self.z is not None:
+                grown[:, : self.z.shape[1]] = self.z
+            self.z = grown
+        j = self.count - 2
+        self.z[:, j] = direction
+        row = torch.bmm(self.z[:, : j + 1], direction[:, :, None])[..., 0].double()
+        self.zz[:, j, : j + 1], self.zz[:, : j + 1, j] = row, row
+        self.zv[:, j, : j + 2] = torch.bmm(self.v[:, : j + 2], direction[:, :, None])[..., 0].double()
+        self.zv[:, :j, j + 1] = torch.bmm(self.z[:, :j], self.last[:, :, None])[..., 0].double()
+        return True
+
+    def norm2(self, y: Tensor, rho: Tensor) -> Tensor:
+        r"""Squared norm of ``Z y + V rho``."""
+        if self.z is None:
+            total = torch.nn.functional.pad(y, (0, 1)) + rho
+            return total.square().sum(dim=1)
+        j = y.shape[1]
+        quadratic = torch.bmm(self.zz[:, :j, :j], y[:, :, None]) + 2 * torch.bmm(
+            self.zv[:, :j, : j + 1], rho[:, :, None]
+        )
+        return (y * quadratic[..., 0]).sum(dim=1) + rho.square().sum(dim=1)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        r"""The solution's part in the space: ``Z y``."""
+        vectors, j = self.v if self.z is None else self.z, self.count - 1
+        return torch.bmm(weights[:, None, :j].to(vectors.dtype), vectors[:, :j])[:, 0]
 
 
 class _LeastSquares:

@@ -41,6 +41,9 @@ def iterate(
     forget its history for that sample (``restart``), and the next point is a damped step from the best one. Every
     rejection in a row doubles what is accepted, lest the transient growth of a non-normal map traps the solve.
 
+    Where the map offers an approximate inverse ``P`` of the identity minus its Jacobian, the rule is shown ``x + P(f(x) -
+    x)`` in the place of ``f(x)``.
+
     A sample that is done is frozen on the device at once; the host looks every ``sync_every`` evaluations. When at least
     half of the samples are done, and the map can be restricted to the others, it is.
 
@@ -53,12 +56,14 @@ def iterate(
     active, floor = torch.ones_like(rejections, dtype=torch.bool), torch.zeros_like(rejections)
 
     for k in range(1, max_iter + 1):
-        fx = func(x)
+        fx = image = func(x)
         absolute, relative = residuals(x, fx)
         if k == 1:  # a fixed point at zero has no relative accuracy: rounding of the first image is all one can ask for
             floor = eps * norms(fx).nan_to_num(0.0, 0.0)
         done = (relative <= tol) | (absolute <= floor)
         better = active & ((absolute < best.absolute) | done)
+        if isinstance(func, FlatMap) and func.precondition is not None:
+            fx = x + func.precondition(fx - x)  # of the same fixed points; residuals stay those of the map itself
         restart = active & ~better & ~((absolute <= growth * 2**rejections * best.absolute) & torch.isfinite(absolute))
         best.update(k, x, fx, absolute, relative, better, active)
         active = active & ~done & torch.isfinite(best.absolute)
@@ -69,7 +74,7 @@ def iterate(
             if left == 0:
                 break
             rows = torch.nonzero(active)[:, 0] if 2 * left <= len(active) else None
-            fewer = func.subset(rows, x, fx) if rows is not None and isinstance(func, FlatMap) else None
+            fewer = func.subset(rows, x, image) if rows is not None and isinstance(func, FlatMap) else None
             if rows is not None and fewer is not None:
                 func = fewer
                 propose.keep(rows)

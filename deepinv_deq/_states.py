@@ -20,10 +20,12 @@ class AffineMap:
 
     :param Callable linear: the linear part :math:`\ell`.
     :param torch.Tensor, tuple[torch.Tensor, ...] offset: the constant :math:`c`, of the shape of the state.
+    :param Callable, None precondition: linear map of states near to :math:`(I - \ell)^{-1}`, which a solver may use.
     """
 
     linear: Callable[[Any], Any]
     offset: Any
+    precondition: Callable[[Any], Any] | None = None
 
     def __call__(self, b: Any) -> Any:
         r"""Evaluate the map.
@@ -59,6 +61,14 @@ def chunks(state: State, size: int | None) -> list[slice]:
     return [slice(start, start + size) for start in range(0, batch, max(1, size))]
 
 
+def preconditioner(f: Any, x: State) -> Callable[[Any], Any] | None:
+    r"""What a map offers as an approximate inverse of the identity minus its Jacobian, for states like ``x``."""
+    if isinstance(f, AffineMap):
+        return f.precondition
+    offered = getattr(f, "preconditioner", None)
+    return None if offered is None else offered(x)
+
+
 def join(states: Sequence[State]) -> State:
     r"""The inverse of taking slices."""
     if len(states) == 1:
@@ -82,6 +92,12 @@ class FlatMap:
         self._evaluate = _counting(f.linear if isinstance(f, AffineMap) else f, layout, self._count)
         if isinstance(f, AffineMap):
             self.linear, self.offset = self._evaluate, layout.pack(f.offset)
+        self.precondition: Callable[[Tensor], Tensor] | None = None
+
+    def use(self, precondition: Callable[[Any], Any] | None) -> None:
+        r"""Let solvers use a map of states near to the inverse of the identity minus the Jacobian."""
+        layout = self._layout
+        self.precondition = precondition and (lambda r: layout.pack(precondition(layout.unpack(r))))
 
     @property
     def evaluations(self) -> int:
@@ -104,7 +120,10 @@ class FlatMap:
             return None
         if not f.separable(layout.unpack(x), layout.unpack(fx)):
             return None
-        return FlatMap(f.select(rows), layout.select(rows), self._count)
+        part, part_layout = f.select(rows), layout.select(rows)
+        flat = FlatMap(part, part_layout, self._count)
+        flat.use(self.precondition and preconditioner(part, part_layout.unpack(x[rows])))
+        return flat
 
 
 def _counting(f: Callable[[Any], Any], layout: Layout, count: list[int]) -> Callable[[Tensor], Tensor]:

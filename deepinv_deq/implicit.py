@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deepinv_deq._states import AffineMap, SeparableMap, State
+from deepinv_deq._states import AffineMap, SeparableMap, State, preconditioner
 from deepinv_deq.solvers import Solver, SolverStat
 
 _MODES = ("implicit", "jfb")
@@ -119,25 +119,37 @@ class ModularIDHook:
         self, f: DifferentiableMap, x_star: Tensors, inputs: Tensors, g: Tensors, single: bool
     ) -> Tensors:
         r"""The product :math:`g \, \partial \hat x / \partial` ``inputs``, by chunks of samples: one graph at a time."""
-        chunks = self.solver.chunks(f, _state(x_star, single))
         total: Tensors = ()
         stats: list[SolverStat] = []
-        for rows in [None] if chunks is None else chunks:
-            x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
-            leaves = tuple(t.detach().requires_grad_() for t in (*x, *inputs))
+        for rows in self.solver.chunks(f, _state(x_star, single)) or [None]:
             part = f if rows is None else cast(DifferentiableMap, cast(SeparableMap, f).select(rows))
-            with torch.enable_grad():
-                image = _as_tuple(part.rebind(leaves[len(x) :])(_state(leaves[: len(x)], single)))
-            _refuse_hidden_leaves(image, leaves)
-            _, grads = self._pull_back(image, leaves[: len(x)], leaves[len(x) :], cotangent, single)
+            x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
+            grads = self._of_one_graph(part, x, inputs, cotangent, single)
             total = tuple(t + d for t, d in zip(total, grads, strict=True)) if total else grads
             stats += [self.stat] if self.stat else []
         if self.mode == "implicit":
             self.stat = self.solver.joined(stats)
         return total
 
+    def _of_one_graph(
+        self, f: DifferentiableMap, x_star: Tensors, inputs: Tensors, g: Tensors, single: bool
+    ) -> Tensors:
+        leaves = tuple(t.detach().requires_grad_() for t in (*x_star, *inputs))
+        x, inputs = leaves[: len(x_star)], leaves[len(x_star) :]
+        inverse = preconditioner(f, _state(x_star, single)) if self.solver.precondition else None
+        with torch.enable_grad():
+            image = _as_tuple(f.rebind(inputs)(_state(x, single)))
+        _refuse_hidden_leaves(image, leaves)
+        return self._pull_back(image, x, inputs, g, single, inverse)[1]
+
     def _pull_back(
-        self, image: Tensors, x: Tensors, inputs: Tensors, g: Tensors, single: bool
+        self,
+        image: Tensors,
+        x: Tensors,
+        inputs: Tensors,
+        g: Tensors,
+        single: bool,
+        inverse: Callable[[Any], Any] | None = None,
     ) -> tuple[Tensors, Tensors]:
         r"""Solve the adjoint equation on the graph from ``x`` and ``inputs`` to ``image``.
 
@@ -145,7 +157,8 @@ class ModularIDHook:
         """
         if self.mode == "jfb":
             return g, _vjp(image, inputs, g)
-        adjoint = AffineMap(lambda b: _state(_vjp(image, x, _as_tuple(b), keep=True), single), _state(g, single))
+        step = lambda b: _state(_vjp(image, x, _as_tuple(b), keep=True), single)  # noqa: E731
+        adjoint = AffineMap(step, _state(g, single), inverse)
         b, self.stat = self.solver(adjoint, _state(tuple(torch.zeros_like(t) for t in g), single))
         b = _as_tuple(b)
         # the last product also gives b dF/dx: the true residual of the adjoint equation, for next to nothing

@@ -24,7 +24,18 @@ from torchdeq.solver.stat import SolverStat as _TorchDEQStat
 
 from deepinv_deq._krylov import gmres
 from deepinv_deq._quasi_newton import Anderson, Broyden, Picard, iterate
-from deepinv_deq._states import FlatMap, Layout, SeparableMap, State, chunks, join, residuals, take, unit_size
+from deepinv_deq._states import (
+    FlatMap,
+    Layout,
+    SeparableMap,
+    State,
+    chunks,
+    join,
+    preconditioner,
+    residuals,
+    take,
+    unit_size,
+)
 
 _FAILURE = ("warn", "raise", "ignore")
 # TorchDEQ's methods of the same names stop batch-wide, at absolute tolerances, with a regularisation that depends on the
@@ -122,6 +133,8 @@ class Solver:
         :math:`2^{14}` numbers: what is worked on then stays in the cache.
     :param int, None sync_every: number of evaluations after which the host asks the device whether all samples are done.
         More of them keep an accelerator busy, at up to as many evaluations too many. ``None`` is 4 on accelerators, 1 on CPU.
+    :param bool precondition: whether to use the approximate inverse that a map may offer, as :class:`DEGrad` does where the
+        physics is nearly a filter: fewer evaluations, the same solution and the same residual to reach.
     :param dict options: further keyword arguments for a function that others registered.
 
     :raises ValueError: at construction, for an unknown method or a setting out of range.
@@ -148,6 +161,7 @@ class Solver:
     batched: bool = True
     chunk_size: int | None = None
     sync_every: int | None = None
+    precondition: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
@@ -182,7 +196,7 @@ class Solver:
 
     def __hash__(self) -> int:
         settings = self.method, self.max_iter, self.tol, self.history, self.damping, self.on_failure, self.batched
-        return hash((*settings, self.chunk_size, self.sync_every))
+        return hash((*settings, self.chunk_size, self.sync_every, self.precondition))
 
     @torch.no_grad()
     def __call__(self, f: Callable[[Any], Any], x0: Any) -> tuple[Any, SolverStat]:
@@ -244,6 +258,7 @@ class Solver:
     def _solve(self, f: Callable[[Any], Any], x0: State) -> tuple[State, SolverStat]:
         layout = Layout(x0, self.batched)
         flat, start, unit, lost = FlatMap(f, layout), layout.pack(x0), None, None
+        flat.use(preconditioner(f, x0) if self.precondition and self.batched else None)
         if hasattr(
             flat, "offset"
         ):  # an affine map has no scale of its own: whatever the method, the answer is linear in c
@@ -376,6 +391,8 @@ def fixed_point_iter(
     :return: in TorchDEQ's form, the point, an empty list and a dictionary for :class:`SolverStat`.
     """
     # transient growth is no reason to reject a plain step: there is no history to blame
+    if isinstance(func, FlatMap):
+        func.use(None)  # who asks for the plain iteration shall have it
     rule = Picard(damping)
     return iterate(rule, func, x0, max_iter=max_iter, tol=tol, growth=torch.inf, sync_every=sync_every)
 

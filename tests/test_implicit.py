@@ -9,9 +9,10 @@ import weakref
 
 import pytest
 import torch
+from deepinv.physics import BlurFFT, Inpainting
 from torch import nn
 
-from deepinv_deq import ConvergenceError, ConvergenceWarning, DEProx, DEQReconstructor, ModularIDHook, Solver
+from deepinv_deq import ConvergenceError, ConvergenceWarning, DEGrad, DEProx, DEQReconstructor, ModularIDHook, Solver
 from deepinv_deq.implicit import DifferentiableMap
 from tests.problems import (
     F64,
@@ -293,6 +294,88 @@ def test_evaluation_mode_costs_the_solver_and_nothing_more():
     with torch.no_grad():
         model(y, physics)
     assert len(calls) == model.forward_stat.evaluations
+
+
+# Contract 5: cost --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("mode", ["implicit", "jfb"])
+def test_chunks_do_not_change_the_gradient_and_tape_every_sample_once(template, mode):
+    results, taped = {}, {}
+    for size in (1, 2, 5):
+        model, physics, _, y = imaging(template, batch=5, mode=mode)
+        model.solver = Solver("anderson", max_iter=300, tol=1e-13, chunk_size=size)
+        model.hook.solver = Solver("gmres", max_iter=200, tol=1e-13, chunk_size=size)
+        taped[size] = []
+
+        def count(module, args, out, sizes=taped[size]):
+            sizes += [len(out)] if out.requires_grad else []
+
+        model.iteration.denoiser.register_forward_hook(count)
+        results[size] = gradients(ei_loss(model, y.requires_grad_(), physics), model, [y])
+        assert mode == "jfb" or len(model.hook.stat["nstep"]) == 5
+    for size in (1, 2):
+        assert relative_error(results[size], results[5]) <= 1e-10
+        assert max(taped[size]) == size and sum(taped[size]) == 2 * 5  # two passes
+    assert taped[5] == [5, 5]
+
+
+def test_chunks_tape_one_at_a_time():
+    model, physics, _, y = imaging(batch=4)
+    model.hook.solver = Solver("gmres", tol=1e-6, chunk_size=1)
+    alive, most = [], []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            if x.requires_grad:
+                most.append(sum(r() is not None for r in alive))
+                ctx.token = x.new_zeros(1)
+                alive.append(weakref.ref(ctx.token))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    model.iteration.denoiser.register_forward_hook(lambda m, i, out: Probe.apply(out))
+    gc.disable()
+    try:
+        ei_loss(model, y, physics).backward()
+    finally:
+        gc.enable()
+    assert len(most) == 8 and max(most) == 0  # whenever a graph is begun, none is left of those before
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_physics_of_every_sample_get_their_gradient_in_chunks(template):
+    gradients_ = {}
+    for size in (1, 4):
+        model, _, x, _ = imaging(template, batch=4)
+        mask = torch.rand(4, 1, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        physics = Inpainting((1, 4, 4), mask=mask.detach())
+        physics.mask = mask
+        model.solver = Solver("anderson", max_iter=300, tol=1e-13, chunk_size=size)
+        model.hook.solver = Solver("gmres", max_iter=200, tol=1e-13, chunk_size=size)
+        gradients_[size] = torch.autograd.grad(model(x, physics).sin().sum(), mask)
+    assert relative_error(gradients_[1], gradients_[4]) <= 1e-10
+
+
+def test_preconditioning_changes_the_cost_and_not_the_gradient():
+    kernel = torch.tensor([[0.0, 1, 0], [1, 2, 1], [0, 1, 0]])[None, None] / 6
+    physics = BlurFFT((1, 16, 16), filter=kernel).to(F64)
+    y = physics.A(torch.rand(2, 1, 16, 16, dtype=F64, generator=torch.Generator().manual_seed(0)))
+    results, cost = {}, {}
+    for precondition in (True, False):
+        model = DEQReconstructor(DEGrad(SmallDenoiser(), stepsize=0.1, data_weight=9.0)).to(F64)
+        model.solver = Solver("anderson", max_iter=500, tol=1e-12, precondition=precondition)
+        model.hook.solver = Solver("gmres", max_iter=500, tol=1e-12, precondition=precondition)
+        x_hat = model(y.requires_grad_(), physics)
+        results[precondition] = gradients(x_hat.sin().sum(), model, [y])
+        cost[precondition] = model.forward_stat.evaluations, model.hook.stat.evaluations
+    assert relative_error(results[True], results[False]) <= 1e-9
+    assert cost[True][0] < cost[False][0] / 2 and cost[True][1] < cost[False][1] / 2
 
 
 # Contract 6: stateless ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from deepinv.models import DnCNN
-from deepinv.physics import MRI, Inpainting, LinearPhysics, Physics, Tomography
+from deepinv.physics import MRI, BlurFFT, Inpainting, LinearPhysics, Physics, Tomography
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -18,6 +18,8 @@ from deepinv_deq import (
     FixedPointIteration,
     Solver,
 )
+from deepinv_deq._precondition import spectrum
+from deepinv_deq.physics import SparseLinearPhysics
 from tests.problems import F64, TEMPLATES, MatrixPhysics, imaging, relative_error
 
 
@@ -258,3 +260,134 @@ def test_binding_does_not_change_modules():
     after = {**model.state_dict(), **physics.state_dict()}
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+# Restricted to samples ---------------------------------------------------------------------------------------------
+
+
+def per_sample_physics():
+    r"""Four samples, each with a mask of its own, of images of as many pixels across as there are samples."""
+    mask = (torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.4).to(F64)
+    return Inpainting((1, 4, 4), mask=mask)
+
+
+def angles_as_many_as_samples():
+    physics = Tomography(torch.arange(4) * 45.0, 4, circle=False, normalize=False, adjoint_via_backprop=True)
+    return SparseLinearPhysics.from_physics(physics, (1, 4, 4)).to(F64)
+
+
+class NamedAngles(MatrixPhysics):
+    r"""Keeps a tensor as long as the batch that is none of its samples'."""
+
+    def __init__(self):
+        super().__init__(torch.eye(16, dtype=F64), 4)
+        self.register_buffer("weights", torch.tensor([1.0, 0.5, 0.25, 0.125], dtype=F64))
+
+    def A(self, x, **_):
+        return super().A(x) * self.weights.sum()
+
+    def A_adjoint(self, y, **_):
+        return super().A_adjoint(y) * self.weights.sum()
+
+
+@pytest.mark.parametrize("make", [per_sample_physics, angles_as_many_as_samples, NamedAngles])
+@pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([3, 0])])
+def test_a_part_of_the_batch_is_evaluated_by_itself(make, rows):
+    physics, template = make(), imaging(DEGrad)[0].iteration
+    x = torch.rand(4, 1, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(1))
+    f = template.bind(physics.A(x), physics)
+    assert f.separable(x)
+    part = f.select(rows)
+    torch.testing.assert_close(part(x[rows]), f(x)[rows])
+    torch.testing.assert_close(part.select(slice(1, 2))(x[rows][1:]), f(x)[rows][1:])
+    leaves = [t.detach().clone().requires_grad_() for t in part.inputs]
+    torch.testing.assert_close(part.rebind(leaves)(x[rows]), f(x)[rows])
+
+
+def test_whether_a_map_can_be_restricted_is_measured_once():
+    model, physics, x, _ = imaging(batch=4)
+    calls = []
+    model.iteration.denoiser.register_forward_hook(lambda m, i, out: calls.append(len(out)))
+    for _ in range(3):  # other measurements of the same make
+        x = x.flip(0)
+        assert model.iteration.bind(physics.A(x), physics).separable(x)
+    assert calls == [4, 1]
+    assert model.iteration.bind(physics.A(x[:3]), physics).separable(x[:3]) and calls[2:] == [3, 1]
+
+
+def test_a_map_that_couples_its_samples_is_not_restricted():
+    _, physics, x, y = imaging(batch=4)
+    coupled = nn.BatchNorm2d(1).to(F64)
+    with pytest.warns(UserWarning, match="couples the samples"):
+        f = DEProx(coupled).bind(y, physics)
+    assert not f.separable(x)
+    model = DEQReconstructor(DEProx(coupled.eval()), solver=Solver(chunk_size=1, max_iter=3, on_failure="ignore"))
+    assert model.iteration.bind(y, physics).separable(x)  # in evaluation mode, it does not
+
+
+def test_nothing_is_concluded_from_a_map_that_is_nan():
+    model, physics, x, y = imaging(batch=4)
+    f = model.iteration.bind(y, physics)
+    assert not f.separable(x * float("nan")) and f.separable(x)
+
+
+# Preconditioning ---------------------------------------------------------------------------------------------------
+
+
+def blur(side=16):
+    kernel = torch.tensor([[0.0, 1, 0], [1, 2, 1], [0, 1, 0]], dtype=F64)[None, None] / 6
+    return BlurFFT((1, side, side), filter=kernel.float()).to(F64)
+
+
+def test_the_spectrum_of_a_filter_is_exact():
+    physics, x = blur(), torch.rand(3, 1, 16, 16, dtype=F64)
+    model = spectrum(physics, x)
+    again = torch.fft.irfftn(torch.fft.rfftn(x, dim=(2, 3)) * model, s=x.shape[2:], dim=(2, 3))
+    torch.testing.assert_close(again, physics.A_adjoint_A(x), atol=1e-6, rtol=1e-5)
+
+
+def test_the_preconditioner_inverts_a_linear_iteration():
+    physics, x = blur(), torch.rand(3, 1, 16, 16, dtype=F64)
+
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return 0 * x
+
+    template = DEGrad(Nothing(), stepsize=0.1, data_weight=5.0).to(F64)
+    f = template.bind(physics.A(x), physics)
+    inverse = f.preconditioner(x)
+    z = torch.zeros_like(x)
+    torch.testing.assert_close(inverse(x - (f(x) - f(z))), x, atol=1e-5, rtol=1e-5)
+    for precondition, most in ((True, 4), (False, 50)):
+        _, stat = Solver("anderson", tol=1e-6, precondition=precondition)(f, z)
+        assert stat.converged.all() and stat.evaluations <= most
+    assert stat.evaluations > 10
+
+
+def test_physics_that_are_no_filters_get_no_preconditioner():
+    x = torch.rand(2, 1, 16, 16)
+    inpainting = Inpainting((1, 16, 16), mask=(torch.rand(1, 16, 16) > 0.5).float())
+    assert spectrum(inpainting, x) is None
+    assert DEGrad(nn.Identity()).bind(inpainting.A(x), inpainting).preconditioner(x) is None
+    assert imaging(DEProx)[0].iteration.preconditioner(x, inpainting) is None
+    assert spectrum(inpainting, x.cfloat()) is None
+
+
+def test_the_spectrum_is_kept_until_the_physics_changes_and_is_each_samples_own():
+    physics = MRI(mask=torch.ones(1, 1, 8, 8), img_size=(2, 8, 8))
+    x, calls = torch.rand(2, 2, 8, 8), []
+    adjoint = physics.A_adjoint_A
+    physics.A_adjoint_A = lambda x: calls.append(len(x)) or adjoint(x)
+    state = torch.get_rng_state()
+    first = spectrum(physics, x)
+    assert spectrum(physics, x + 1) is first and set(calls) == {1}
+    assert torch.equal(torch.get_rng_state(), state)
+    mask = torch.ones(2, 1, 8, 8)
+    mask[1, ..., ::2] = 0
+    count = len(calls)
+    physics.update(mask=mask)
+    both = spectrum(physics, x)
+    assert len(calls) == 2 * count and both.shape[0] == 2
+    torch.testing.assert_close(both[:1], first)
+    physics.update(mask=mask[1:])
+    torch.testing.assert_close(spectrum(physics, x), both[1:])

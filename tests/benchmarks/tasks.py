@@ -87,7 +87,11 @@ def make(name: str, *, data: Path | None, batch: int, size: int | None = None, s
 
 
 def denoiser(channels: int, data: Path | None, steps: int) -> EquilibriumUNet:
-    r"""A denoiser of 32-64-128 feature maps, trained here if it has not been: a few minutes."""
+    r"""A denoiser of 32-64-128 feature maps, trained here if it has not been: a few minutes.
+
+    Its Jacobian is kept below 0.9: DE-Prox is the denoiser wherever nothing was measured, and without this has no fixed
+    point there.
+    """
     file = None if data is None else data / FILES["denoiser"]
     real = bool(file and file.exists())
     weights = CACHE / f"denoiser-{channels}-{'natural' if real else 'phantoms'}-{steps}.pt"
@@ -95,6 +99,7 @@ def denoiser(channels: int, data: Path | None, steps: int) -> EquilibriumUNet:
         command = [sys.executable, str(ROOT / "examples/paper/pretrain_denoiser.py"), "--out", str(weights)]
         command += ["--in-channels", str(channels), "--channels", "32", "64", "128"]
         command += ["--steps", str(steps), "--batch-size", "8", *(["--data", str(file)] if real else [])]
+        command += ["--contraction", "0.9", "--contraction-steps", str(steps // 3)]
         subprocess.run(command, check=True, stdout=sys.stderr)
     # frozen power iterations: the denoiser of every method, at every evaluation, is the same function
     return EquilibriumUNet(channels, pretrained=weights).eval()
