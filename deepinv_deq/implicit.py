@@ -121,7 +121,8 @@ class ModularIDHook:
         r"""The product :math:`g \, \partial \hat x / \partial` ``inputs``, by chunks of samples: one graph at a time."""
         total: Tensors = ()
         stats: list[SolverStat] = []
-        for rows in self.solver.chunks(f, _state(x_star, single)) or [None]:
+        whole: list[slice | None] = [None]
+        for rows in self.solver.chunks(f, _state(x_star, single)) or whole:
             part = f if rows is None else cast(DifferentiableMap, cast(SeparableMap, f).select(rows))
             x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
             grads = self._of_one_graph(part, x, inputs, cotangent, single)

@@ -69,14 +69,14 @@ class SparseLinearPhysics(LinearPhysics):
         :raises ValueError: if the operator is not linear with real images, or the cache belongs to another operator.
         """
         img_size = tuple(img_size)
-        probe = torch.rand(1, *img_size, generator=torch.Generator().manual_seed(0)).to(_device(physics))
+        probe = torch.rand(1, *img_size, generator=torch.Generator().manual_seed(0)).to(_like(physics))
         with torch.no_grad():
             y = physics.A(probe)
         if not isinstance(y, Tensor) or y.is_complex():
             raise ValueError(f"{type(physics).__name__} does not map real images to one real tensor of measurements.")
         path = None if cache is None else Path(cache)
         if path is not None and path.exists():
-            matrix = torch.load(path, weights_only=True).to(probe.device)
+            matrix = torch.load(path, weights_only=True).to(probe.device, probe.dtype)
             sparse = cls(matrix, img_size, y.shape[1:], physics) if matrix.shape == (y.numel(), probe.numel()) else None
             if sparse is None or not sparse._agrees(probe, y):
                 raise ValueError(f"{path} holds the matrix of another operator. Delete it, or name another cache file.")
@@ -209,18 +209,22 @@ def _tomography_matrix(physics: Tomography, img_size: tuple[int, ...], m: int) -
 
 def _matrix_by_columns(physics: LinearPhysics, img_size: tuple[int, ...], m: int, chunk: int = 128) -> Tensor:
     r"""The matrix of any operator: its columns are the measurements of unit images."""
-    n, device, blocks = _numel(img_size), _device(physics), []
+    n, like, blocks = _numel(img_size), _like(physics), []
     for start in range(0, n, chunk):
         count = min(chunk, n - start)
-        unit = torch.zeros(count, n, device=device)
-        unit[:, start : start + count] = torch.eye(count, device=device)
+        unit = like.new_zeros(count, n)
+        unit[:, start : start + count].fill_diagonal_(1.0)
         with torch.no_grad():
             blocks.append(physics.A(unit.reshape(-1, *img_size)).reshape(-1, m).to_sparse_coo())
     return torch.cat(blocks).t().coalesce().to_sparse_csr()
 
 
-def _device(physics: LinearPhysics) -> torch.device:
-    return next((t.device for t in (*physics.parameters(), *physics.buffers())), torch.device("cpu"))
+def _like(physics: LinearPhysics) -> Tensor:
+    r"""A number of the device and precision of an operator."""
+    tensors = [t for t in (*physics.parameters(), *physics.buffers()) if t.is_floating_point()]
+    like = next(iter(tensors), torch.zeros(()))
+    dtype = getattr(physics, "dtype", None)
+    return torch.zeros((), device=like.device, dtype=dtype if isinstance(dtype, torch.dtype) else like.dtype)
 
 
 def _numel(size: Sequence[int]) -> int:

@@ -107,3 +107,15 @@ def test_bad_input():
         SparseLinearPhysics.from_physics(dinv.physics.LinearPhysics(A=lambda x, **_: x.square()), SIZE)
     with pytest.raises(ValueError, match="the sizes ask for"):
         SparseLinearPhysics(sparse.matrix, (1, 4, 4), (2,))
+
+
+def test_an_operator_in_double_precision_gives_a_matrix_in_double_precision():
+    physics = dinv.physics.Tomography(
+        torch.arange(9, dtype=torch.float64) * 20, 16, normalize=False, adjoint_via_backprop=True, dtype=torch.float64
+    )
+    x = torch.rand(2, *SIZE, dtype=torch.float64)
+    for operator in (physics, MatrixPhysics(torch.rand(30, 256, dtype=torch.float64), 16)):
+        sparse = SparseLinearPhysics.from_physics(operator, SIZE)
+        y = operator.A(x)
+        assert sparse.A(x).dtype == torch.float64 and relative_error(sparse.A(x), y) <= 1e-13
+        assert relative_error(sparse.A_adjoint(y), operator.A_adjoint(y)) <= 1e-13

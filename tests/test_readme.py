@@ -1,4 +1,4 @@
-r"""The README says what the records say, and its commands exist."""
+r"""The README and the pages say what the records say, and its commands exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_tables_are_those_of_the_records():
     check = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "fill_readme.py"), "--check"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, str(ROOT / "docs" / "fill_tables.py"), "--check"], capture_output=True, text=True, cwd=ROOT
     )
     assert check.returncode == 0, check.stderr
 

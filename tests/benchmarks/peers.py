@@ -86,7 +86,10 @@ def deepinv(task: Task, s: Settings, accelerated: bool = False) -> Model:
     model.check_conv_fn = check_backward  # the forward solve holds the original
 
     def reconstruct(y: Tensor, physics) -> Tensor:
-        with parametrize.cached():  # in its favour: normalise the weights once per pass
+        with parametrize.cached():  # in its favour: normalise the weights once per pass, with their graph
+            for module in it.denoiser.modules():
+                if parametrize.is_parametrized(module, "weight"):
+                    assert module.weight is not None
             return model(y, physics)
 
     return reconstruct

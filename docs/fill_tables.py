@@ -1,0 +1,34 @@
+"""Write the tables of README.md and docs/ from the committed records: ``python docs/fill_tables.py [--check]``."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "cost.md"]
+SOURCES = {
+    "exactness": "tests/benchmarks/exactness.py",
+    "cost": "tests/benchmarks/cost_tables.py",
+    "ct": "examples/ct/records.py",
+}
+
+
+def filled(text: str) -> str:
+    """A page with every marked block rendered anew."""
+    sys.path.insert(0, str(ROOT))
+    for name, source in SOURCES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        if re.search(pattern, text, flags=re.S):
+            table = runpy.run_path(str(ROOT / source))["render"]()
+            text = re.sub(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    stale = [page for page in PAGES if page.read_text() != filled(page.read_text())]
+    if "--check" in sys.argv:
+        names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
+        sys.exit(f"{names}: not what the records say. Run python docs/fill_tables.py." if stale else 0)
+    for page in stale:
+        page.write_text(filled(page.read_text()))

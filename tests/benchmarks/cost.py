@@ -1,0 +1,503 @@
+r"""What a DEQ costs, next to its peers, with the error of the gradient beside every time.
+
+.. code-block:: bash
+
+    python -m tests.benchmarks.cost --data ../shared/data      # all of it, about an hour on two cores
+    python -m tests.benchmarks.cost --only sparse counts       # parts of it; the record keeps the others
+    python docs/fill_tables.py                                 # the tables of docs/cost.md from the record
+
+Prints what it measures and writes ``tests/benchmarks/records/cost-<device>.json``. Times are medians over rounds in which all
+methods take turns. Every memory figure is of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepinv as dinv
+import torch
+from torch import Tensor
+
+from deepinv_deq import DEQReconstructor, ModularIDHook, Solver
+from tests.benchmarks import tasks
+from tests.benchmarks.peers import METHODS, Settings, ours, whole_batch
+from tests.benchmarks.tasks import CACHE, ROOT, Task
+from tests.problems import relative_error
+
+RECORDS = Path(__file__).parent / "records"
+BATCH = {"ct": 4, "mri": 2}
+ROUNDS = 5
+# from loose to tight: (forward, backward) tolerances among which every method takes the first that is exact enough
+LEVELS = [
+    (1e-2, 1e-1),
+    (1e-3, 1e-2),
+    (3e-4, 1e-2),
+    (1e-3, 1e-3),
+    (3e-4, 1e-3),
+    (1e-4, 1e-3),
+    (1e-5, 1e-3),
+    (1e-5, 1e-4),
+]
+LEVELS += [(1e-6, 1e-4), (1e-6, 1e-5)]
+EXACT_ENOUGH = 1e-2
+OURS = "deepinv-deq"
+
+
+class Bench:
+    r"""What the parts share: data folder, device, tasks made once, reference gradients kept on disk."""
+
+    def __init__(self, data: Path | None, device: str):
+        self.data, self.device = data, device
+        self._tasks: dict[Any, Task] = {}
+
+    def task(self, name: str, batch: int | None = None, size: int | None = None) -> Task:
+        key = name, batch or BATCH[name], size
+        if key not in self._tasks:
+            self._tasks[key] = tasks.make(name, data=self.data, batch=key[1], size=size).to(self.device)
+        return self._tasks[key]
+
+    def reference(self, name: str) -> list[Tensor]:
+        r"""The gradient of the loss in float64, both solves far tighter than any method's."""
+        path = CACHE / f"gradient-{name}-{BATCH[name]}-{'data' if self.data else 'phantoms'}.pt"
+        if not path.exists():
+            task = tasks.make(name, data=self.data, batch=BATCH[name]).to(torch.float64)
+            model = ours(task, Settings(1e-6, 1e-5, 400, 200))
+            exact = gradient(task, model)
+            assert model.forward_stat.converged.all() and model.hook.stat.converged.all(), model.forward_stat.outcome
+            torch.save(exact, path)
+        return torch.load(path, weights_only=True)
+
+
+def parameters(task: Task) -> list[Tensor]:
+    return [p for p in task.iteration.parameters() if p.requires_grad]
+
+
+def gradient(task: Task, model: Callable[..., Tensor], passes: int = 2) -> list[Tensor]:
+    return list(torch.autograd.grad(task.loss(model, passes), parameters(task)))
+
+
+def seconds(work: Callable[[], Any], device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(
+    work: dict[str, Callable[[], Any]], device: str, rounds: int = ROUNDS, patience: float = 5.0
+) -> dict[str, float]:
+    r"""Median seconds of each, in rounds where all of them run after one another.
+
+    Who took ``patience`` times as long as the quickest in the first round sits out the others: the ratio is not in doubt.
+    """
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, run in work.items():
+            if not times[name] or times[name][0] < patience * min(t[0] for t in times.values() if t):
+                times[name].append(seconds(run, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def counting(task: Task) -> Iterator[dict[str, float]]:
+    r"""Evaluations of the denoiser, taped ones among them, and products with its Jacobian, in units of the whole batch."""
+    count = {"evaluations": 0.0, "taped": 0.0, "vjps": 0.0}
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g: Tensor) -> Tensor:
+            count["vjps"] += len(g) / len(task.x)
+            return g
+
+    def watch(module, args, out: Tensor) -> Tensor:
+        count["evaluations"] += len(out) / len(task.x)
+        count["taped"] += len(out) / len(task.x) * out.requires_grad
+        return Probe.apply(out) if out.requires_grad else out
+
+    handle = task.iteration.denoiser.register_forward_hook(watch)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+# The parts -----------------------------------------------------------------------------------------------------------
+
+
+def equal_error(bench: Bench, name: str) -> list[dict[str, Any]]:
+    r"""An EI step at equal gradient error: each method at the loosest tolerances that give 1 % against float64.
+
+    A method is not tried at tighter tolerances once it takes eight times as long as ours did.
+    """
+    task, exact = bench.task(name), bench.reference(name)
+    rows, work, first, limit = [], {}, 0, float("inf")
+    for method, build in {**METHODS, f"{OURS}, whole batch": whole_batch}.items():
+        for i, (forward, backward) in enumerate(LEVELS):
+            if i < first:
+                continue
+            model = build(task, Settings(forward, backward, 200, 200))
+            start = time.perf_counter()
+            with counting(task) as count:
+                error = relative_error([g.cpu() for g in gradient(task, model)], exact)
+            took = time.perf_counter() - start
+            say(f"  {method}: {forward:g}, {backward:g}: gradient error {error:.1e}, {count}, {took:.1f} s")
+            if error <= EXACT_ENOUGH or took > limit:
+                break
+        if method == OURS:
+            first, limit = max(0, i - 2), 8 * took  # nobody needs far looser tolerances than ours
+        rows.append({"method": method, "tolerances": [forward, backward], "gradient error": error, **count})
+        rows[-1]["exact enough"] = error <= EXACT_ENOUGH
+        work[method] = lambda model=model: gradient(task, model)
+    return _timed(rows, work, bench.device)
+
+
+def equal_iterations(bench: Bench, name: str, iterations: int = 10) -> list[dict[str, Any]]:
+    r"""An EI step with 10 iterations of both solves, whatever they reach."""
+    task, exact = bench.task(name), bench.reference(name)
+    rows, work = [], {}
+    for method, build in METHODS.items():
+        model = build(task, Settings().exactly(iterations))
+        with counting(task) as count:
+            error = relative_error([g.cpu() for g in gradient(task, model)], exact)
+        rows.append({"method": method, "gradient error": error, **count})
+        work[method] = lambda model=model: gradient(task, model)
+    return _timed(rows, work, bench.device)
+
+
+def inference(bench: Bench, name: str, target: float = 1e-4) -> list[dict[str, Any]]:
+    r"""Reconstruction at equal true residual: each method at the loosest tolerance for which every image has 1e-4."""
+    task = bench.task(name)
+    f = task.iteration.bind(task.y, task.physics)
+    rows, work = [], {}
+    with torch.no_grad():
+        for method, build in METHODS.items():
+            for tol in (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6):
+                model = build(task, Settings(forward_tol=tol, forward_iter=300))
+                with counting(task) as count:
+                    x = model(task.y, task.physics)
+                residual = float(((f(x) - x).flatten(1).norm(dim=1) / f(x).flatten(1).norm(dim=1)).max())
+                if residual <= target:
+                    break
+            say(f"  {method}: tolerance {tol:g}: true residual {residual:.1e}, {count}")
+            rows.append({"method": method, "tolerance": tol, "residual": residual, "evaluations": count["evaluations"]})
+            rows[-1]["exact enough"] = residual <= target
+            work[method] = lambda model=model: model(task.y, task.physics)
+        return _timed(rows, work, bench.device)
+
+
+def _timed(rows: list[dict[str, Any]], work: dict[str, Callable[[], Any]], device: str) -> list[dict[str, Any]]:
+    medians = take_turns(work, device)
+    for row in rows:
+        row["seconds"] = medians[row["method"]]
+        row["ratio"] = row["seconds"] / medians[OURS]
+        say(f"  {row['method']}: {row['seconds']:.2f} s, {row['ratio']:.2f} x ours")
+    return rows
+
+
+def backward_products(bench: Bench, name: str) -> list[dict[str, Any]]:
+    r"""Vector-Jacobian products of the adjoint solve against full GMRES in float64 without preconditioner, per image."""
+    rows = []
+    for tol in (1e-2, 1e-3, 1e-4):
+        taken = {}
+        for kind in ("ours", "float64"):
+            task = tasks.make(name, data=bench.data, batch=BATCH[name])
+            task = task.to(torch.float64) if kind == "float64" else task.to(bench.device)
+            solver = Solver("gmres", max_iter=150, tol=tol, precondition=kind == "ours")
+            tight = 1e-5 if kind == "ours" else 1e-6
+            model = DEQReconstructor(
+                task.iteration, solver=Solver("anderson", max_iter=400, tol=tight), hook=ModularIDHook(solver)
+            )
+            x_hat = model(task.y, task.physics)
+            rng = torch.Generator().manual_seed(0)  # the cotangent of an l2 loss against a noisy reference
+            noise = 0.05 * torch.randn(task.x.shape, generator=rng).to(task.x)
+            gradient_of = ((x_hat - task.x + noise) ** 2).sum()
+            torch.autograd.grad(gradient_of, parameters(task))
+            extra = 1 if kind == "ours" else 0  # the last product, which is for the parameters
+            taken[kind] = (model.hook.stat["nstep"] + extra).int().tolist()
+        say(f"  {name} {tol:g}: {taken}")
+        rows.append({"task": name, "tolerance": tol, "optimum": taken["float64"], "ours": taken["ours"]})
+    return rows
+
+
+def counts(bench: Bench) -> list[dict[str, Any]]:
+    r"""Taped evaluations per pass, and evaluations in evaluation mode beyond the solver's."""
+    rows = []
+    for name in BATCH:
+        task = bench.task(name)
+        for passes in (1, 2, 4):
+            model = ours(task, Settings(1e-2, 1e-1))
+            with counting(task) as count:
+                gradient(task, model, passes)
+            rows.append({"task": name, "passes": passes, "taped per pass": count["taped"] / passes})
+        with torch.no_grad(), counting(task) as count:
+            model(task.y, task.physics)
+        rows.append({"task": name, "evaluation mode": count["evaluations"] - model.forward_stat.work})
+        say(f"  {rows[-4:]}")
+    return rows
+
+
+def overhead(bench: Bench) -> list[dict[str, Any]]:
+    r"""Share of an EI step that is neither the iteration, its products, nor the loss: the solvers' own algebra."""
+    rows = []
+    for name in BATCH:
+        task = bench.task(name)
+        model = ours(task, Settings(1e-4, 1e-3, 200, 200))
+        gradient(task, model)
+        shares = []
+        for _ in range(ROUNDS):
+            spent = {"solve": 0.0, "inside": 0.0}
+            with _timing_of_solves(spent, bench.device):
+                total = seconds(lambda: gradient(task, model), bench.device)
+            shares.append((spent["solve"] - spent["inside"]) / total)
+        rows.append({"task": name, "share": statistics.median(shares)})
+        say(f"  {rows[-1]}")
+    return rows
+
+
+@contextlib.contextmanager
+def _timing_of_solves(spent: dict[str, float], device: str) -> Iterator[None]:
+    from deepinv_deq import _states, solvers
+
+    solve, count = solvers.Solver._solve, _states._counting
+
+    def timed_solve(*args):
+        out = []
+        spent["solve"] += seconds(lambda: out.append(solve(*args)), device)
+        return out[0]
+
+    def timed_map(f, layout, n):
+        def timed(x):
+            out = []
+            spent["inside"] += seconds(lambda: out.append(f(x)), device)
+            return out[0]
+
+        return count(timed, layout, n)
+
+    solvers.Solver._solve, _states._counting = timed_solve, timed_map
+    try:
+        yield
+    finally:
+        solvers.Solver._solve, _states._counting = solve, count
+
+
+def scaling(bench: Bench) -> list[dict[str, Any]]:
+    r"""Time of an EI step (MRI, 5 iterations) over pixels and batch, and the exponent of a power law through it."""
+    sides, batches = (64, 128, 256), (1, 4, 16)
+    cells = {("side", s): bench.task("mri", 2, s) for s in sides} | {
+        ("batch", b): bench.task("mri", b, 64) for b in batches
+    }
+    work = {}
+    for key, task in cells.items():
+        model = ours(task, Settings().exactly(5))
+        work[key] = lambda task=task, model=model: gradient(task, model)
+    medians = take_turns(work, bench.device)
+    rows = []
+    for what, sizes, power in (("side", sides, 2), ("batch", batches, 1)):
+        times = [medians[what, s] for s in sizes]
+        n = torch.tensor(sizes, dtype=torch.float64).pow(power).log()
+        t = torch.tensor(times, dtype=torch.float64).log()
+        slope = float(((n - n.mean()) * (t - t.mean())).sum() / (n - n.mean()).square().sum())
+        rows.append(
+            {"over": "pixels" if power == 2 else what, "sizes": list(sizes), "seconds": times, "exponent": slope}
+        )
+        say(f"  {rows[-1]}")
+    return rows
+
+
+def sparse(bench: Bench) -> list[dict[str, Any]]:
+    r"""A + Aᵀ of tomography, batch 4, 128×128, 50 views."""
+    angles, settings = (
+        torch.linspace(0, 180, 51)[:-1],
+        {"circle": False, "normalize": False, "adjoint_via_backprop": True},
+    )
+    physics, truth = (
+        dinv.physics.Tomography(angles.to(dtype), 128, device=bench.device, dtype=dtype, **settings)
+        for dtype in (torch.float32, torch.float64)
+    )
+    built: list[Any] = []
+    build = seconds(lambda: built.append(tasks.SparseLinearPhysics.from_physics(physics, (1, 128, 128))), bench.device)
+    x = torch.rand(4, 1, 128, 128, device=bench.device)
+    y = physics.A(x)
+    exact = truth.A(x.double()), truth.A_adjoint(y.double())
+    error = max(relative_error(built[0].A(x), exact[0]), relative_error(built[0].A_adjoint(y), exact[1]))
+    work = {
+        "Tomography": lambda: (physics.A(x), physics.A_adjoint(y)),
+        "SparseLinearPhysics": lambda: (built[0].A(x), built[0].A_adjoint(y)),
+    }
+    medians = take_turns(work, bench.device, 4 * ROUNDS, patience=1e9)
+    ratio = medians["Tomography"] / medians["SparseLinearPhysics"]
+    row = {"build seconds": build, "error": error, "seconds": medians, "ratio": ratio}
+    say(f"  {row}")
+    return [row]
+
+
+def memory(bench: Bench) -> list[dict[str, Any]]:
+    r"""Peak memory above what the task itself takes, over three EI steps of batch 4, each cell in a process of its own."""
+    cells = [(name, method, 10, 2, "") for name in BATCH for method in (*METHODS, f"{OURS}, whole batch")]
+    cells += [("mri", OURS, n, 2, history) for n in (10, 30, 100) for history in ("", "20")]
+    cells += [("mri", OURS, 10, passes, "") for passes in (1, 4)]
+    rows = []
+    for name, method, iterations, passes, history in cells:
+        command = [sys.executable, "-m", "tests.benchmarks.cost", "--device", bench.device]
+        command += [] if bench.data is None else ["--data", str(bench.data)]
+        command += ["--memory-cell", name, method, str(iterations), str(passes), history or "0"]
+        out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        rows.append(json.loads(out.stdout.splitlines()[-1]))
+        say(f"  {rows[-1]}")
+    return rows
+
+
+def memory_cell(bench: Bench, name: str, method: str, iterations: str, passes: str, history: str) -> dict[str, Any]:
+    task = bench.task(name, 4)
+    if method == OURS:
+        solvers = [Solver(m, max_iter=int(iterations), tol=1e-30, on_failure="ignore") for m in ("anderson", "gmres")]
+        solvers[1] = replace(solvers[1], history=int(history) or None)
+        model = DEQReconstructor(task.iteration, solver=solvers[0], hook=ModularIDHook(solvers[1]))
+    else:
+        model = {**METHODS, f"{OURS}, whole batch": whole_batch}[method](task, Settings().exactly(int(iterations)))
+    before = _resident(bench.device, reset=True)
+    for _ in range(3):
+        for p in parameters(task):
+            p.grad = None
+        task.loss(model, int(passes)).backward()
+    peak = _resident(bench.device) - before
+    cell = {"task": name, "method": method, "iterations": int(iterations), "passes": int(passes), "MB": peak / 1e6}
+    return cell | {"restart": int(history)}
+
+
+def _resident(device: str, reset: bool = False) -> int:
+    r"""Largest memory so far, in bytes; of the process on CPU, of tensors on CUDA. ``reset`` forgets what was before."""
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def options(bench: Bench) -> list[dict[str, Any]]:
+    r"""What each saving of ours is worth: an EI step without it, and with what the user may add."""
+    rows = []
+    for name in BATCH:
+        task, exact = bench.task(name), bench.reference(name)
+        settings = Settings(1e-4, 1e-2, 200, 200)
+        twin = tasks.make(name, data=bench.data, batch=BATCH[name]).to(bench.device)
+        twin.iteration.denoiser.to(memory_format=torch.contiguous_format)
+        compiled = tasks.make(name, data=bench.data, batch=BATCH[name]).to(bench.device)
+        compiled.iteration.denoiser.compile()
+        cells: dict[str, tuple[Task, Callable[..., Tensor], Any]] = {
+            OURS: (task, ours(task, settings), None),
+            "whole batch at a time": (task, whole_batch(task, settings), None),
+            "no preconditioner": (task, ours(task, settings, precondition=False), None),
+            "channels outermost": (twin, ours(twin, settings), None),
+            "with bfloat16 autocast": (task, ours(task, settings), torch.bfloat16),
+            "with torch.compile": (compiled, ours(compiled, settings), None),
+        }
+        work, errors = {}, {}
+        for label, (t, model, dtype) in cells.items():
+
+            def step(t=t, model=model, dtype=dtype):
+                with torch.autocast(bench.device, dtype=dtype, enabled=dtype is not None):
+                    loss = t.loss(model)
+                return torch.autograd.grad(loss, parameters(t))
+
+            try:
+                with counting(t) as count:
+                    errors[label] = relative_error([g.cpu() for g in step()], exact), dict(count)
+                step()
+            except Exception as error:  # no compiler, say
+                say(f"  {label}: {type(error).__name__}: {str(error)[:200]}")
+                rows.append({"task": name, "option": label, "failed": f"{type(error).__name__}: {str(error)[:200]}"})
+                continue
+            work[label] = step
+        medians = take_turns(work, bench.device, 3)
+        for label, (error, count) in errors.items():
+            if label in medians:
+                row = {"task": name, "option": label, "gradient error": error, **count, "seconds": medians[label]}
+                rows.append(row | {"ratio": medians[label] / medians[OURS]})
+                say(f"  {rows[-1]}")
+    return rows
+
+
+PARTS: dict[str, Callable[[Bench], Any]] = {
+    "sparse": sparse,
+    "counts": counts,
+    "memory": memory,
+    **{f"equal error, {n}": lambda bench, n=n: equal_error(bench, n) for n in BATCH},
+    **{f"equal iterations, {n}": lambda bench, n=n: equal_iterations(bench, n) for n in BATCH},
+    **{f"inference, {n}": lambda bench, n=n: inference(bench, n) for n in BATCH},
+    **{f"products, {n}": lambda bench, n=n: backward_products(bench, n) for n in BATCH},
+    "overhead": overhead,
+    "scaling": scaling,
+    "options": options,
+}
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def machine(device: str) -> dict[str, Any]:
+    r"""Where the record was made."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    versions = {"torch": torch.__version__, "deepinv": dinv.__version__, "torchdeq": "0.1.0"}
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {"cpu": name, "threads": torch.get_num_threads(), "gpu": gpu, "versions": versions}
+
+
+def main() -> None:
+    r"""Measure, print, record."""
+    parser = argparse.ArgumentParser(description="Cost of a DEQ step, next to its peers.")
+    parser.add_argument("--data", type=Path, help="folder with the real images; default: phantoms")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", nargs="+", help=f"parts to measure, of: {', '.join(PARTS)}")
+    parser.add_argument("--memory-cell", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    bench = Bench(args.data, args.device)
+    if args.memory_cell:
+        print(json.dumps(memory_cell(bench, *args.memory_cell)))
+        return
+    chosen = [p for p in PARTS if not args.only or any(p.startswith(o) for o in args.only)]
+    if not chosen:
+        sys.exit(f"error: no part {' '.join(args.only)}: must be one of {', '.join(PARTS)}.")
+    path = RECORDS / f"cost-{args.device}.json"
+    for part in chosen:
+        say(f"{part} ...")
+        start = time.time()
+        rows = PARTS[part](bench)
+        record = json.loads(path.read_text()) if path.exists() else {"parts": {}}
+        entry = {"rows": rows, "minutes": (time.time() - start) / 60, "date": time.strftime("%Y-%m-%d")}
+        entry |= {"data": args.data is not None, "load": os.getloadavg()[0], "machine": machine(args.device)}
+        record["parts"][part] = entry
+        RECORDS.mkdir(exist_ok=True)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

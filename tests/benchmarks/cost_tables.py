@@ -1,0 +1,217 @@
+r"""The tables of ``docs/cost.md``, from the committed records of :mod:`tests.benchmarks.cost`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).parent / "records"
+NAMES = {"ct": "CT 128×128", "mri": "MRI 256×256"}
+OURS = "deepinv-deq"
+Row = dict[str, Any]
+
+
+def render(device: str = "cpu") -> str:
+    r"""Everything that was measured on a device, as Markdown."""
+    path = RECORDS / f"cost-{device}.json"
+    if not path.exists():
+        return "Not measured yet."
+    parts = json.loads(path.read_text())["parts"]
+    blocks = [_machine(parts), "### Targets\n\n" + _targets(parts)]
+    for part, entry in parts.items():
+        title, table = _TABLES[part.split(",")[0]]
+        name = next((NAMES[n] for n in NAMES if part.endswith(f", {n}")), "")
+        blocks.append(f"### {title}{f': {name}' if name else ''}\n\n{table(entry['rows'])}")
+    return "\n\n".join(blocks)
+
+
+def _machine(parts: dict[str, Any]) -> str:
+    lines = []
+    for entry in parts.values():
+        m = entry["machine"]
+        versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+        where = m["gpu"] or f"{m['cpu']}, {m['threads']} threads"
+        images = "real images" if entry["data"] else "phantoms"
+        line = f"{where}; {versions}; {images}; {entry['date']}"
+        lines += [] if line in lines else [line]
+    return "Measured on: " + " — ".join(lines) + "."
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _methods(rows: list[Row]) -> str:
+    def settings(row: Row) -> str:
+        tolerances = row.get("tolerances", [row["tolerance"]] if "tolerance" in row else [])
+        return ", ".join(f"{t:.0e}" for t in tolerances)
+
+    exactness = "gradient error" if "gradient error" in rows[0] else "residual"
+    header = ["method", "tolerances", "evaluations", "VJPs", exactness, "seconds", "/ ours"]
+    body = []
+    for row in rows:
+        error = f"{row[exactness]:.1e}" + ("" if row.get("exact enough", True) else " (missed)")
+        products = f"{row['vjps']:.1f}" if "vjps" in row else "–"
+        numbers = [f"{row['evaluations']:.1f}", products, error, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}"]
+        body.append([row["method"], settings(row) or "–", *numbers])
+    return _table(header, body)
+
+
+def _memory(rows: list[Row]) -> str:
+    header = ["task", "method", "iterations", "passes", "GMRES restart", "peak MB", "ours / it"]
+    own = {
+        r["task"]: r["MB"]
+        for r in rows
+        if r["method"] == OURS and (r["iterations"], r["passes"], r["restart"]) == (10, 2, 0)
+    }
+    body = [
+        [NAMES[r["task"]], r["method"], str(r["iterations"]), str(r["passes"]), str(r["restart"] or "–")]
+        + [f"{r['MB']:.0f}", f"{own[r['task']] / r['MB']:.2f}"]
+        for r in rows
+    ]
+    return _table(header, body)
+
+
+def _products(rows: list[Row]) -> str:
+    body = [[f"{r['tolerance']:.0e}", ", ".join(map(str, r["optimum"])), ", ".join(map(str, r["ours"]))] for r in rows]
+    return _table(["tolerance", "full GMRES in float64, per image", "ours, the last product included"], body)
+
+
+def _counts(rows: list[Row]) -> str:
+    body = [
+        [NAMES[r["task"]], str(r.get("passes", "–")), f"{r.get('taped per pass', r.get('evaluation mode')):.2f}"]
+        + ["taped evaluations per pass" if "passes" in r else "evaluations beyond the solver's, evaluation mode"]
+        for r in rows
+    ]
+    return _table(["task", "passes", "measured", "what"], body)
+
+
+def _overhead(rows: list[Row]) -> str:
+    return _table(["task", "share of a step"], [[NAMES[r["task"]], f"{100 * r['share']:.1f} %"] for r in rows])
+
+
+def _scaling(rows: list[Row]) -> str:
+    body = [
+        [
+            r["over"],
+            ", ".join(map(str, r["sizes"])),
+            ", ".join(f"{s:.2f}" for s in r["seconds"]),
+            f"{r['exponent']:.2f}",
+        ]
+        for r in rows
+    ]
+    return _table(["over", "sizes (side or batch)", "seconds", "fitted exponent"], body)
+
+
+def _sparse(rows: list[Row]) -> str:
+    r = rows[0]
+    body = [[name, f"{1e3 * s:.1f}"] for name, s in r["seconds"].items()]
+    note = f"Built in {r['build seconds']:.1f} s; largest relative error of A and Aᵀ {r['error']:.0e}."
+    return _table(["operator", "ms for A + Aᵀ"], body) + "\n\n" + note
+
+
+def _options(rows: list[Row]) -> str:
+    body = []
+    for r in rows:
+        if "failed" in r:
+            body.append([NAMES[r["task"]], r["option"], "–", "–", "–", r["failed"].split("\n")[0]])
+            continue
+        numbers = [f"{r['evaluations']:.1f}", f"{r['vjps']:.1f}", f"{r['gradient error']:.1e}", f"{r['ratio']:.2f}"]
+        body.append([NAMES[r["task"]], r["option"], *numbers])
+    return _table(["task", "variant", "evaluations", "VJPs", "gradient error", "seconds / default"], body)
+
+
+def _warm(rows: list[Row]) -> str:
+    body = [
+        [r["start"], ", ".join(f"{w:.1f}" for w in r["work"]), f"{r['seconds']:.0f}", f"{r['psnr']:.2f}"] for r in rows
+    ]
+    return _table(
+        ["start of the first pass", "evaluations per solve, by epoch", "seconds", "PSNR on unseen images"], body
+    )
+
+
+_TABLES = {
+    "sparse": ("A sparse matrix in the place of Tomography (batch 4, 128×128, 50 views)", _sparse),
+    "counts": ("Evaluations that are not the solver's", _counts),
+    "memory": ("Peak memory over three EI steps, batch 4", _memory),
+    "equal error": ("An EI step at equal gradient error (1 % of float64)", _methods),
+    "equal iterations": ("An EI step with 10 iterations in every solve", _methods),
+    "inference": ("Reconstruction at equal true residual (1e-4)", _methods),
+    "products": ("Vector-Jacobian products of the adjoint solve", _products),
+    "overhead": ("Algebra of the solvers", _overhead),
+    "scaling": ("Growth of the time of an EI step", _scaling),
+    "options": ("What each saving is worth, and what can be added", _options),
+    "warm starts": ("Starting from the fixed points of the epoch before", _warm),
+}
+
+
+def _targets(parts: dict[str, Any]) -> str:
+    r"""The targets of the issue, each with what was measured and whether it was met."""
+    rows = {part: entry["rows"] for part, entry in parts.items()}
+    body: list[list[str]] = []
+
+    def add(what: str, target: str, values: list[float], met: bool, unit: str = "{:.2f}") -> None:
+        if values:
+            body.append([what, target, ", ".join(unit.format(v) for v in values), "met" if met else "**missed**"])
+
+    cells = rows.get("memory", [])
+
+    def peak(task: str, method: str = OURS, iterations: int = 10, passes: int = 2, restart: int = 0) -> float:
+        key = task, method, iterations, passes, restart
+        found = [r["MB"] for r in cells if (r["task"], r["method"], r["iterations"], r["passes"], r["restart"]) == key]
+        return found[0] if found else math.nan
+
+    if cells:
+        for peer, target, label in (("deepinv DEQ", 1 / 6, "1/6"), ("TorchDEQ ift, Anderson", 1 / 2.5, "1/2.5")):
+            values = [peak(t) / peak(t, peer) for t in NAMES]
+            add(f"peak memory, ours / {peer} (CT, MRI)", f"≤ {label}", values, max(values) <= target)
+        for restart, label in ((20, "GMRES restarted after 20"), (0, "full GMRES")):
+            values = [peak("mri", iterations=n, restart=restart) / peak("mri", restart=restart) for n in (30, 100)]
+            flat = max(values) <= 1.05
+            add(f"peak memory at 30 and 100 iterations / 10 ({label})", "0.95 … 1.05", values, flat)
+        values = [peak("mri", passes=p) / peak("mri") for p in (1, 4)]
+        add("peak memory at 1 and 4 passes / 2", "0.95 … 1.05", values, all(0.95 <= v <= 1.05 for v in values))
+    for part, what, target in (
+        ("equal error", "EI step at equal gradient error, best peer / ours", 2.0),
+        ("equal iterations", "EI step at equal iterations, best peer / ours", 1.1),
+        ("inference", "inference at equal true residual, best peer / ours", 1.5),
+    ):
+        values = []
+        for task in NAMES:
+            ratios = [r["ratio"] for r in rows.get(f"{part}, {task}", []) if not r["method"].startswith(OURS)]
+            reached = [r for r in rows.get(f"{part}, {task}", []) if not r["method"].startswith(OURS)]
+            ratios = [r["ratio"] for r in reached if r.get("exact enough", True)] or ratios
+            values += [min(ratios)] if ratios else []
+        add(f"{what} (CT, MRI)", f"≥ {target}", values, bool(values) and min(values) >= target)
+    for task in NAMES:
+        pairs = [
+            (o, m) for r in rows.get(f"products, {task}", []) for o, m in zip(r["optimum"], r["ours"], strict=True)
+        ]
+        if pairs:
+            most = [max(m - o for o, m in pairs), max(m / o for o, m in pairs)]
+            add(
+                f"VJPs beyond the optimum, and over it ({NAMES[task]})",
+                "≤ 2, ≤ 1.25",
+                most,
+                most[0] <= 2 and most[1] <= 1.25,
+            )
+    counted = rows.get("counts", [])
+    taped = [r["taped per pass"] for r in counted if "passes" in r]
+    add("taped evaluations of F per pass", "1", sorted(set(taped)), set(taped) == {1.0})
+    beyond = [r["evaluation mode"] for r in counted if "evaluation mode" in r]
+    add(
+        "evaluations beyond the solver's in evaluation mode",
+        "0",
+        sorted({round(b, 6) for b in beyond}),
+        max(beyond, default=1) < 1e-6,
+    )
+    shares = [r["share"] for r in rows.get("overhead", [])]
+    add("solver algebra, share of a step (CT, MRI)", "≤ 0.05", shares, max(shares, default=1) <= 0.05, "{:.3f}")
+    exponents = [r["exponent"] for r in rows.get("scaling", [])]
+    add("exponent of time over pixels, over batch", "≤ 1.1", exponents, max(exponents, default=9) <= 1.1)
+    ratios = [r["ratio"] for r in rows.get("sparse", [])]
+    add("A + Aᵀ, Tomography / sparse", "≥ 10", ratios, min(ratios, default=0) >= 10)
+    return _table(["what", "target", "measured", ""], body)
