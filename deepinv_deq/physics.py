@@ -220,11 +220,12 @@ def _matrix_by_columns(physics: LinearPhysics, img_size: tuple[int, ...], m: int
 
 
 def _like(physics: LinearPhysics) -> Tensor:
-    r"""A number of the device and precision of an operator."""
-    tensors = [t for t in (*physics.parameters(), *physics.buffers()) if t.is_floating_point()]
-    like = next(iter(tensors), torch.zeros(()))
-    dtype = getattr(physics, "dtype", None)
-    return torch.zeros((), device=like.device, dtype=dtype if isinstance(dtype, torch.dtype) else like.dtype)
+    r"""A number of the device of an operator, as precise as the most precise of its tensors."""
+    like = torch.zeros(())
+    for t in (*physics.parameters(), *physics.buffers()):
+        if t.is_floating_point():
+            like = torch.zeros((), device=t.device, dtype=torch.promote_types(like.dtype, t.dtype))
+    return like
 
 
 def _numel(size: Sequence[int]) -> int:

@@ -295,10 +295,15 @@ class Solver:
         honest = stat.residual <= max(2 * self.tol, 1e3 * torch.finfo(flat.dtype).eps)
         if bool((stat.converged & ~honest).any()):
             stat["converged"] = stat.converged & honest
-            stat["outcome"] = (
-                f"{self.method} reported convergence, but the measured residual is {stat.residual.max().item():.1e}: the "
-                "map is not deterministic, or couples the samples of the batch (then use Solver(..., batched=False))."
+            device = flat.device.type
+            cause = (
+                f"products in {str(torch.get_autocast_dtype(device)).removeprefix('torch.')} cannot reach {self.tol:.1e}."
+                if torch.is_autocast_enabled(device)
+                else "the map is not deterministic, or couples the samples of the batch (then use Solver(..., "
+                "batched=False))."
             )
+            worst = stat.residual.max().item()
+            stat["outcome"] = f"{self.method} reported convergence, but the measured residual is {worst:.1e}: {cause}"
             self.report(stat)
 
     def _settings(self, device: torch.device) -> dict[str, Any]:

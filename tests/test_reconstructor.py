@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from deepinv_deq import (
+    ConvergenceWarning,
     DEGrad,
     DEProx,
     DEQReconstructor,
@@ -19,7 +20,7 @@ from deepinv_deq import (
     PipelineEquivariance,
     Solver,
 )
-from tests.problems import imaging
+from tests.problems import imaging, relative_error
 
 
 def mri(size=16):
@@ -151,3 +152,57 @@ def test_inference_mode_and_no_grad():
         plain = model(y, physics)
     torch.testing.assert_close(inferred, plain)
     assert not plain.requires_grad and model(y, physics).requires_grad
+
+
+# Faster evaluations ------------------------------------------------------------------------------------------------
+
+
+class Shrinking(EquilibriumUNet):
+    def forward(self, x, sigma=None):
+        return 0.6 * super().forward(x)
+
+
+def small_deq():
+    torch.manual_seed(0)
+    physics, denoiser = mri(), Shrinking(2, channels=(4, 8))
+    nn.init.normal_(denoiser.Conv_1x1.weight, std=0.005)
+    model = DEQReconstructor(DEProx(denoiser, stepsize=0.5), solver=Solver("anderson", max_iter=80, tol=1e-5)).eval()
+    return model, physics, physics.A(torch.rand(3, 2, 16, 16))
+
+
+def step(model, physics, y):
+    x_hat = model(y, physics)
+    return torch.autograd.grad(x_hat.float().square().sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_iteration_gives_the_same_gradient(whole):
+    model, physics, y = small_deq()
+    exact = step(model, physics, y)
+    torch._dynamo.reset()
+    # the graph is captured and differentiated ahead of time, without a C++ compiler, which a machine may lack
+    (model.iteration if whole else model.iteration.denoiser).compile(backend="aot_eager")
+    assert relative_error(step(model, physics, y), exact) <= 1e-4
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision_autocast_gives_nearly_the_same_gradient(dtype, tolerance):
+    model, physics, y = small_deq()
+    exact = step(model, physics, y)
+    model.solver = Solver("anderson", max_iter=30, tol=1e-2)
+    model.hook.solver = Solver("gmres", tol=1e-5)
+    with torch.autocast("cpu", dtype=dtype):
+        x_hat = model(y, physics)
+    with pytest.warns(ConvergenceWarning, match=f"products in {str(dtype)[6:]} cannot reach 1.0e-05"):
+        torch.autograd.grad(x_hat.float().square().sum(), list(model.parameters()), retain_graph=True)
+    model.hook.solver = Solver("gmres", tol=1e-2)
+    rough = torch.autograd.grad(x_hat.float().square().sum(), list(model.parameters()))
+    assert relative_error(rough, exact) <= tolerance
+
+
+def test_channels_are_innermost_inside_the_denoiser_and_outermost_outside():
+    net, seen = EquilibriumUNet(2, channels=(4, 8)), []
+    net.Conv_1x1.register_forward_hook(lambda m, i, out: seen.append(i[0].stride(1)))
+    assert net(torch.rand(2, 2, 16, 16)).is_contiguous() and seen == [1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in net.parameters() if p.ndim == 4)
