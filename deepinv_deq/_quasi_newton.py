@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deepinv_deq._states import FlatMap, norms, residuals, result, where_rows
+from deepinv_deq._maps import FlatMap
+from deepinv_deq._states import norms, residuals, result, where_rows
 
 
 class Rule(Protocol):

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deepinv_deq._states import AffineMap, SeparableMap, State, preconditioner
+from deepinv_deq._maps import AffineMap, SeparableMap, preconditioner
+from deepinv_deq._states import State
 from deepinv_deq.solvers import Solver, SolverStat
 
 _MODES = ("implicit", "jfb")

@@ -23,19 +23,9 @@ from torchdeq.solver import get_solver, register_solver
 from torchdeq.solver.stat import SolverStat as _TorchDEQStat
 
 from deepinv_deq._krylov import gmres
+from deepinv_deq._maps import FlatMap, SeparableMap, preconditioner
 from deepinv_deq._quasi_newton import Anderson, Broyden, Picard, iterate
-from deepinv_deq._states import (
-    FlatMap,
-    Layout,
-    SeparableMap,
-    State,
-    chunks,
-    join,
-    preconditioner,
-    residuals,
-    take,
-    unit_size,
-)
+from deepinv_deq._states import Layout, State, chunks, join, residuals, take, unit_size
 
 _FAILURE = ("warn", "raise", "ignore")
 # TorchDEQ's methods of the same names stop batch-wide, at absolute tolerances, with a regularisation that depends on the

@@ -274,9 +274,9 @@ def overhead(bench: Bench) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _timing_of_solves(spent: dict[str, float], device: str) -> Iterator[None]:
-    from deepinv_deq import _states, solvers
+    from deepinv_deq import _maps, solvers
 
-    solve, count = solvers.Solver._solve, _states._counting
+    solve, count = solvers.Solver._solve, _maps._counting
 
     def timed_solve(*args):
         out = []
@@ -291,11 +291,11 @@ def _timing_of_solves(spent: dict[str, float], device: str) -> Iterator[None]:
 
         return count(timed, layout, n)
 
-    solvers.Solver._solve, _states._counting = timed_solve, timed_map
+    solvers.Solver._solve, _maps._counting = timed_solve, timed_map
     try:
         yield
     finally:
-        solvers.Solver._solve, _states._counting = solve, count
+        solvers.Solver._solve, _maps._counting = solve, count
 
 
 def scaling(bench: Bench) -> list[dict[str, Any]]:
