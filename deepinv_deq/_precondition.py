@@ -29,7 +29,7 @@ def spectrum(physics: Physics, x: Tensor) -> Tensor | None:
     :param deepinv.physics.Physics physics: linear operator.
     :param torch.Tensor x: any state, of shape ``(B, C, *spatial)``.
     :return: values on the grid of :func:`torch.fft.rfftn` over the spatial dimensions, not negative, of shape
-        ``(B or 1, 1, *grid)``; ``None`` where no circulant operator comes near.
+        ``(B or 1, 1, *grid)``; NaN for samples to whose operator no circulant one comes near, ``None`` if that is all.
     """
     if x.is_complex() or x.ndim < 3 or not x.numel():
         return None
@@ -46,9 +46,10 @@ def spectrum(physics: Physics, x: Tensor) -> Tensor | None:
 def inverse_filter(response: Tensor) -> Callable[[Tensor], Tensor]:
     r"""The filter that divides by ``response`` in the Fourier domain; self-adjoint.
 
-    :param torch.Tensor response: positive values, as :func:`spectrum` returns them.
+    :param torch.Tensor response: positive values, shaped as :func:`spectrum` returns them; NaN is no filter at all.
     :return: a map of tensors of shape ``(B, C, *spatial)``.
     """
+    response = response.nan_to_num(1.0)
 
     def apply(r: Tensor) -> Tensor:
         dims = tuple(range(2, r.ndim))
@@ -74,8 +75,13 @@ def _measure(physics: Physics, shape: torch.Size, like: Tensor) -> Tensor | None
         for _ in range(_CHECKS):
             w, aw = _probe(physics, shape, rng, like, dtype)
             guess = torch.fft.irfftn(torch.fft.rfftn(w, dim=dims) * model, s=shape[2:], dim=dims)
-            missed, size = missed + (guess - aw).square().sum(), size + aw.square().sum()
-    return model if bool(missed <= _FIT**2 * size) else None
+            missed, size = missed + _energy(guess - aw), size + _energy(aw)
+    fits = missed <= _FIT**2 * size
+    return model.masked_fill(~fits, torch.nan) if bool(fits.any()) else None
+
+
+def _energy(w: Tensor) -> Tensor:
+    return w.square().sum(dim=tuple(range(1, w.ndim)), keepdim=True)
 
 
 def _probe(

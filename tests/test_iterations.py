@@ -391,3 +391,14 @@ def test_the_spectrum_is_kept_until_the_physics_changes_and_is_each_samples_own(
     torch.testing.assert_close(both[:1], first)
     physics.update(mask=mask[1:])
     torch.testing.assert_close(spectrum(physics, x), both[1:])
+
+
+def test_a_sample_without_a_filter_does_not_cost_the_others_theirs():
+    mask = torch.ones(2, 1, 16, 16)
+    mask[1] = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.5
+    physics, x = Inpainting((1, 16, 16), mask=mask), torch.rand(2, 1, 16, 16)
+    eigenvalues = spectrum(physics, x)
+    torch.testing.assert_close(eigenvalues[0], torch.ones_like(eigenvalues[0]))
+    assert eigenvalues[1].isnan().all()
+    inverse = DEGrad(nn.Identity(), stepsize=0.25).preconditioner(x, physics)
+    torch.testing.assert_close(inverse(x), x * torch.tensor([2.0, 1.0]).reshape(2, 1, 1, 1))
