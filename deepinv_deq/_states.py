@@ -10,7 +10,7 @@ from torch import Tensor
 
 State = Tensor | tuple[Tensor, ...]
 Rows = Tensor | slice
-WORTH = 2**14  # numbers: below, an evaluation costs what calling it costs, and its samples come for free
+WORTH = 2**15  # numbers: below, an evaluation costs what calling it costs, and its samples come for free
 
 
 def chunks(state: State, size: int | None) -> list[slice]:

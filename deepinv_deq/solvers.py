@@ -120,7 +120,7 @@ class Solver:
     :param int, None chunk_size: number of samples that are solved at a time, for maps that can be restricted to samples
         (those of :meth:`FixedPointIteration.bind <deepinv_deq.FixedPointIteration.bind>` can). A sample's result does not
         depend on it; time and memory do. ``None`` is the whole batch on accelerators, and on CPU as many samples as have
-        :math:`2^{14}` numbers: what is worked on then stays in the cache.
+        :math:`2^{15}` numbers: what is worked on then stays in the cache.
     :param int, None sync_every: number of evaluations after which the host asks the device whether all samples are done.
         More of them keep an accelerator busy, at up to as many evaluations too many. ``None`` is 4 on accelerators, 1 on CPU.
     :param bool precondition: whether to use the approximate inverse that a map may offer, as :class:`DEGrad` does where the

@@ -398,7 +398,7 @@ def test_chunks_work_for_methods_of_others():
 
 
 def test_chunks_by_default_have_as_many_samples_as_a_cache_holds():
-    for n, expected in ((2**16, 1), (2**13, 2), (5000, 4), (8, 6)):
+    for n, expected in ((2**17, 1), (2**14, 2), (10000, 4), (8, 6)):
         f = Batch(RATES.float(), n)
         Solver("fixed_point_iter", max_iter=1, on_failure="ignore")(f, torch.zeros(6, n))
         assert max(f.calls) == expected
