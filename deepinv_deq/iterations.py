@@ -26,7 +26,7 @@ class FixedPointIteration(nn.Module):
     r"""Base class of the maps :math:`x \mapsto F_\theta(x; y)` whose fixed point is the reconstruction (eq. 4).
 
     A subclass implements ``forward(x, physics, *constants)``, a pure function of its arguments and of the module's
-    parameters, and may override :meth:`constants` and :meth:`init`.
+    parameters, and may override :meth:`constants`, :meth:`init` and :meth:`preconditioner`.
 
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module
         that maps images of shape ``(B, C, H, W)`` to the same shape.

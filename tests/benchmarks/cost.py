@@ -379,7 +379,7 @@ def memory(bench: Bench) -> list[dict[str, Any]]:
 
 
 def memory_cell(bench: Bench, cell: dict[str, Any]) -> dict[str, Any]:
-    task = bench.task(cell["task"], cell["batch"])
+    task = tasks.make(cell["task"], data=bench.data, batch=cell["batch"]).to(bench.device)
     settings = Settings().exactly(cell["iterations"])
     model = {**METHODS, f"{OURS}, whole batch": whole_batch}[cell["method"]](task, settings)
     if cell["restart"]:
