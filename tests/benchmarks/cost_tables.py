@@ -140,7 +140,7 @@ def _warm(rows: list[Row]) -> str:
 _TABLES = {
     "sparse": ("A sparse matrix in the place of Tomography (batch 4, 128×128, 50 views)", _sparse),
     "counts": ("Evaluations that are not the solver's", _counts),
-    "memory": ("Peak memory over three EI steps, batch 4", _memory),
+    "memory": ("Peak memory over two EI steps, batch 4", _memory),
     "equal error": ("An EI step at equal gradient error (1 % of float64)", _methods),
     "equal iterations": ("An EI step with 5 iterations in every solve", _methods),
     "inference": ("Reconstruction at equal true residual (1e-4)", _methods),
