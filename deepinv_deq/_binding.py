@@ -13,7 +13,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from deepinv_deq._states import Rows, State, take
+from deepinv_deq._states import Rows, State, as_tuple, take
 
 if TYPE_CHECKING:
     from deepinv_deq.iterations import FixedPointIteration
@@ -124,7 +124,7 @@ class BoundIteration:
         if make not in known:
             with torch.no_grad():
                 fx = self(x) if fx is None else fx
-                if not all(bool(torch.isfinite(t).all()) for t in _as_tuple(fx)):
+                if not all(bool(torch.isfinite(t).all()) for t in as_tuple(fx)):
                     return False  # nothing to compare: another solve may tell
                 if len(known) >= 64:  # physics of ever new shapes must not pile up here
                     known.clear()
@@ -138,7 +138,7 @@ class BoundIteration:
             image = self._whole().select(row, self._batch, of_samples)(take(x, row))
         except Exception:  # whatever a physics says about a batch that it does not expect
             return False
-        pairs = zip(_as_tuple(image), _as_tuple(take(fx, row)), strict=True)
+        pairs = zip(as_tuple(image), as_tuple(take(fx, row)), strict=True)
         return all(a.shape == b.shape and bool((a - b).norm() <= _rounding(a) * b.norm()) for a, b in pairs)
 
     def _whole(self) -> _Map:
@@ -208,10 +208,6 @@ class _Map:
 
         placed = [(slot, pick(t) if of_samples and slot.outer else t) for slot, t in self.placed]
         return replace(self, constants=tuple(pick(c) for c in self.constants), placed=placed)
-
-
-def _as_tuple(state: State) -> tuple[Tensor, ...]:
-    return (state,) if isinstance(state, Tensor) else tuple(state)
 
 
 def _rounding(t: Tensor) -> float:

@@ -13,9 +13,14 @@ Rows = Tensor | slice
 WORTH = 2**15  # numbers: below, an evaluation costs what calling it costs, and its samples come for free
 
 
+def as_tuple(state: State) -> tuple[Tensor, ...]:
+    r"""The tensors of a state."""
+    return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
 def chunks(state: State, size: int | None) -> list[slice]:
     r"""Slices of the batch of a state, of ``size`` samples; by default of few enough to be worked on in a CPU's cache."""
-    tensors = (state,) if isinstance(state, Tensor) else state
+    tensors = as_tuple(state)
     if not tensors or not isinstance(tensors[0], Tensor) or tensors[0].ndim < 2:
         return []
     batch, numbers = len(tensors[0]), sum(t.numel() for t in tensors)
@@ -63,7 +68,7 @@ class Layout:
             self.dtype = torch.promote_types(self.dtype, dtype)
 
     def pack(self, state: State) -> Tensor:
-        tensors = (state,) if isinstance(state, Tensor) else tuple(state)
+        tensors = as_tuple(state)
         if [t.shape for t in tensors] != [t.shape for t in self.like]:
             raise ValueError(
                 f"The map must return the shape it is given: {[tuple(t.shape) for t in self.like]} became "

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deepinv_deq._maps import AffineMap, SeparableMap, preconditioner
-from deepinv_deq._states import State
+from deepinv_deq._states import State, as_tuple
 from deepinv_deq.solvers import Solver, SolverStat
 
 _MODES = ("implicit", "jfb")
@@ -110,7 +110,7 @@ class ModularIDHook:
             x_hat = _FixedPoint.apply(self, f, single, len(state), *state, *f.inputs)
         else:
             with torch.enable_grad():
-                image = checkpoint(lambda *x: _as_tuple(f(_state(x, single))), *state, use_reentrant=False)
+                image = checkpoint(lambda *x: as_tuple(f(_state(x, single))), *state, use_reentrant=False)
             if not any(t.requires_grad for t in image):
                 return x_star
             x_hat = _Adjoint.apply(self, f, single, len(state), *state, *image)
@@ -140,7 +140,7 @@ class ModularIDHook:
         x, inputs = leaves[: len(x_star)], leaves[len(x_star) :]
         inverse = preconditioner(f, _state(x_star, single)) if self.solver.precondition else None
         with torch.enable_grad():
-            image = _as_tuple(f.rebind(inputs)(_state(x, single)))
+            image = as_tuple(f.rebind(inputs)(_state(x, single)))
         _refuse_hidden_leaves(image, leaves)
         return self._pull_back(image, x, inputs, g, single, inverse)[1]
 
@@ -159,10 +159,10 @@ class ModularIDHook:
         """
         if self.mode == "jfb":
             return g, _vjp(image, inputs, g)
-        step = lambda b: _state(_vjp(image, x, _as_tuple(b), keep=True), single)  # noqa: E731
+        step = lambda b: _state(_vjp(image, x, as_tuple(b), keep=True), single)  # noqa: E731
         adjoint = AffineMap(step, _state(g, single), inverse)
         b, self.stat = self.solver(adjoint, _state(tuple(torch.zeros_like(t) for t in g), single))
-        b = _as_tuple(b)
+        b = as_tuple(b)
         # the last product also gives b dF/dx: the true residual of the adjoint equation, for next to nothing
         (*products,) = _vjp(image, (*x, *inputs), b)
         measured = tuple(p + t for p, t in zip(products[: len(x)], g, strict=True))
@@ -208,7 +208,7 @@ class _Adjoint(torch.autograd.Function):
             return (None,) * (4 + ctx.n) + _refuse_second_order(g, outer)
         x = tuple(t.detach().requires_grad_() for t in ctx.saved_tensors[: ctx.n])
         with _autocast(ctx.autocast), torch.enable_grad():
-            image = _as_tuple(ctx.f(_state(x, ctx.single)))
+            image = as_tuple(ctx.f(_state(x, ctx.single)))
         b, _ = ctx.hook._pull_back(image, x, (), g, ctx.single)
         return (None,) * (4 + ctx.n) + _refuse_second_order(b, outer)
 
@@ -262,10 +262,6 @@ def _vjp(outputs: Tensors, inputs: Tensors, cotangent: Tensors, keep: bool = Fal
     outs, cots = zip(*pairs, strict=True)
     grads = torch.autograd.grad(outs, inputs, cots, retain_graph=keep, allow_unused=True)
     return tuple(torch.zeros_like(t) if d is None else d for t, d in zip(inputs, grads, strict=True))
-
-
-def _as_tuple(state: State) -> Tensors:
-    return (state,) if isinstance(state, Tensor) else tuple(state)
 
 
 def _state(tensors: Tensors, single: bool) -> State:

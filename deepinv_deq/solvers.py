@@ -249,9 +249,8 @@ class Solver:
         layout = Layout(x0, self.batched)
         flat, start, unit, lost = FlatMap(f, layout), layout.pack(x0), None, None
         flat.use(preconditioner(f, x0) if self.precondition and self.batched else None)
-        if hasattr(
-            flat, "offset"
-        ):  # an affine map has no scale of its own: whatever the method, the answer is linear in c
+        if hasattr(flat, "offset"):
+            # an affine map has no scale of its own: whatever the method, the answer is linear in c
             lost = ~torch.isfinite(flat.offset).all(dim=1, keepdim=True)
             c = flat.offset.masked_fill(lost, 0.0)
             unit = unit_size(c)

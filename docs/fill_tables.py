@@ -26,9 +26,10 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    stale = [page for page in PAGES if page.read_text() != filled(page.read_text())]
+    pages = {page: filled(page.read_text()) for page in PAGES}
+    stale = [page for page, text in pages.items() if page.read_text() != text]
     if "--check" in sys.argv:
         names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
         sys.exit(f"{names}: not what the records say. Run python docs/fill_tables.py." if stale else 0)
     for page in stale:
-        page.write_text(filled(page.read_text()))
+        page.write_text(pages[page])

@@ -50,8 +50,9 @@ LEVELS = [
     (1e-4, 1e-3),
     (1e-5, 1e-3),
     (1e-5, 1e-4),
+    (1e-6, 1e-4),
+    (1e-6, 1e-5),
 ]
-LEVELS += [(1e-6, 1e-4), (1e-6, 1e-5)]
 EXACT_ENOUGH = 1e-2
 OURS = "deepinv-deq"
 
@@ -67,9 +68,8 @@ class Bench:
         key = name, batch or BATCH[name], size
         if key not in self._tasks:
             task = tasks.make(name, data=self.data, batch=key[1], size=size).to(self.device)
-            with (
-                torch.no_grad()
-            ):  # whether the map can be restricted to samples is measured once, and not part of a step
+            # whether the map can be restricted to samples is measured once, and not part of a step
+            with torch.no_grad():
                 ours(task, Settings(forward_tol=0.5))(task.y, task.physics)
             self._tasks[key] = task
         return self._tasks[key]

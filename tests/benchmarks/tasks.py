@@ -24,10 +24,7 @@ FILES = {"ct": "ct100_128.npz", "mri": "cardiac_mr_256.npz", "denoiser": "bsds50
 
 @dataclass
 class Task:
-    r"""One inverse problem with its fixed-point template, images and loss.
-
-    ``settings`` are those of the template; ``alpha`` weighs the equivariant term of the loss.
-    """
+    r"""One inverse problem with its fixed-point template, images and loss; ``alpha`` weighs the equivariant term."""
 
     name: str
     physics: Any
@@ -70,9 +67,7 @@ def make(name: str, *, data: Path | None, batch: int, size: int | None = None, s
     torch.manual_seed(0)
     if name == "ct":
         angles = torch.linspace(0, 180, 51)[:-1]
-        original = dinv.physics.Tomography(
-            angles, side, circle=False, normalize=True, adjoint_via_backprop=True, verbose=False
-        )
+        original = dinv.physics.Tomography(angles, side, circle=False, normalize=True, adjoint_via_backprop=True)
         physics = SparseLinearPhysics.from_physics(original, (1, side, side), cache=CACHE / f"tomography-{side}.pt")
         # the normalised operator makes the measurements small against the image: see the CT example
         iteration: FixedPointIteration = DEGrad(denoiser(1, data, steps), stepsize=1 / 51, data_weight=50.0)
