@@ -17,7 +17,7 @@ def gmres(
     *,
     max_iter: int = 50,
     tol: float = 1e-4,
-    history: int | None = None,
+    history: int = 30,
     sync_every: int = 1,
     **_: Any,
 ) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
@@ -33,7 +33,7 @@ def gmres(
     :param int max_iter: largest number of evaluations; for a map that is not an :class:`AffineMap`, one of them measures the
         residual of the answer.
     :param float tol: relative residual :math:`\|\ell(b) + c - b\| / \|\ell(b) + c\|` to reach.
-    :param int, None history: number of basis vectors kept before a restart; ``None`` never restarts.
+    :param int history: number of basis vectors kept before a restart, which bounds the memory.
     :param int sync_every: number of steps after which the host looks whether all samples are done.
     :return: in TorchDEQ's form, the point, an empty list and a dictionary for :class:`SolverStat`.
     """
@@ -56,7 +56,7 @@ def gmres(
     check = 0 if affine else 1  # nobody says that this map is affine: its true residual is the only one to report
 
     while bool(active.any()) and evaluations + check < max_iter:
-        cycle = min(history or max_iter, max_iter - evaluations - check)
+        cycle = min(history, max_iter - evaluations - check)
         tried = active
         x, absolute, relative, active, used, taken = _arnoldi_cycle(
             linear, inverse, x, image - x, absolute, relative, active, cycle, tol, floor, traces, sync_every

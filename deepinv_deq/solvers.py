@@ -113,7 +113,7 @@ class Solver:
     :param int max_iter: largest number of evaluations of ``f``, the one at ``x0`` included.
     :param float tol: relative residual to reach, no unit.
     :param int, None history: number of past points kept: Anderson's depth (default 5), Broyden's rank (default: all),
-        GMRES' restart length (default: no restart).
+        GMRES' restart length (default 30).
     :param float damping: step :math:`\beta` along the residual in Picard and Anderson steps, in :math:`(0, 1]`.
     :param str on_failure: ``"warn"`` (once per solver and cause), ``"raise"`` or ``"ignore"`` where the tolerance is missed.
     :param bool batched: ``False`` treats the whole state as one sample, for maps that couple the samples of a batch.

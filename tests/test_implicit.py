@@ -124,7 +124,7 @@ def test_an_unbatched_state_is_one_sample():
     w.requires_grad_()
     c = x_star[0] - w.detach() @ x_star[0]
     f = lambda x: w @ x + c  # noqa: E731
-    x_hat = ModularIDHook(Solver("gmres", tol=1e-13))(f, x_star[0])
+    x_hat = ModularIDHook(Solver("gmres", tol=1e-13, history=40))(f, x_star[0])
     exact = dense_gradient(f, x_star[0], torch.ones_like(c), [w])
     assert relative_error(torch.autograd.grad(x_hat.sum(), w), exact) <= 1e-8
 
