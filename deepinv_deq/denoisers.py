@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from deepinv.models import UNet
 from torch import nn
 from torch.nn.utils import parametrizations
+
+from deepinv_deq._weights import read_weights
 
 _NORMS = {"spectral": parametrizations.spectral_norm, "weight": parametrizations.weight_norm, None: None}
 
@@ -33,8 +34,9 @@ class EquilibriumUNet(UNet):
     :param Sequence[int], None channels: feature maps of each scale, from fine to coarse; at least two scales. Default
         ``(32, 64, 128)``, or those of the pretrained weights.
     :param str, None norm: ``"spectral"``, ``"weight"`` or ``None``.
-    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: ``"gray"``, which ship with the package (one
-        channel, 16-32-64, spectral norm, blind up to a noise level of 0.1, BSDS500), or a file written by
+    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: ``"gray"`` or ``"complex"``, which ship with the
+        package (one channel, or two for real and imaginary part; 16-32-64, spectral norm, blind up to a noise level of 0.1,
+        BSDS500; the Jacobian of ``"complex"`` is kept below 0.9, as DE-Prox needs it), or a file written by
         ``examples/paper/pretrain_denoiser.py``.
     :param int groups: largest number of groups of a group norm; a scale uses the largest divisor of its channels up to it.
     :param str, torch.device device: where to put the weights.
@@ -67,7 +69,7 @@ class EquilibriumUNet(UNet):
     ):
         if norm not in _NORMS:
             raise ValueError(f"Unknown norm {norm!r}: must be one of 'spectral', 'weight', None.")
-        weights = None if pretrained is None else _read(pretrained)
+        weights = None if pretrained is None else read_weights(pretrained)
         if channels is None:
             channels = (32, 64, 128) if weights is None else weights["settings"]["channels"]
         if len(channels) < 2 or min(channels) < 1:
@@ -135,14 +137,6 @@ def _rebuild(
     for name, p in net.named_parameters():
         p.requires_grad_(name not in frozen)
     return net.train(training)
-
-
-def _read(pretrained: str | os.PathLike[str]) -> dict[str, Any]:
-    shipped = {path.stem: path for path in (Path(__file__).parent / "weights").glob("*.pt")}
-    path = shipped.get(str(pretrained), Path(pretrained))
-    if not path.is_file():
-        raise FileNotFoundError(f"No weights {str(pretrained)!r}: give a file or one of {', '.join(sorted(shipped))}.")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _divisor(channels: int, most: int) -> int:

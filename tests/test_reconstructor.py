@@ -206,3 +206,43 @@ def test_channels_are_innermost_inside_the_denoiser_and_outermost_outside():
     net.Conv_1x1.register_forward_hook(lambda m, i, out: seen.append(i[0].stride(1)))
     assert net(torch.rand(2, 2, 16, 16)).is_contiguous() and seen == [1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in net.parameters() if p.ndim == 4)
+
+
+@pytest.mark.parametrize("template", [DEGrad, DEProx])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_saved_model_is_the_same_model(tmp_path, template, learned):
+    torch.manual_seed(0)
+    net = EquilibriumUNet(2, channels=(4, 8))
+    torch.nn.init.normal_(net.Conv_1x1.weight, std=0.01)
+    model = DEQReconstructor(
+        template(net, stepsize=0.4, data_weight=1.5, learn_stepsize=learned, sigma=torch.tensor(0.1)),
+        solver=Solver("anderson", max_iter=77, tol=2e-5, on_failure="ignore"),
+        hook=ModularIDHook(Solver("broyden", tol=3e-3), mode="jfb"),
+    )
+    model.save_pretrained(tmp_path / "model.pt", data="somewhere")
+    loaded = DEQReconstructor.from_pretrained(tmp_path / "model.pt")
+    assert not loaded.training and loaded.solver == model.solver and loaded.hook.solver == model.hook.solver
+    assert loaded.hook.mode == "jfb" and isinstance(loaded.iteration.stepsize, nn.Parameter) == learned
+    physics = mri()
+    y = physics(torch.rand(2, 2, 16, 16))
+    torch.testing.assert_close(loaded(y, physics), model.eval()(y, physics), rtol=0, atol=0)
+    other = DEQReconstructor.from_pretrained(tmp_path / "model.pt", solver=Solver("broyden", max_iter=3))
+    assert other.solver.method == "broyden" and not list(tmp_path.glob("*.part"))
+
+
+def test_what_is_no_saved_model_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No weights 'nothing'"):
+        DEQReconstructor.from_pretrained("nothing")
+    denoiser = tmp_path / "denoiser.pt"
+    torch.save({"settings": {}, "state_dict": {}}, denoiser)
+    with pytest.raises(ValueError, match="is no DEQReconstructor.*EquilibriumUNet"):
+        DEQReconstructor.from_pretrained(denoiser)
+    model, *_ = imaging()
+    with pytest.raises(TypeError, match="model.state_dict"):
+        model.save_pretrained(tmp_path / "model.pt")
+    good = DEQReconstructor(DEProx(EquilibriumUNet(2, channels=(4, 8))))
+    good.save_pretrained(tmp_path / "good.pt")
+    whole = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut.pt holds no weights"):
+        DEQReconstructor.from_pretrained(tmp_path / "cut.pt")

@@ -9,8 +9,8 @@ a DEQ (section 4.2.1, on BSDS500). The weights that ship with the package, ``Equ
 
     python examples/paper/pretrain_denoiser.py --data ../shared/data/bsds500_gray_256.npz --out deepinv_deq/weights/gray.pt
 
-With ``--in-channels 2`` the images get a smooth random phase, and the denoiser is one of complex images, as MRI needs it. Without
-``--data`` it trains on generated phantoms.
+and ``"complex"`` with ``--in-channels 2 --contraction 0.9``. With ``--in-channels 2`` the images get a smooth random phase, and the denoiser is one of complex images, as MRI needs it. Without
+``--data`` it trains on generated phantoms. ``--model dncnn`` trains deepinv's DnCNN in the same way, for PnP and RED.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from deepinv.models import DnCNN
 from tqdm import trange
 
 from deepinv_deq import EquilibriumUNet
@@ -27,6 +28,7 @@ from deepinv_deq.datasets import load_images, phantoms
 
 parser = argparse.ArgumentParser(description="Train EquilibriumUNet as a blind Gaussian denoiser.")
 parser.add_argument("--data", help=".npz with 'images' and optionally 'split', or folder of images; default: phantoms")
+parser.add_argument("--model", choices=["unet", "dncnn"], default="unet")
 parser.add_argument("--in-channels", type=int, choices=[1, 2], default=1, help="2 for real and imaginary part")
 parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64])
 parser.add_argument("--norm", choices=["spectral", "weight"], default="spectral")
@@ -109,7 +111,12 @@ def jacobian_norm(x: torch.Tensor, iterations: int = 10) -> torch.Tensor:
     return norm
 
 
-model = EquilibriumUNet(args.in_channels, channels=args.channels, norm=args.norm, pretrained=args.start)
+if args.model == "unet":
+    model = EquilibriumUNet(args.in_channels, channels=args.channels, norm=args.norm, pretrained=args.start)
+    settings = model.settings
+else:
+    settings = {"in_channels": args.in_channels, "out_channels": args.in_channels, "depth": 10, "nf": 48}
+    model = DnCNN(**settings, pretrained=None)
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
 start = time.time()
@@ -137,5 +144,5 @@ with torch.no_grad():
         psnr = [-10 * torch.log10((z - test).square().mean()).item() for z in (test + noise, model(test + noise))]
         print(f"sigma {args.sigma * sigma:.3f}: noisy {psnr[0]:.2f} dB, denoised {psnr[1]:.2f} dB")
 Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-torch.save({"settings": model.settings, "state_dict": model.state_dict()}, args.out)
+torch.save({"settings": settings, "state_dict": model.state_dict()}, args.out)
 print(f"{args.out}: {Path(args.out).stat().st_size / 1024:.0f} KiB after {time.time() - start:.0f} s")

@@ -1,0 +1,319 @@
+r"""
+Train and test one cell of the paper's tables
+=============================================
+
+.. code-block:: bash
+
+    python examples/paper/run.py --task ct --method deq-id --loss ei --scale small --seed 0     # one cell
+    python examples/paper/run.py --all --scale small --jobs 2                                   # the matrix
+    python examples/paper/tables.py                                                             # its tables
+
+A cell appends one record to ``examples/paper/results``. An interrupted one is resumed by the same command, a finished one is
+not run again unless ``--force`` is given.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import deepinv as dinv
+import experiments as ex
+import torch
+from deepinv.datasets import TensorDataset
+from torch.utils.data import DataLoader
+
+from deepinv_deq import IterationEquivariance, PipelineEquivariance
+from deepinv_deq.training import ResumableTrainer
+
+RESULTS = ex.HERE / "results"
+SETTINGS = ex.HERE / "settings.json"
+ROOT = ex.HERE.parents[1]
+SEEDS = {"deq": 3}  # of the other methods, one
+
+
+def matrix(scale: str) -> list[tuple[str, str, str, int]]:
+    r"""All cells of the tables, the DEQs with ID first."""
+    cells = []
+    for method in ex.METHODS:
+        for task in ex.TASKS:
+            losses = ("none",) if method == "denoiser" else ("sup", "ei")
+            losses += ("ei-sure",) if task == "mri" and method == "deq-id" else ()
+            seeds = SEEDS.get(method.split("-")[0], 1)
+            cells += [(task, method, loss, seed) for loss in losses for seed in range(seeds)]
+    return cells
+
+
+def path_of(scale: str, task: str, method: str, loss: str, seed: int) -> Path:
+    return RESULTS / scale / f"{task}_{method}_{loss}_{seed}.json"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    r"""A finished record; ``None`` if there is none, or it is broken, which is said."""
+    try:
+        record = json.loads(path.read_text())
+        record["psnr"]["mean"], record["config"]["method"]
+        return record
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        print(f"The record {path} is broken ({type(error).__name__}: {error}): its cell is run again.", file=sys.stderr)
+        return None
+
+
+def found_settings() -> dict[str, Any]:
+    r"""What ``search.py`` found on validation images."""
+    return json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
+
+
+def weights_of(scale: str, task: str, kind: str, data: Path) -> str:
+    r"""Pretrained weights, shipped or else trained here once by ``pretrain_denoiser.py``: ``"unet"`` or ``"dncnn"``."""
+    n, channels = (1 if task == "ct" else 2), ex.SCALES[scale][task]["channels"]
+    if kind == "unet" and scale == "small":
+        return ex.SHIPPED[n]
+    name = f"{kind}-{n}" + ("-" + "-".join(map(str, channels)) if kind == "unet" else "")
+    path = Path("runs") / "paper" / f"{name}.pt"
+    if not path.exists():
+        print(f"Training {path} once ...", file=sys.stderr)
+        bsds = data / "bsds500_gray_256.npz"
+        command = [sys.executable, str(ex.HERE / "pretrain_denoiser.py"), "--out", str(path), "--in-channels", str(n)]
+        command += ["--data", str(bsds)] if bsds.exists() else []
+        command += ["--model", "dncnn"] if kind == "dncnn" else ["--channels", *map(str, channels)]
+        command += ["--contraction", "0.9"] if kind == "unet" and n == 2 else []
+        subprocess.run(command, check=True)
+    return str(path)
+
+
+def run_cell(
+    task_name: str,
+    method: str,
+    loss: str,
+    scale: str,
+    seed: int,
+    *,
+    data: Path,
+    device: str = "cpu",
+    override: dict[str, Any] | None = None,
+    validate: bool = False,
+    out: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    r"""Train and test; returns the record.
+
+    :param dict override: hyperparameters in the place of those found.
+    :param bool validate: test on validation images.
+    :param Path out: folder for checkpoints.
+    """
+    quiet()
+    torch.manual_seed(seed)
+    task = ex.make_task(task_name, scale, data, validate=validate, device=device)
+    s = ex.settings_of(task_name, method, loss, scale, found_settings()) | (override or {})
+    kind = "dncnn" if method == "denoiser" else "unet"
+    model = ex.make_model(task, method, s, {kind: weights_of(scale, task_name, kind, data)}).to(device)
+    config = {"task": task_name, "method": method, "loss": loss, "scale": scale, "seed": seed, **s}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start, history, steps = time.time(), {}, 0
+    if loss != "none":
+        history, steps = train(task, model, loss, s, seed, config, out, progress)
+    record = {"config": config, "steps": steps, "seconds": round(time.time() - start, 1), **evaluate(task, model)}
+    record |= {"curve": history, "validation": validate, **surroundings(device)}
+    return record, model
+
+
+def train(
+    task: ex.Task, model: Any, loss: str, s: dict[str, Any], seed: int, config: dict[str, Any], out: Any, progress: bool
+) -> tuple[dict[str, list[float]], int]:
+    x, y = task.x[task.train], task.y[task.train]
+    train_set = TensorDataset(x=x if loss == "sup" else None, y=y, use_dict_output=True)
+    test_set = TensorDataset(x=task.x[task.test], y=task.y[task.test], use_dict_output=True)
+    order = torch.Generator().manual_seed(seed)
+    loader = DataLoader(train_set, batch_size=s["batch"], shuffle=True, generator=order)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=s["lr"])
+    trainer = ResumableTrainer(
+        model=model,
+        physics=task.physics,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s["epochs"]),
+        train_dataloader=loader,
+        eval_dataloader=DataLoader(test_set, batch_size=s["batch"]),
+        eval_interval=max(1, s["epochs"] // 8),
+        epochs=s["epochs"],
+        losses=ex.make_losses(task, loss, s, seed),
+        metrics=ex.metrics(task)["psnr"],
+        compute_train_metrics=False,
+        grad_clip=1.0,
+        device=task.x.device,
+        save_path=out,
+        resume=True,
+        ckp_interval=max(1, s["epochs"] // 8),
+        config=config,
+        verbose=False,
+        show_progress_bar=progress,
+    )
+    trainer.train()
+    curve = {"loss": trainer.loss_history, "psnr": trainer.eval_metrics_history}
+    return plain(curve), s["epochs"] * len(loader)
+
+
+def evaluate(task: ex.Task, model: Any) -> dict[str, Any]:
+    r"""All measures on the test images: PSNR, SSIM, those of Tables 2 and 3, and how the solves went."""
+    model.eval()
+    x, y = task.x[task.test], task.y[task.test]
+    measures = ex.metrics(task)
+    options = {"complex_abs": True} if task.name == "mri" else {}
+    noiseless = task.physics
+    record: dict[str, Any] = {"images": len(x)}
+    with torch.no_grad():
+        x_hat, x0 = model(y, task.physics), ex.start(y, task.physics)
+        for name, measure in measures.items():
+            record[name], record[f"{name}_start"] = summary(measure(x_hat, x)), summary(measure(x0, x))
+        pipeline = PipelineEquivariance(**options)(x_hat, x, physics=noiseless, model=model)
+        record["pipeline_equivariance"] = summary(pipeline)
+        if hasattr(model, "forward_stat"):
+            model(y, task.physics)
+            stat = model.forward_stat
+            record["solve"] = {"evaluations": stat["nstep"].tolist(), "residual": stat.residual.tolist()}
+            record["solve"]["converged"] = int(stat.converged.sum())
+            iteration = IterationEquivariance(**options)(x_hat, x, physics=noiseless, model=model)
+            record["iteration_equivariance"] = summary(iteration)
+    return record
+
+
+def summary(values: torch.Tensor) -> dict[str, Any]:
+    r"""Mean and standard deviation over the test images, and all of them."""
+    values = values.double().flatten().cpu()
+    return {"mean": values.mean().item(), "std": values.std().item(), "all": [round(v, 4) for v in values.tolist()]}
+
+
+def plain(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {k: plain(v) for k, v in tree.items()}
+    return [plain(v) for v in tree] if isinstance(tree, (list, tuple)) else round(float(tree), 6)
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        memory, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+    versions = {"torch": torch.__version__, "deepinv": dinv.__version__, "python": platform.python_version()}
+    return {
+        "device": name,
+        "peak_memory_mb": round(memory / 1e6),
+        "versions": versions,
+        "commit": git.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def quiet() -> None:
+    # these notes of deepinv and PyTorch are about defaults that are not used here
+    for noise in (
+        "progress bar frequency",
+        "meshgrid",
+        "non_blocking_transfers",
+        "[Ss]parse",
+        "Gradient norm",
+        "lr_sched",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{noise}.*")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    r"""Every missing cell, each in a process of its own."""
+
+    def one(cell: tuple[str, str, str, int]) -> int:
+        task, method, loss, seed = cell
+        if not args.force and read_record(path_of(args.scale, *cell)) is not None:
+            return 0
+        command = [sys.executable, __file__, "--task", task, "--method", method, "--loss", loss, "--seed", str(seed)]
+        command += ["--scale", args.scale, "--data", str(args.data), "--device", args.device]
+        command += (["--force"] if args.force else []) + ["--no-progress"]
+        threads = {"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {}
+        done = subprocess.run(command, env=os.environ | threads)
+        print(f"{' '.join(map(str, cell))}: {'failed' if done.returncode else 'done'}", flush=True)
+        return done.returncode
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        failed = sum(bool(code) for code in pool.map(one, matrix(args.scale)))
+    sys.exit(f"{failed} cells failed; the same command tries them again." if failed else 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train and test one cell of the paper's tables, or all of them.")
+    parser.add_argument("--task", help=", ".join(ex.TASKS))
+    parser.add_argument("--method", help=", ".join(ex.METHODS))
+    parser.add_argument("--loss", help=", ".join(ex.LOSSES))
+    parser.add_argument("--scale", default="small", help=", ".join(ex.SCALES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with the images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--force", action="store_true", help="run again what is on record")
+    parser.add_argument("--all", action="store_true", help="every cell of the matrix that has no record")
+    parser.add_argument("--jobs", type=int, default=1, help="with --all: cells at a time, one thread each if several")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    args = parser.parse_args()
+    if args.all:
+        ex.check("ct", "unet", "sup", args.scale)
+        run_all(args)
+    missing = [f"--{name}" for name in ("task", "method", "loss") if getattr(args, name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} missing (or give --all)")
+    ex.check(args.task, args.method, args.loss, args.scale)
+    cell = (args.task, args.method, args.loss, args.seed)
+    path = path_of(args.scale, *cell)
+    known = None if args.force else read_record(path)
+    if known is not None:
+        print(f"{path} is there ({known['psnr']['mean']:.2f} dB); --force runs it again.")
+        return
+    folder = Path("runs") / "paper" / args.scale / path.stem
+    if args.force:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        record, model = run_cell(
+            *cell[:3],
+            args.scale,
+            args.seed,
+            data=args.data,
+            device=args.device,
+            out=folder,
+            progress=not args.no_progress,
+        )
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    except ValueError as error:
+        if "is of another run" not in str(error):
+            raise
+        sys.exit(f"error: {error} Or start it afresh with --force.")
+    except KeyboardInterrupt:
+        sys.exit(f"\nInterrupted. The same command continues from the last checkpoint in {folder}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), folder / "model.pt")
+    write(path, json.dumps(record, indent=1) + "\n")
+    name = " ".join(map(str, cell))
+    print(
+        f"{name}: {record['psnr']['mean']:.2f} ± {record['psnr']['std']:.2f} dB, SSIM {record['ssim']['mean']:.3f}, start "
+        f"{record['psnr_start']['mean']:.2f} dB; {record['steps']} steps, {record['seconds']:.0f} s; {path}"
+    )
+
+
+if __name__ == "__main__":
+    main()
