@@ -165,7 +165,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, transpose: Tensor) -> Tensor:
         ctx.matrix, ctx.transpose = matrix, transpose
-        return torch.mm(matrix, x.to(matrix.dtype).t()).t().to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # which has no sparse products in half precision
+            return torch.mm(matrix, x.to(matrix.dtype).t()).t().to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:

@@ -119,3 +119,13 @@ def test_an_operator_in_double_precision_gives_a_matrix_in_double_precision():
         y = operator.A(x)
         assert sparse.A(x).dtype == torch.float64 and relative_error(sparse.A(x), y) <= 1e-13
         assert relative_error(sparse.A_adjoint(y), operator.A_adjoint(y)) <= 1e-13
+
+
+def test_autocast_leaves_the_products_alone():
+    sparse = SparseLinearPhysics.from_physics(OPERATORS["parallel"](), SIZE)
+    x = torch.rand(2, *SIZE, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sparse.A(x)
+        (g,) = torch.autograd.grad(sparse.A_adjoint(y).sum(), x)
+    assert y.dtype == g.dtype == torch.float32
+    torch.testing.assert_close(y, sparse.A(x), rtol=0, atol=0)

@@ -135,7 +135,12 @@ def settings_of(task: str, method: str, loss: str, scale: str, found: dict[str, 
     s |= {"forward_tol": 1e-4 if task == "ct" else 1e-3, "backward_tol": 1e-2, "max_iter": 50}
     if method.startswith("unrolled"):
         s |= {"stepsize": 1.0, "data_weight": 1.0}  # a few steps must get somewhere; deepinv trains the stepsize
-    return s | found.get(scale, {}).get(task, {}).get(method.split("-")[0], {}).get(loss, {})
+    return s | found.get(scale, {}).get(task, {}).get(family(method), {}).get(loss, {})
+
+
+def family(method: str) -> str:
+    r"""Methods that share hyperparameters: all unrolled depths do, ID and JFB do not."""
+    return "unrolled" if method.startswith("unrolled") else method
 
 
 class Refinement(dinv.models.Reconstructor):
