@@ -135,6 +135,8 @@ def settings_of(task: str, method: str, loss: str, scale: str, found: dict[str, 
     s |= {"forward_tol": 1e-4 if task == "ct" else 1e-3, "backward_tol": 1e-2, "max_iter": 50}
     if method.startswith("unrolled"):
         s |= {"stepsize": 1.0, "data_weight": 1.0}  # a few steps must get somewhere; deepinv trains the stepsize
+    if method == "denoiser":
+        s |= {"iterations": 30}
     return s | found.get(scale, {}).get(task, {}).get(family(method), {}).get(loss, {})
 
 
@@ -205,7 +207,6 @@ def make_model(task: Task, method: str, s: dict[str, Any], weights: dict[str, st
             Solver("gmres", max_iter=s["max_iter"], tol=s["backward_tol"], on_failure="ignore"),
             mode="implicit" if method == "deq-id" else "jfb",
         ),
-        warm_starts=len(task.x),
     )
 
 

@@ -106,8 +106,8 @@ def run_cell(
     validate: bool = False,
     out: Path | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
-    r"""Train and test; returns the record.
+) -> tuple[dict[str, Any], Any]:
+    r"""Train and test; returns the record and the model.
 
     :param dict override: hyperparameters in the place of those found.
     :param bool validate: test on validation images.
@@ -122,11 +122,14 @@ def run_cell(
     config = {"task": task_name, "method": method, "loss": loss, "scale": scale, "seed": seed, **s}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    # Table 3 has the DEQ of the pretrained denoiser, too
+    untrained = evaluate(task, model) if method.startswith("deq") and loss != "none" else {}
+    model.train()
     start, history, steps = time.time(), {}, 0
     if loss != "none":
         history, steps = train(task, model, loss, s, seed, config, out, progress)
     record = {"config": config, "steps": steps, "seconds": round(time.time() - start, 1), **evaluate(task, model)}
-    record |= {"curve": history, "validation": validate, **surroundings(device)}
+    record |= {"untrained": untrained, "curve": history, "validation": validate, **surroundings(device)}
     return record, model
 
 
@@ -152,6 +155,7 @@ def train(
         metrics=ex.metrics(task)["psnr"],
         compute_train_metrics=False,
         grad_clip=1.0,
+        check_grad=True,  # deepinv clips no gradient that it does not check
         device=task.x.device,
         save_path=out,
         resume=True,
@@ -171,20 +175,19 @@ def evaluate(task: ex.Task, model: Any) -> dict[str, Any]:
     x, y = task.x[task.test], task.y[task.test]
     measures = ex.metrics(task)
     options = {"complex_abs": True} if task.name == "mri" else {}
-    noiseless = task.physics
     record: dict[str, Any] = {"images": len(x)}
     with torch.no_grad():
         x_hat, x0 = model(y, task.physics), ex.start(y, task.physics)
         for name, measure in measures.items():
             record[name], record[f"{name}_start"] = summary(measure(x_hat, x)), summary(measure(x0, x))
-        pipeline = PipelineEquivariance(**options)(x_hat, x, physics=noiseless, model=model)
+        pipeline = PipelineEquivariance(**options)(x_hat, x, physics=task.physics, model=model)
         record["pipeline_equivariance"] = summary(pipeline)
         if hasattr(model, "forward_stat"):
             model(y, task.physics)
             stat = model.forward_stat
             record["solve"] = {"evaluations": stat["nstep"].tolist(), "residual": stat.residual.tolist()}
             record["solve"]["converged"] = int(stat.converged.sum())
-            iteration = IterationEquivariance(**options)(x_hat, x, physics=noiseless, model=model)
+            iteration = IterationEquivariance(**options)(x_hat, x, physics=task.physics, model=model)
             record["iteration_equivariance"] = summary(iteration)
     return record
 
@@ -192,7 +195,7 @@ def evaluate(task: ex.Task, model: Any) -> dict[str, Any]:
 def summary(values: torch.Tensor) -> dict[str, Any]:
     r"""Mean and standard deviation over the test images, and all of them."""
     values = values.double().flatten().cpu()
-    return {"mean": values.mean().item(), "std": values.std().item(), "all": [round(v, 4) for v in values.tolist()]}
+    return {"mean": values.mean().item(), "std": values.std(correction=0).item(), "all": [round(v, 4) for v in values.tolist()]}
 
 
 def plain(tree: Any) -> Any:

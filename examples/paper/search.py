@@ -58,14 +58,16 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
     path = TRIALS / scale / f"{task}_{ex.family(method)}_{loss}.json"
     trials: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     default = ex.settings_of(task, representative, loss, scale, {})
-    chosen: dict[str, Any] = {"iterations": 30} if method == "denoiser" else {}
+    chosen: dict[str, Any] = {}
 
     def score(trial: dict[str, Any]) -> float:
         trial = complete(task, trial)
         for known in trials:
             if known["trial"] == trial:
                 return known["psnr"]
-        short = {} if method == "denoiser" else {"epochs": max(1, round(share * trial.get("epochs", default["epochs"])))}
+        short = (
+            {} if method == "denoiser" else {"epochs": max(1, round(share * trial.get("epochs", default["epochs"])))}
+        )
         with tempfile.TemporaryDirectory() as folder:
             record, _ = run.run_cell(
                 task, representative, loss, scale, 0, data=data, override=trial | short, validate=True, out=Path(folder),
@@ -97,7 +99,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=run.ROOT.parent / "shared" / "data", help="folder with the images")
     parser.add_argument("--share", type=float, default=0.5, help="part of the epochs that a trial takes")
     parser.add_argument("--all", action="store_true", help="every method and loss that has no settings yet")
-    parser.add_argument("--jobs", type=int, default=1, help="with --all: searches at a time, one thread each if several")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="with --all: searches at a time, one thread each if several"
+    )
     args = parser.parse_args()
     if not args.all:
         missing = [f"--{name}" for name in ("task", "method", "loss") if getattr(args, name) is None]
@@ -113,7 +117,14 @@ def main() -> None:
         task, method, loss = cell
         if loss in known.get(task, {}).get(method, {}):
             return 0
-        command = [sys.executable, __file__, "--task", task, "--method", "unrolled-5" if method == "unrolled" else method]
+        command = [
+            sys.executable,
+            __file__,
+            "--task",
+            task,
+            "--method",
+            "unrolled-5" if method == "unrolled" else method,
+        ]
         command += ["--loss", loss, "--scale", args.scale, "--data", str(args.data), "--share", str(args.share)]
         threads = {"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {}
         return subprocess.run(command, env=os.environ | threads).returncode

@@ -1,0 +1,258 @@
+r"""
+Tables 1–3 and Figure 1, beside the paper's own numbers
+=======================================================
+
+.. code-block:: bash
+
+    python examples/paper/tables.py                                # Markdown, from the committed records
+    python examples/paper/tables.py --figure runs/paper/fig1.png   # and the figure, from the models that run.py left
+
+The tables are also those of ``docs/results.md``.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import experiments as ex
+import run
+import torch
+
+Row = dict[str, Any]
+COLUMNS = ("deq-id", "deq-jfb", "unet", "unrolled-1", "unrolled-3", "unrolled-5", "unrolled-7", "denoiser")
+TITLES = {
+    "deq-id": "DEQ, ID",
+    "deq-jfb": "DEQ, JFB",
+    "unet": "U-Net",
+    **{f"unrolled-{n}": f"unrolled {n}" for n in (1, 3, 5, 7)},
+    "denoiser": "PnP / RED",
+}
+ROWS = {"sup": "supervised", "ei": "EI", "ei-sure": "EI + SURE"}
+# Table 1 of the paper: test PSNR in dB
+PAPER_1 = {
+    ("mri", "sup"): (32.61, 32.51, 30.587, 29.16, 29.45, 29.33, 29.57),
+    ("mri", "ei"): (31.34, 29.39, 28.02, 27.35, 27.56, 27.12, 27.24),
+    ("mri", "none"): (25.07,),
+    ("ct", "sup"): (36.77, 32.80, 36.33, 35.14, 34.57, 34.99, 35.80),
+    ("ct", "ei"): (35.41, 33.52, 34.03, 31.73, 32.01, 32.34, 34.66),
+    ("ct", "none"): (31.90,),
+}
+PAPER_2 = {  # EI, supervised
+    ("mri", "deq-id"): (34.64, 34.66),
+    ("mri", "unet"): (28.01, 25.62),
+    ("ct", "deq-id"): (47.57, 39.24),
+    ("ct", "unet"): (42.55, 36.48),
+}
+PAPER_3 = {"mri": (39.96, 32.59, 37.50), "ct": (52.44, 46.75, 33.94)}  # EI, supervised, initialisation
+
+
+class Records:
+    r"""The finished cells of a scale."""
+
+    def __init__(self, scale: str):
+        self.scale = scale
+        paths = sorted((run.RESULTS / scale).glob("*.json"))
+        self.all = [record for path in paths if (record := run.read_record(path)) is not None]
+
+    def of(self, task: str, method: str, loss: str) -> list[Row]:
+        def matches(record: Row) -> bool:
+            c = record["config"]
+            return (c["task"], c["method"], c["loss"]) == (task, method, loss)
+
+        return [record for record in self.all if matches(record)]
+
+    def mean(self, task: str, method: str, loss: str, what: str = "psnr") -> float | None:
+        r"""Mean over seeds of the mean over test images."""
+        values = [_value(record, what) for record in self.of(task, method, loss)]
+        return statistics.mean(values) if values else None
+
+    def text(self, task: str, method: str, loss: str, what: str = "psnr", digits: int = 2) -> str:
+        r"""Mean over seeds; of several seeds with their spread, of one with that over the test images in brackets."""
+        records = self.of(task, method, loss)
+        if not records:
+            return "–"
+        values = [_value(record, what) for record in records]
+        out = f"{statistics.mean(values):.{digits}f}"
+        return out + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _value(record: Row, what: str) -> float:
+    for key in what.split("/"):
+        record = record[key]
+    return record["mean"]
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table_1(records: Records, what: str = "psnr", digits: int = 2) -> str:
+    r"""Test PSNR (or SSIM) of every method, and the paper's."""
+    body = []
+    for task in ("mri", "ct"):
+        for loss, title in ROWS.items():
+            if loss == "ei-sure" and task == "ct":
+                continue
+            cells = [records.text(task, m, loss, what, digits) for m in COLUMNS[:-1]]
+            cells.append(records.text(task, "denoiser", "none", what, digits))
+            body.append([task.upper(), title, *cells])
+            paper = PAPER_1.get((task, loss))
+            if paper and what == "psnr":
+                body.append(["", "*paper*", *(f"*{p:.2f}*" for p in (*paper, *PAPER_1[task, "none"]))])
+    return _table(["task", "training", *(TITLES[m] for m in COLUMNS)], body)
+
+
+def baselines(records: Records) -> str:
+    body = []
+    for task in ("mri", "ct"):
+        start = next((r for r in records.all if r["config"]["task"] == task), None)
+        if start:
+            name = "zero-filled" if task == "mri" else "filtered back-projection"
+            untrained = records.of(task, "deq-id", "ei")
+            before = f"{untrained[0]['untrained']['psnr']['mean']:.2f} dB" if untrained else "–"
+            psnr, ssim = start["psnr_start"]["mean"], start["ssim_start"]["mean"]
+            body.append([task.upper(), name, f"{psnr:.2f} dB", f"{ssim:.3f}", before])
+    return _table(["task", "linear reconstruction", "PSNR", "SSIM", "DEQ before training"], body)
+
+
+def table_2(records: Records) -> str:
+    r"""Equivariance of the pipeline."""
+    body = []
+    for task in ("mri", "ct"):
+        for method in ("deq-id", "unet"):
+            cells = [records.text(task, method, loss, "pipeline_equivariance") for loss in ("ei", "sup")]
+            body.append([task.upper(), TITLES[method], *cells, *(f"*{p:.2f}*" for p in PAPER_2[task, method])])
+    return _table(["task", "method", "EI", "supervised", "*paper: EI*", "*supervised*"], body)
+
+
+def table_3(records: Records) -> str:
+    r"""Equivariance of the learned operator."""
+    body = []
+    for task in ("mri", "ct"):
+        cells = [records.text(task, "deq-id", loss, "iteration_equivariance") for loss in ("ei", "sup")]
+        cells.append(records.text(task, "deq-id", "ei", "untrained/iteration_equivariance"))
+        body.append([task.upper(), *cells, *(f"*{p:.2f}*" for p in PAPER_3[task])])
+    header = ["task", "EI", "supervised", "initialisation", "*paper: EI*", "*supervised*", "*initialisation*"]
+    return _table(header, body)
+
+
+def claims(records: Records) -> str:
+    r"""What the paper claims, and whether it holds here."""
+    body: list[list[str]] = []
+
+    def add(claim: str, values: dict[str, float | None], holds: Any) -> None:
+        known = {k: v for k, v in values.items() if v is not None}
+        if known:
+            verdict = "holds" if all(holds(v) for v in known.values()) else "**does not hold everywhere**"
+            missing = "" if len(known) == len(values) else " (incomplete)"
+            body.append([claim, ", ".join(f"{k} {v:+.2f} dB" for k, v in known.items()), verdict + missing])
+
+    def gap(a: tuple[str, str, str], b: tuple[str, str, str], what: str = "psnr") -> float | None:
+        first, second = records.mean(*a, what), records.mean(*b, what)
+        return None if first is None or second is None else first - second
+
+    cells = [(task, loss) for task in ("mri", "ct") for loss in ("sup", "ei")]
+    label = {(t, s): f"{t.upper()} {ROWS[s]}" for t, s in cells}
+    against_jfb = {label[t, s]: gap((t, "deq-id", s), (t, "deq-jfb", s)) for t, s in cells}
+    add("ID − JFB > 0", against_jfb, lambda v: v > 0)
+    margins: dict[str, float | None] = {}
+    for t, s in cells:
+        rivals = [gap((t, "deq-id", s), (t, m, s)) for m in COLUMNS[2:-1]]
+        rivals.append(gap((t, "deq-id", s), (t, "denoiser", "none")))
+        known = [r for r in rivals if r is not None]
+        margins[label[t, s]] = min(known) if known else None
+    add("DEQ − best of U-Net, unrolled, PnP/RED > 0", margins, lambda v: v > 0)
+    supervised = {t.upper(): gap((t, "deq-id", "sup"), (t, "deq-id", "ei")) for t in ("mri", "ct")}
+    add("supervised − EI ≤ 1.3", supervised, lambda v: v <= 1.3)
+    sure = {"MRI": gap(("mri", "deq-id", "sup"), ("mri", "deq-id", "ei-sure")), "CT": supervised["CT"]}
+    add("supervised − best self-supervised ≤ 0.5", sure, lambda v: v <= 0.5)
+    for what, number in (("pipeline_equivariance", "2"), ("iteration_equivariance", "3")):
+        values = {t.upper(): gap((t, "deq-id", "ei"), (t, "deq-id", "sup"), what) for t in ("mri", "ct")}
+        add(f"Table {number}: EI − supervised > 0", values, lambda v: v > 0)
+    return _table(["claim", "measured", ""], body)
+
+
+def provenance(records: Records) -> str:
+    r"""What was run where."""
+    devices = sorted({r["device"] for r in records.all})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records.all})
+    seconds = [r["seconds"] for r in records.all]
+    dates = sorted({r["date"] for r in records.all})
+    return (
+        f"{len(records.all)} of {len(run.matrix(records.scale))} cells, scale *{records.scale}*, on {'; '.join(devices)}; "
+        f"{'; '.join(versions)}; {dates[0]} to {dates[-1]}; {max(seconds):.0f} s for the longest cell, "
+        f"{sum(seconds) / 3600:.1f} hours in all."
+    )
+
+
+def render() -> str:
+    r"""All tables of all scales that have records."""
+    blocks = []
+    for scale in ex.SCALES:
+        records = Records(scale)
+        if not records.all:
+            blocks.append(f"Nothing was run at scale *{scale}*.")
+            continue
+        blocks += [f"## Scale {scale}", provenance(records)]
+        blocks += ["### Table 1: PSNR of the test images in dB", table_1(records)]
+        blocks += ["SSIM of the same:", table_1(records, "ssim", 3), "Where the methods start:", baselines(records)]
+        blocks += ["### Table 2: equivariance of the pipeline in dB", table_2(records)]
+        blocks += ["### Table 3: equivariance of the operator F in dB", table_3(records)]
+        blocks += ["### Claims of the paper", claims(records)]
+    return "\n\n".join(blocks)
+
+
+def figure(path: Path, scale: str, data: Path) -> None:
+    r"""Fig. 1: reconstructions of DEQ and U-Net, supervised and not, of the first test image of each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = [("deq-id", "sup"), ("deq-id", "ei"), ("unet", "sup"), ("unet", "ei")]
+    plot, axes = plt.subplots(2, 6, figsize=(12, 4.4), layout="constrained")
+    for line, name in zip(axes, ("ct", "mri"), strict=True):
+        task = ex.make_task(name, scale, data)
+        x, y = task.x[task.test][:1], task.y[task.test][:1]
+        images = {"ground truth": x, "FBP" if name == "ct" else "zero-filled": ex.start(y, task.physics)}
+        for method, loss in columns:
+            s = ex.settings_of(name, method, loss, scale, run.found_settings())
+            model = ex.make_model(task, method, s, {"unet": run.weights_of(scale, name, "unet", data)})
+            weights = Path("runs") / "paper" / scale / run.path_of(scale, name, method, loss, 0).stem / "model.pt"
+            if not weights.exists():
+                sys.exit(f"error: no model {weights}: run that cell first (python examples/paper/run.py, --force).")
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            with torch.no_grad():
+                images[f"{TITLES[method].split(',')[0]}, {'Sup.' if loss == 'sup' else 'EI'}"] = model.eval()(
+                    y, task.physics
+                )
+        psnr = ex.metrics(task)["psnr"]
+        for axis, (title, image) in zip(line, images.items(), strict=True):
+            shown = image[0].norm(dim=0) if image.shape[1] == 2 else image[0, 0]
+            axis.imshow(shown.clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+            axis.set(title=title if name == "ct" else "", xticks=[], yticks=[])
+            if title != "ground truth":
+                axis.text(
+                    0.97, 0.03, f"{psnr(image, x).item():.1f} dB", color="yellow", ha="right", transform=axis.transAxes
+                )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot.savefig(path, dpi=150)
+    print(f"{path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Tables 1-3 and Figure 1 of the paper, from the records.")
+    parser.add_argument(
+        "--figure", type=Path, help="file for Figure 1; needs the images and the trained models in runs/"
+    )
+    parser.add_argument("--scale", default="small", help="of the figure")
+    parser.add_argument("--data", type=Path, default=run.ROOT.parent / "shared" / "data", help="folder with the images")
+    args = parser.parse_args()
+    print(render())
+    if args.figure:
+        figure(args.figure, args.scale, args.data)

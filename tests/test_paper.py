@@ -1,0 +1,165 @@
+r"""The runner of the paper's experiments, on images small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deepinv_deq.datasets import phantoms
+
+FOLDER = Path(__file__).parents[1] / "examples" / "paper"
+sys.path.insert(0, str(FOLDER))
+import experiments as ex  # noqa: E402
+import run  # noqa: E402
+import search  # noqa: E402
+import tables  # noqa: E402
+
+TINY = {
+    "ct": {"size": 16, "views": 8, "channels": (16, 32, 64), "batch": 4, "epochs": 1},
+    "mri": {"size": 16, "acceleration": 4, "channels": (16, 32, 64), "batch": 4, "epochs": 1},
+}
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    r"""A folder with images, a scale that takes a second, and places for records of its own."""
+    for name in ("ct100_128.npz", "cardiac_mr_256.npz"):
+        np.savez(tmp_path / name, images=phantoms(10, 16)[:, 0].numpy())
+    monkeypatch.setitem(ex.SCALES, "small", TINY)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "SETTINGS", tmp_path / "settings.json")
+    monkeypatch.setattr(search, "TRIALS", tmp_path / "search")
+    monkeypatch.chdir(tmp_path)
+    torch.save(
+        {
+            "settings": {"in_channels": 1, "out_channels": 1, "depth": 3, "nf": 4},
+            "state_dict": __import__("deepinv").models.DnCNN(1, 1, depth=3, nf=4, pretrained=None).state_dict(),
+        },
+        tmp_path / "dncnn.pt",
+    )
+    (tmp_path / "runs" / "paper").mkdir(parents=True)
+    (tmp_path / "dncnn.pt").rename(tmp_path / "runs" / "paper" / "dncnn-1.pt")
+    return tmp_path
+
+
+def command(monkeypatch, lab, *args):
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", "--data", str(lab), "--device", "cpu", "--no-progress", *map(str, args)]
+    )
+    run.main()
+
+
+def cell(task="ct", method="unet", loss="sup", *more):
+    return ["--task", task, "--method", method, "--loss", loss, *more]
+
+
+@pytest.mark.parametrize(
+    "task, method, loss",
+    [(t, m, "ei") for t in ("ct", "mri") for m in ("deq-id", "deq-jfb", "unet", "unrolled-3")]
+    + [("ct", "deq-id", "sup"), ("mri", "deq-id", "ei-sure"), ("ct", "denoiser", "none")],
+)
+def test_every_kind_of_cell_leaves_a_whole_record(lab, monkeypatch, task, method, loss):
+    command(monkeypatch, lab, *cell(task, method, loss))
+    record = json.loads((lab / "results" / "small" / f"{task}_{method}_{loss}_0.json").read_text())
+    for key in ("psnr", "ssim", "psnr_start", "pipeline_equivariance"):
+        assert np.isfinite(record[key]["mean"]) and len(record[key]["all"]) == record["images"] == 1
+    assert {"config", "steps", "seconds", "peak_memory_mb", "device", "versions", "commit"} <= record.keys()
+    assert ("iteration_equivariance" in record) == method.startswith("deq")
+    assert record["steps"] == (0 if loss == "none" else 3)
+
+
+def test_a_finished_cell_is_not_run_again_unless_forced(lab, monkeypatch, capsys):
+    command(monkeypatch, lab, *cell())
+    path = lab / "results" / "small" / "ct_unet_sup_0.json"
+    before = path.stat().st_mtime_ns
+    command(monkeypatch, lab, *cell())
+    assert path.stat().st_mtime_ns == before and "--force" in capsys.readouterr().out
+    command(monkeypatch, lab, *cell(), "--force")
+    assert path.stat().st_mtime_ns > before
+
+
+def test_an_interrupted_cell_ends_as_if_nothing_had_happened(lab, monkeypatch):
+    monkeypatch.setitem(TINY["ct"], "epochs", 3)
+    command(monkeypatch, lab, *cell("ct", "deq-id", "ei"))
+    path = lab / "results" / "small" / "ct_deq-id_ei_0.json"
+    whole = json.loads(path.read_text())
+    path.unlink()
+    checkpoints = sorted((lab / "runs" / "paper" / "small" / "ct_deq-id_ei_0").rglob("ckp_[0-9].pth.tar"))
+    assert [c.name for c in checkpoints] == ["ckp_1.pth.tar", "ckp_2.pth.tar"]
+    checkpoints[1].write_bytes(b"cut off")
+    with pytest.warns(UserWarning, match="Passing over the broken checkpoint"):
+        command(monkeypatch, lab, *cell("ct", "deq-id", "ei"))
+    again = json.loads(path.read_text())
+    assert again["psnr"] == whole["psnr"] and again["curve"] == whole["curve"]
+    assert len(again["curve"]["loss"]["MCLoss"]) == 3
+
+
+def test_a_broken_record_is_named_and_its_cell_run_afresh(lab, monkeypatch, capsys):
+    path = lab / "results" / "small" / "ct_unet_sup_0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"psnr": ')
+    other = path.with_name("ct_unet_ei_0.json")
+    other.write_text("{}")
+    command(monkeypatch, lab, *cell())
+    assert f"record {path} is broken" in capsys.readouterr().err
+    assert run.read_record(path) is not None and other.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (cell(task="mr"), "unknown task 'mr': must be one of ct, mri"),
+        (cell(method="vit"), "unknown method 'vit': must be one of deq-id"),
+        (cell(loss="l1"), "unknown loss 'l1': must be one of sup, ei"),
+        (cell() + ["--scale", "huge"], "unknown scale 'huge': must be one of full, small"),
+        (cell(loss="none"), "goes with --loss none"),
+        (cell(loss="ei-sure"), "those of ct have none"),
+    ],
+)
+def test_unknown_names_list_the_valid_ones(lab, monkeypatch, args, message):
+    with pytest.raises(SystemExit, match=message):
+        command(monkeypatch, lab, *args)
+
+
+def test_missing_images_say_where_to_get_them(lab, monkeypatch):
+    (lab / "cardiac_mr_256.npz").unlink()
+    with pytest.raises(SystemExit, match=r"cardiac_mr_256.npz.*fastMRI"):
+        command(monkeypatch, lab, *cell("mri"))
+
+
+def test_settings_come_from_validation_images_only(lab, monkeypatch):
+    task, held = (ex.make_task("ct", "small", lab, validate=v) for v in (False, True))
+    assert held.test.stop == task.test.start and held.train.stop == held.test.start
+    monkeypatch.setattr(search, "grid", lambda *_: [("lr", [1e-3, 3e-4])])
+    search.search("ct", "unet", "sup", "small", lab, 1.0)
+    trials = json.loads((lab / "search" / "small" / "ct_unet_sup.json").read_text())
+    assert len(trials) == 2
+    best = max(trials, key=lambda t: t["psnr"])["trial"]
+    assert run.found_settings()["small"]["ct"]["unet"]["sup"] == best
+    assert ex.settings_of("ct", "unet", "sup", "small", run.found_settings())["lr"] == best.get("lr", 3e-4)
+
+
+def test_tables_are_made_of_records(lab, monkeypatch):
+    assert "Nothing was run" in tables.render()
+    for args in (cell("ct", "deq-id", "sup"), cell("ct", "deq-id", "ei"), cell("ct", "deq-jfb", "ei")):
+        command(monkeypatch, lab, *args)
+    text = tables.render()
+    record = run.read_record(run.path_of("small", "ct", "deq-id", "ei", 0))
+    assert f"{record['psnr']['mean']:.2f}" in text and "36.77" in text and "(incomplete)" in text
+    with pytest.raises(SystemExit, match="no model"):
+        tables.figure(lab / "figure.png", "small", lab)
+
+
+def test_the_matrix_is_the_papers():
+    cells = run.matrix("small")
+    assert len(cells) == len(set(cells))
+    for task in ex.TASKS:
+        for method in tables.COLUMNS[:-1]:
+            for loss in ("sup", "ei"):
+                assert sum(c[:3] == (task, method, loss) for c in cells) == (3 if "deq" in method else 1)
+        assert (task, "denoiser", "none", 0) in cells
