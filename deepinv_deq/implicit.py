@@ -14,11 +14,12 @@ Nothing of :math:`F` is taped in the forward pass. The backward pass tapes it on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch._functorch import config as compiler  # of torch.compile; it has no public name
 from torch.utils.checkpoint import checkpoint
 
 from deepinv_deq._maps import AffineMap, SeparableMap, preconditioner
@@ -139,7 +140,7 @@ class ModularIDHook:
         leaves = tuple(t.detach().requires_grad_() for t in (*x_star, *inputs))
         x, inputs = leaves[: len(x_star)], leaves[len(x_star) :]
         inverse = preconditioner(f, _state(x_star, single)) if self.solver.precondition else None
-        with torch.enable_grad():
+        with torch.enable_grad(), _reusable_graphs():
             image = as_tuple(f.rebind(inputs)(_state(x, single)))
         _refuse_hidden_leaves(image, leaves)
         return self._pull_back(image, x, inputs, g, single, inverse)[1]
@@ -266,6 +267,11 @@ def _vjp(outputs: Tensors, inputs: Tensors, cotangent: Tensors, keep: bool = Fal
 
 def _state(tensors: Tensors, single: bool) -> State:
     return tensors[0] if single else tuple(tensors)
+
+
+def _reusable_graphs() -> Any:
+    r"""What ``torch.compile`` compiles here must allow many products: by default it gives buffers away in the first."""
+    return compiler.patch(donated_buffer=False) if hasattr(compiler, "donated_buffer") else nullcontext()
 
 
 def _autocast_settings(device: str) -> list[tuple[str, bool, torch.dtype]]:

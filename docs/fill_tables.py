@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "cost.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "cost.md", ROOT / "docs" / "results.md"]
 SOURCES = {
     "exactness": "tests/benchmarks/exactness.py",
     "cost": "tests/benchmarks/cost_tables.py",
     "ct": "examples/ct/records.py",
+    "results": "examples/paper/tables.py",
 }
 
 

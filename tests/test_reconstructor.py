@@ -186,6 +186,20 @@ def test_a_compiled_iteration_gives_the_same_gradient(whole):
     torch._dynamo.reset()
 
 
+def test_what_is_compiled_while_taping_allows_many_products():
+    compiler = pytest.importorskip("torch._functorch").config
+    if not hasattr(compiler, "donated_buffer"):
+        pytest.skip("this PyTorch gives no buffers away")
+    model, physics, y = small_deq()
+    seen = []
+    model.iteration.denoiser.register_forward_pre_hook(
+        lambda *_: seen.append((torch.is_grad_enabled(), compiler.donated_buffer))
+    )
+    before = compiler.donated_buffer
+    step(model, physics, y)
+    assert (True, False) in seen and (True, True) not in seen and compiler.donated_buffer == before
+
+
 @pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_half_precision_autocast_gives_nearly_the_same_gradient(dtype, tolerance):
     model, physics, y = small_deq()

@@ -195,7 +195,11 @@ def evaluate(task: ex.Task, model: Any) -> dict[str, Any]:
 def summary(values: torch.Tensor) -> dict[str, Any]:
     r"""Mean and standard deviation over the test images, and all of them."""
     values = values.double().flatten().cpu()
-    return {"mean": values.mean().item(), "std": values.std(correction=0).item(), "all": [round(v, 4) for v in values.tolist()]}
+    return {
+        "mean": values.mean().item(),
+        "std": values.std(correction=0).item(),
+        "all": [round(v, 4) for v in values.tolist()],
+    }
 
 
 def plain(tree: Any) -> Any:
