@@ -14,7 +14,7 @@ Nothing of :math:`F` is taped in the forward pass. The backward pass tapes it on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
@@ -140,7 +140,7 @@ class ModularIDHook:
         leaves = tuple(t.detach().requires_grad_() for t in (*x_star, *inputs))
         x, inputs = leaves[: len(x_star)], leaves[len(x_star) :]
         inverse = preconditioner(f, _state(x_star, single)) if self.solver.precondition else None
-        with torch.enable_grad(), _reusable_graphs():
+        with torch.enable_grad():
             image = as_tuple(f.rebind(inputs)(_state(x, single)))
         _refuse_hidden_leaves(image, leaves)
         return self._pull_back(image, x, inputs, g, single, inverse)[1]
@@ -185,7 +185,7 @@ class _FixedPoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
         x_star, inputs = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
-        with _autocast(ctx.autocast):
+        with _as_in_forward(ctx.autocast):
             grads = ctx.hook._implicit_gradient(ctx.f, x_star, inputs, g, ctx.single)
         return (None,) * (4 + ctx.n) + _refuse_second_order(grads, (*g, *ctx.saved_tensors))
 
@@ -208,9 +208,10 @@ class _Adjoint(torch.autograd.Function):
         if ctx.hook.mode == "jfb":
             return (None,) * (4 + ctx.n) + _refuse_second_order(g, outer)
         x = tuple(t.detach().requires_grad_() for t in ctx.saved_tensors[: ctx.n])
-        with _autocast(ctx.autocast), torch.enable_grad():
-            image = as_tuple(ctx.f(_state(x, ctx.single)))
-        b, _ = ctx.hook._pull_back(image, x, (), g, ctx.single)
+        with _as_in_forward(ctx.autocast):
+            with torch.enable_grad():
+                image = as_tuple(ctx.f(_state(x, ctx.single)))
+            b, _ = ctx.hook._pull_back(image, x, (), g, ctx.single)
         return (None,) * (4 + ctx.n) + _refuse_second_order(b, outer)
 
 
@@ -269,20 +270,18 @@ def _state(tensors: Tensors, single: bool) -> State:
     return tensors[0] if single else tuple(tensors)
 
 
-def _reusable_graphs() -> Any:
-    r"""What ``torch.compile`` compiles here must allow many products: by default it gives buffers away in the first."""
-    return compiler.patch(donated_buffer=False) if hasattr(compiler, "donated_buffer") else nullcontext()
-
-
 def _autocast_settings(device: str) -> list[tuple[str, bool, torch.dtype]]:
     return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in {"cpu", device}]
 
 
 @contextmanager
-def _autocast(settings: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
-    r"""Evaluate as in the forward pass: a Trainer runs backward outside of its autocast region."""
+def _as_in_forward(settings: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
+    r"""Evaluate as in the forward pass (a Trainer runs backward outside of its autocast region), with graphs for many
+    products: what ``torch.compile`` makes of a map gives buffers away in the first, unless told otherwise."""
     with ExitStack() as stack:
         for device, enabled, dtype in settings:
             if enabled or torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        if hasattr(compiler, "donated_buffer"):
+            stack.enter_context(compiler.patch(donated_buffer=False))
         yield
