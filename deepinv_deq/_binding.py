@@ -3,6 +3,7 @@ r"""A template bound to one measurement: every tensor it depends on, and the sam
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,7 +34,9 @@ class BoundIteration:
     """
 
     def __init__(self, iteration: FixedPointIteration, physics: Physics, constants: tuple[Tensor, ...], y: Tensor):
-        self._iteration, self._physics, self._constants, self._y = iteration, physics, constants, y
+        self._iteration, self._physics, self._constants = iteration, physics, constants
+        # for a diagnosis only: every pass of a loss waits for its gradient with this map
+        self._y = weakref.ref(y) if type(y).__weakrefoffset__ else lambda: y
         self._weights = _normalised_weights(iteration, physics)
         self._graded = torch.is_grad_enabled()
         self._slots = [*_slots(iteration), *_slots(physics)]
@@ -168,7 +171,7 @@ class BoundIteration:
         try:
             # the power method draws its start: not from the generators that a resumed run must find as they were
             with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
-                image = self._physics.A_adjoint(self._y)
+                image = self._physics.A_adjoint(self._y())
                 sqnorm = float(self._physics.compute_sqnorm(image, verbose=False))
         except Exception:  # whatever is wrong with this operator, the solve has something to say that matters more
             return ""

@@ -2,6 +2,8 @@ r"""Templates, binding, and every kind of wrong input a user can hand to them.""
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from deepinv.models import DnCNN
@@ -402,3 +404,12 @@ def test_a_sample_without_a_filter_does_not_cost_the_others_theirs():
     assert eigenvalues[1].isnan().all()
     inverse = DEGrad(nn.Identity(), stepsize=0.25).preconditioner(x, physics)
     torch.testing.assert_close(inverse(x), x * torch.tensor([2.0, 1.0]).reshape(2, 1, 1, 1))
+
+
+def test_a_bound_map_does_not_keep_the_measurements_alive():
+    model, physics, _, y = imaging()
+    f = model.iteration.bind(y, physics)
+    assert f.diagnose() == ""
+    gone = weakref.ref(y)
+    del y
+    assert gone() is None and f.diagnose() == ""

@@ -362,21 +362,31 @@ def sparse(bench: Bench) -> list[dict[str, Any]]:
 
 
 def memory(bench: Bench) -> list[dict[str, Any]]:
-    r"""Peak memory above what the task itself takes, each cell in a process of its own.
+    r"""Peak resident memory of two EI steps of batch 4 above what the task itself takes."""
+    return _cells(
+        bench,
+        [
+            {"what": "peers", "task": name, "method": method, "iterations": 10, "passes": 2, "steps": 2, "batch": 4}
+            for name in BATCH
+            for method in (*METHODS, f"{OURS}, whole batch")
+        ],
+    )
 
-    Two EI steps of batch 4, next to the peers: resident memory. One step, over the number of iterations and of passes:
-    bytes of tensors, since resident memory of one cell differs from run to run by as much as is looked for; beside it
-    those of the loss alone, which holds some images per pass whatever the model.
+
+def memory_growth(bench: Bench) -> list[dict[str, Any]]:
+    r"""Peak bytes of tensors in one step of ours, over the number of iterations and of passes.
+
+    Resident memory of one cell differs from run to run by as much as is looked for. Beside it are the bytes of the loss
+    alone, which holds some images per pass whatever the model.
     """
-    cells = [
-        {"what": "peers", "task": name, "method": method, "iterations": 10, "passes": 2, "steps": 2, "batch": 4}
-        for name in BATCH
-        for method in (*METHODS, f"{OURS}, whole batch")
-    ]
     one = {"task": "mri", "method": OURS, "iterations": 10, "passes": 1, "steps": 1, "batch": 2}
-    cells += [{**one, "what": "iterations", "iterations": n} for n in (10, 30, 100)]
+    cells = [{**one, "what": "iterations", "iterations": n} for n in (10, 30, 100)]
     cells += [{**one, "what": "iterations", "iterations": 100, "full": True}]
-    cells += [{**one, "what": "passes", "passes": n} for n in (1, 2, 4)]
+    return _cells(bench, cells + [{**one, "what": "passes", "passes": n} for n in (1, 2, 4)])
+
+
+def _cells(bench: Bench, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    r"""Measure each in a process of its own."""
     rows = []
     for cell in cells:
         command = [sys.executable, "-m", "tests.benchmarks.cost", "--device", bench.device]
@@ -509,6 +519,7 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     "sparse": sparse,
     "counts": counts,
     "memory": memory,
+    "growth of memory": memory_growth,
     **{f"equal error, {n}": lambda bench, n=n: equal_error(bench, n) for n in BATCH},
     **{f"equal iterations, {n}": lambda bench, n=n: equal_iterations(bench, n) for n in BATCH},
     **{f"inference, {n}": lambda bench, n=n: inference(bench, n) for n in BATCH},
