@@ -9,8 +9,8 @@ a DEQ (section 4.2.1, on BSDS500). The weights that ship with the package, ``Equ
 
     python examples/paper/pretrain_denoiser.py --data ../shared/data/bsds500_gray_256.npz --out deepinv_deq/weights/gray.pt
 
-and ``"complex"`` with ``--in-channels 2 --contraction 0.9``. With ``--in-channels 2`` the images get a smooth random phase, and the denoiser is one of complex images, as MRI needs it. Without
-``--data`` it trains on generated phantoms. ``--model dncnn`` trains deepinv's DnCNN in the same way, for PnP and RED.
+and ``"complex"`` from ``--in-channels 2 --steps 2400 --contraction 0.9 --contraction-steps 900``. With ``--in-channels 2`` the
+images get a smooth random phase, and the denoiser is one of complex images, as MRI needs it. Without ``--data`` it trains on generated phantoms. ``--model dncnn`` trains deepinv's DnCNN in the same way, for PnP and RED.
 """
 
 import argparse
