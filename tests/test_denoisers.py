@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deepinv_deq import EquilibriumUNet
+from deepinv_deq.datasets import phantoms
 
 NORMS = ["spectral", "weight", None]
 
@@ -91,7 +92,7 @@ def test_bad_settings():
         EquilibriumUNet(norm="batch")
     with pytest.raises(ValueError, match="at least two scales"):
         EquilibriumUNet(channels=(8,))
-    with pytest.raises(FileNotFoundError, match="one of gray"):
+    with pytest.raises(FileNotFoundError, match="one of complex, gray"):
         EquilibriumUNet(pretrained="colour")
     with pytest.raises(ValueError, match="'channels': .16, 32, 64.*not .*'channels': .4, 8"):
         EquilibriumUNet(channels=(4, 8), pretrained="gray")
@@ -99,3 +100,16 @@ def test_bad_settings():
         EquilibriumUNet(pretrained="gray", groups=1)
     with pytest.raises(ValueError, match="at least one feature map"):
         EquilibriumUNet(channels=(8, 0))
+
+
+def test_the_complex_denoiser_removes_noise_and_contracts():
+    net = EquilibriumUNet(2, pretrained="complex").eval()
+    x = torch.cat([phantoms(2, 64), torch.zeros(2, 1, 64, 64)], dim=1)
+    noisy = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (net(noisy) - x).norm() < 0.6 * (noisy - x).norm()
+    z = noisy.requires_grad_()
+    out, b = net(z), torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    for _ in range(10):
+        b = torch.autograd.grad(out, z, b / b.norm(), retain_graph=True)[0]
+    assert b.norm() < 1.05
