@@ -13,6 +13,7 @@ Nothing of :math:`F` is taped in the forward pass. The backward pass tapes it on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -276,12 +277,17 @@ def _autocast_settings(device: str) -> list[tuple[str, bool, torch.dtype]]:
 
 @contextmanager
 def _as_in_forward(settings: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
-    r"""Evaluate as in the forward pass (a Trainer runs backward outside of its autocast region), with graphs for many
-    products: what ``torch.compile`` makes of a map gives buffers away in the first, unless told otherwise."""
+    r"""Evaluate as in the forward pass: a Trainer runs backward outside of its autocast region.
+
+    What ``torch.compile`` makes of a map here is made for many products, by default it gives buffers away in the first; and
+    for one batch size each, since gradients of its graphs for any batch size were measured to be wrong (PyTorch 2.14, CPU).
+    """
     with ExitStack() as stack:
         for device, enabled, dtype in settings:
             if enabled or torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
         if hasattr(compiler, "donated_buffer"):
             stack.enter_context(compiler.patch(donated_buffer=False))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            stack.enter_context(torch._dynamo.config.patch(automatic_dynamic_shapes=False))
         yield

@@ -186,18 +186,19 @@ def test_a_compiled_iteration_gives_the_same_gradient(whole):
     torch._dynamo.reset()
 
 
-def test_what_is_compiled_while_taping_allows_many_products():
-    compiler = pytest.importorskip("torch._functorch").config
+def test_what_is_compiled_while_taping_is_for_many_products_and_one_batch_size():
+    compiler, dynamo = torch._functorch.config, torch._dynamo.config
     if not hasattr(compiler, "donated_buffer"):
         pytest.skip("this PyTorch gives no buffers away")
     model, physics, y = small_deq()
-    seen = []
+    seen = set()
     model.iteration.denoiser.register_forward_pre_hook(
-        lambda *_: seen.append((torch.is_grad_enabled(), compiler.donated_buffer))
+        lambda *_: seen.add((torch.is_grad_enabled(), compiler.donated_buffer, dynamo.automatic_dynamic_shapes))
     )
-    before = compiler.donated_buffer
+    before = compiler.donated_buffer, dynamo.automatic_dynamic_shapes
     step(model, physics, y)
-    assert (True, False) in seen and (True, True) not in seen and compiler.donated_buffer == before
+    assert seen == {(False, *before), (True, False, False)}
+    assert (compiler.donated_buffer, dynamo.automatic_dynamic_shapes) == before
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
