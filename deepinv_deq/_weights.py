@@ -23,7 +23,8 @@ def read_weights(name: str | os.PathLike[str], folder: str = "") -> dict[str, An
     shipped = {path.stem: path for path in (_SHIPPED / folder).glob("*.pt")}
     path = shipped.get(str(name), Path(name))
     if not path.is_file():
-        raise FileNotFoundError(f"No weights {str(name)!r}: give a file or one of {', '.join(sorted(shipped))}.")
+        known = f" or one of {', '.join(sorted(shipped))}" if shipped else ""
+        raise FileNotFoundError(f"No weights {str(name)!r}: give a file{known}.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file fails in as many ways as there are bytes in it

@@ -89,9 +89,7 @@ class DEQReconstructor(Reconstructor):
     ) -> DEQReconstructor:
         r"""A trained model, in one line.
 
-        :param str, os.PathLike name: ``"ct-ei"`` (sparse-view CT, images of 64×64 pixels, 30 views, trained without ground
-            truth) or ``"mri-ei"`` (8x accelerated MRI, 96×96 pixels, noise level 0.05, trained without ground truth), which
-            ship with the package, or a file written by :meth:`save_pretrained`.
+        :param str, os.PathLike name: a model that ships with the package, or a file written by :meth:`save_pretrained`.
         :param str, torch.device device: where to put it.
         :param settings: ``solver=``, ``hook=`` or ``warm_starts=`` in the place of the saved ones.
         :return: the model, in evaluation mode.
