@@ -35,10 +35,14 @@ class WarmStarts:
     def __len__(self) -> int:
         return len(self._points)
 
+    def keys(self, y: Any) -> list[bytes]:
+        r"""What the samples of these measurements are found by; none where nothing is kept."""
+        return digests(y) if self.capacity else []
+
     def start(self, keys: list[bytes], x0: State) -> State:
         r"""``x0`` with the samples that are known in the place of their rows."""
         like = as_tuple(x0)
-        if any(len(t) != len(keys) for t in like):
+        if not keys or any(len(t) != len(keys) for t in like):
             return x0
         rows = []
         for i, key in enumerate(keys):
@@ -49,11 +53,11 @@ class WarmStarts:
             rows.append(cold if not fits else warm[0] if isinstance(x0, Tensor) else warm)
         return join(rows)
 
-    def keep(self, keys: list[bytes], x: State, worth: Tensor) -> None:
-        r"""Remember the samples of ``x`` that were seen before and are ``worth`` it."""
-        if any(len(t) != len(keys) for t in as_tuple(x)):
+    def keep(self, keys: list[bytes], x: State, residual: Tensor) -> None:
+        r"""Remember the samples of ``x`` that were seen before and whose residual is finite."""
+        if not keys or any(len(t) != len(keys) for t in as_tuple(x)):
             return
-        for i, (key, good) in enumerate(zip(keys, worth.tolist(), strict=True)):
+        for i, (key, good) in enumerate(zip(keys, torch.isfinite(residual).tolist(), strict=True)):
             if key in self._seen and good:
                 self._points[key] = tuple(t[i].detach().clone() for t in as_tuple(x))
                 self._points.move_to_end(key)

@@ -13,7 +13,7 @@ from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor
 
-from deepinv_deq._warm_starts import WarmStarts, digests
+from deepinv_deq._warm_starts import WarmStarts
 from deepinv_deq._weights import read_weights
 from deepinv_deq.denoisers import EquilibriumUNet
 from deepinv_deq.implicit import ModularIDHook
@@ -166,13 +166,11 @@ class DEQReconstructor(Reconstructor):
         _check_finite(y)
         f = self.iteration.bind(y, physics)
         x0 = self.iteration.init(y, physics) if init is None else init
-        known = self._warm_starts if init is None and self.training and self._warm_starts.capacity else None
-        keys = [] if known is None else digests(y)
-        x0 = x0 if known is None else known.start(keys, x0)
+        keys = self._warm_starts.keys(y) if init is None and self.training else []
+        x0 = self._warm_starts.start(keys, x0)
         course = _Course(f, x_gt) if compute_metrics else None
         x_star, self.forward_stat = self.solver(course or f, x0)  # solvers never tape
-        if known is not None:
-            known.keep(keys, x_star, torch.isfinite(self.forward_stat.residual))
+        self._warm_starts.keep(keys, x_star, self.forward_stat.residual)
         x_hat = self.hook(f, x_star)
         return x_hat if course is None else (x_hat, course.metrics(self.forward_stat))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import deepinv as dinv
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ def lab(tmp_path, monkeypatch):
     torch.save(
         {
             "settings": {"in_channels": 1, "out_channels": 1, "depth": 3, "nf": 4},
-            "state_dict": __import__("deepinv").models.DnCNN(1, 1, depth=3, nf=4, pretrained=None).state_dict(),
+            "state_dict": dinv.models.DnCNN(1, 1, depth=3, nf=4, pretrained=None).state_dict(),
         },
         tmp_path / "dncnn.pt",
     )
@@ -163,3 +165,15 @@ def test_the_matrix_is_the_papers():
             for loss in ("sup", "ei"):
                 assert sum(c[:3] == (task, method, loss) for c in cells) == (3 if "deq" in method else 1)
         assert (task, "denoiser", "none", 0) in cells
+
+
+def test_one_failing_cell_does_not_stop_the_others(lab, capfd):
+    script = lab / "cell.py"
+    script.write_text("import sys; open(sys.argv[1], 'w').close(); sys.exit(sys.argv[1] == 'b')")
+    args = Namespace(scale="small", data=lab, jobs=2)
+    with pytest.raises(SystemExit, match="1 of 3 failed"):
+        run.run_each(str(script), args, [["a"], ["b"], ["c"]], [])
+    assert all((lab / name).exists() for name in "abc") and "b: failed" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        run.run_each(str(script), args, [["a"]], [])
+    assert ended.value.code == 0

@@ -101,7 +101,7 @@ def test_other_weights_still_converge_from_what_was_kept():
 
 def test_another_shape_of_state_is_no_start():
     known = WarmStarts(4)
-    keys, good = [b"a", b"b"], torch.tensor([True, True])
+    keys, good = [b"a", b"b"], torch.tensor([0.1, 0.2])
     for _ in range(2):
         known.keep(keys, torch.ones(2, 3), good)
     cold = torch.zeros(2, 4)
@@ -110,11 +110,18 @@ def test_another_shape_of_state_is_no_start():
     torch.testing.assert_close(known.start([b"b", b"c"], torch.zeros(2, 3)), torch.tensor([[1.0] * 3, [0.0] * 3]))
 
 
+def test_an_empty_batch_starts_and_ends_empty():
+    known, empty = WarmStarts(4), torch.zeros(0, 3)
+    assert known.start(known.keys(empty), empty).shape == (0, 3)
+    known.keep([], empty, torch.zeros(0))
+    assert len(known) == 0
+
+
 def test_states_of_several_tensors():
     known = WarmStarts(2)
     state = torch.ones(2, 3), torch.full((2, 1), 2.0)
     for _ in range(2):
-        known.keep([b"a", b"b"], state, torch.tensor([True, False]))
+        known.keep([b"a", b"b"], state, torch.tensor([0.1, torch.inf]))
     first, second = known.start([b"a", b"b"], (torch.zeros(2, 3), torch.zeros(2, 1)))
     assert first[:, 0].tolist() == [1, 0] and second[:, 0].tolist() == [2, 0]
 

@@ -6,7 +6,7 @@ What :mod:`run`, :mod:`search` and :mod:`tables` share. A *cell* is one task, me
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,16 @@ import deepinv as dinv
 import torch
 from torch import Tensor, nn
 
-from deepinv_deq import DEGrad, DEProx, DEQReconstructor, EquilibriumUNet, ModularIDHook, Solver
+from deepinv_deq import (
+    DEGrad,
+    DEProx,
+    DEQReconstructor,
+    EquilibriumUNet,
+    IterationEquivariance,
+    ModularIDHook,
+    PipelineEquivariance,
+    Solver,
+)
 from deepinv_deq.datasets import load_images
 from deepinv_deq.physics import SparseLinearPhysics
 
@@ -122,9 +131,14 @@ def _fastmri(folder: Path, size: int) -> Tensor:
 
 
 def metrics(task: Task) -> dict[str, Any]:
-    r"""PSNR and SSIM, of the magnitude for MRI."""
+    r"""What images are measured by, all of the magnitude for MRI: PSNR, SSIM, and equivariance (Tables 2 and 3)."""
     options = {"complex_abs": True} if task.name == "mri" else {}
-    return {"psnr": dinv.metric.PSNR(**options), "ssim": dinv.metric.SSIM(**options)}
+    return {
+        "psnr": dinv.metric.PSNR(**options),
+        "ssim": dinv.metric.SSIM(**options),
+        "pipeline_equivariance": PipelineEquivariance(**options),
+        "iteration_equivariance": IterationEquivariance(**options),
+    }
 
 
 def settings_of(task: str, method: str, loss: str, scale: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -237,16 +251,18 @@ def make_losses(task: Task, loss: str, s: dict[str, Any], seed: int) -> list[Any
     return [consistency, dinv.loss.EILoss(rotations, weight=s["alpha"] / task.sqnorm)]
 
 
+def check_name(what: str, name: str, valid: Iterable[str]) -> None:
+    r"""Stop with the valid names where one is unknown."""
+    if name not in valid:
+        sys.exit(f"error: unknown {what} {name!r}: must be one of {', '.join(valid)}.")
+
+
 def check(task: str, method: str, loss: str, scale: str) -> None:
-    r"""Stop with the valid names where one is unknown, or where a combination makes no sense."""
-    for what, name, valid in (
-        ("task", task, TASKS),
-        ("method", method, METHODS),
-        ("loss", loss, LOSSES),
-        ("scale", scale, tuple(SCALES)),
-    ):
-        if name not in valid:
-            sys.exit(f"error: unknown {what} {name!r}: must be one of {', '.join(valid)}.")
+    r"""Stop where a name is unknown, or a combination makes no sense."""
+    check_name("task", task, TASKS)
+    check_name("method", method, METHODS)
+    check_name("loss", loss, LOSSES)
+    check_name("scale", scale, SCALES)
     if (method == "denoiser") != (loss == "none"):
         sys.exit(
             "error: --method denoiser is not trained and goes with --loss none, the other methods with any other loss."

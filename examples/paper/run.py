@@ -32,7 +32,6 @@ import torch
 from deepinv.datasets import TensorDataset
 from torch.utils.data import DataLoader
 
-from deepinv_deq import IterationEquivariance, PipelineEquivariance
 from deepinv_deq.training import ResumableTrainer
 
 RESULTS = ex.HERE / "results"
@@ -174,21 +173,17 @@ def evaluate(task: ex.Task, model: Any) -> dict[str, Any]:
     model.eval()
     x, y = task.x[task.test], task.y[task.test]
     measures = ex.metrics(task)
-    options = {"complex_abs": True} if task.name == "mri" else {}
     record: dict[str, Any] = {"images": len(x)}
     with torch.no_grad():
         x_hat, x0 = model(y, task.physics), ex.start(y, task.physics)
-        for name, measure in measures.items():
-            record[name], record[f"{name}_start"] = summary(measure(x_hat, x)), summary(measure(x0, x))
-        pipeline = PipelineEquivariance(**options)(x_hat, x, physics=task.physics, model=model)
-        record["pipeline_equivariance"] = summary(pipeline)
-        if hasattr(model, "forward_stat"):
-            model(y, task.physics)
-            stat = model.forward_stat
-            record["solve"] = {"evaluations": stat["nstep"].tolist(), "residual": stat.residual.tolist()}
-            record["solve"]["converged"] = int(stat.converged.sum())
-            iteration = IterationEquivariance(**options)(x_hat, x, physics=task.physics, model=model)
-            record["iteration_equivariance"] = summary(iteration)
+        stat = getattr(model, "forward_stat", None)
+        for name in ("psnr", "ssim"):
+            record[name], record[f"{name}_start"] = (summary(measures[name](image, x)) for image in (x_hat, x0))
+        for name in ("pipeline_equivariance", *(["iteration_equivariance"] if stat is not None else [])):
+            record[name] = summary(measures[name](x_hat, x, physics=task.physics, model=model))
+    if stat is not None:
+        record["solve"] = {"evaluations": stat["nstep"].tolist(), "residual": stat.residual.tolist()}
+        record["solve"]["converged"] = int(stat.converged.sum())
     return record
 
 
@@ -244,47 +239,68 @@ def write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def run_all(args: argparse.Namespace) -> None:
-    r"""Every missing cell, each in a process of its own."""
-
-    def one(cell: tuple[str, str, str, int]) -> int:
-        task, method, loss, seed = cell
-        if not args.force and read_record(path_of(args.scale, *cell)) is not None:
-            return 0
-        command = [sys.executable, __file__, "--task", task, "--method", method, "--loss", loss, "--seed", str(seed)]
-        command += ["--scale", args.scale, "--data", str(args.data), "--device", args.device]
-        command += (["--force"] if args.force else []) + ["--no-progress"]
-        threads = {"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {}
-        done = subprocess.run(command, env=os.environ | threads)
-        print(f"{' '.join(map(str, cell))}: {'failed' if done.returncode else 'done'}", flush=True)
-        return done.returncode
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        failed = sum(bool(code) for code in pool.map(one, matrix(args.scale)))
-    sys.exit(f"{failed} cells failed; the same command tries them again." if failed else 0)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train and test one cell of the paper's tables, or all of them.")
+def arguments(description: str, whole: str) -> argparse.ArgumentParser:
+    r"""What every command takes that is about one cell, or about all (``whole``) of them."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--task", help=", ".join(ex.TASKS))
     parser.add_argument("--method", help=", ".join(ex.METHODS))
     parser.add_argument("--loss", help=", ".join(ex.LOSSES))
     parser.add_argument("--scale", default="small", help=", ".join(ex.SCALES))
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with the images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--force", action="store_true", help="run again what is on record")
-    parser.add_argument("--all", action="store_true", help="every cell of the matrix that has no record")
-    parser.add_argument("--jobs", type=int, default=1, help="with --all: cells at a time, one thread each if several")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--all", action="store_true", help=whole)
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="with --all: how many at a time, one thread each if several"
+    )
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    r"""The arguments, with the names checked; without ``--all`` they must say which cell."""
     args = parser.parse_args()
     if args.all:
-        ex.check("ct", "unet", "sup", args.scale)
-        run_all(args)
+        ex.check_name("scale", args.scale, ex.SCALES)
+        return args
     missing = [f"--{name}" for name in ("task", "method", "loss") if getattr(args, name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} missing (or give --all)")
     ex.check(args.task, args.method, args.loss, args.scale)
+    return args
+
+
+def run_each(script: str, args: argparse.Namespace, cells: list[list[str]], common: list[str]) -> None:
+    r"""Run a script for many cells, each in a process of its own; exits, with an error if one of them failed.
+
+    :param list cells: arguments that tell the cells apart.
+    :param list common: further arguments of all.
+    """
+    threads = {"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {}
+
+    def one(cell: list[str]) -> bool:
+        command = [sys.executable, script, *cell, "--scale", args.scale, "--data", str(args.data), *common]
+        failed = subprocess.run(command, env=os.environ | threads).returncode != 0
+        print(f"{' '.join(cell)}: {'failed' if failed else 'done'}", flush=True)
+        return failed
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        failed = sum(pool.map(one, cells))
+    sys.exit(f"{failed} of {len(cells)} failed; the same command tries them again." if failed else 0)
+
+
+def main() -> None:
+    parser = arguments("Train and test one cell of the paper's tables, or all.", "every cell that has no record")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--force", action="store_true", help="run again what is on record")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    args = parsed(parser)
+    if args.all:
+        cells = [
+            ["--task", cell[0], "--method", cell[1], "--loss", cell[2], "--seed", str(cell[3])]
+            for cell in matrix(args.scale)
+            if args.force or read_record(path_of(args.scale, *cell)) is None
+        ]
+        common = ["--device", args.device, "--no-progress", *(["--force"] if args.force else [])]
+        run_each(__file__, args, cells, common)
     cell = (args.task, args.method, args.loss, args.seed)
     path = path_of(args.scale, *cell)
     known = None if args.force else read_record(path)

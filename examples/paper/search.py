@@ -13,13 +13,8 @@ defaults, one hyperparameter after another takes the best of a few values (coord
 with 5 layers decides for all.
 """
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +22,7 @@ import experiments as ex
 import run
 
 TRIALS = ex.HERE / "search"
+REPRESENTATIVE = {"unrolled": "unrolled-5"}  # who is searched for all of a family
 
 
 def grid(task: str, method: str, loss: str, s: dict[str, Any]) -> list[tuple[str, list[Any]]]:
@@ -54,7 +50,7 @@ def complete(task: str, trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def search(task: str, method: str, loss: str, scale: str, data: Path, share: float) -> None:
-    representative = "unrolled-5" if method.startswith("unrolled") else method
+    representative = REPRESENTATIVE.get(ex.family(method), method)
     path = TRIALS / scale / f"{task}_{ex.family(method)}_{loss}.json"
     trials: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     default = ex.settings_of(task, representative, loss, scale, {})
@@ -91,47 +87,20 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Choose hyperparameters on validation images.")
-    parser.add_argument("--task", help=", ".join(ex.TASKS))
-    parser.add_argument("--method", help=", ".join(ex.METHODS))
-    parser.add_argument("--loss", help=", ".join(ex.LOSSES))
-    parser.add_argument("--scale", default="small", help=", ".join(ex.SCALES))
-    parser.add_argument("--data", type=Path, default=run.ROOT.parent / "shared" / "data", help="folder with the images")
+    parser = run.arguments("Choose hyperparameters on validation images.", "every method and loss without settings")
     parser.add_argument("--share", type=float, default=0.5, help="part of the epochs that a trial takes")
-    parser.add_argument("--all", action="store_true", help="every method and loss that has no settings yet")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="with --all: searches at a time, one thread each if several"
-    )
-    args = parser.parse_args()
+    args = run.parsed(parser)
     if not args.all:
-        missing = [f"--{name}" for name in ("task", "method", "loss") if getattr(args, name) is None]
-        if missing:
-            parser.error(f"{', '.join(missing)} missing (or give --all)")
-        ex.check(args.task, args.method, args.loss, args.scale)
         search(args.task, args.method, args.loss, args.scale, args.data, args.share)
         return
-    cells = list(dict.fromkeys((t, ex.family(m), loss) for t, m, loss, _ in run.matrix(args.scale)))
     known = run.found_settings().get(args.scale, {})
-
-    def one(cell: tuple[str, str, str]) -> int:
-        task, method, loss = cell
-        if loss in known.get(task, {}).get(method, {}):
-            return 0
-        command = [
-            sys.executable,
-            __file__,
-            "--task",
-            task,
-            "--method",
-            "unrolled-5" if method == "unrolled" else method,
-        ]
-        command += ["--loss", loss, "--scale", args.scale, "--data", str(args.data), "--share", str(args.share)]
-        threads = {"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {}
-        return subprocess.run(command, env=os.environ | threads).returncode
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        failed = sum(bool(code) for code in pool.map(one, cells))
-    sys.exit(f"{failed} searches failed." if failed else 0)
+    cells = dict.fromkeys((t, ex.family(m), loss) for t, m, loss, _ in run.matrix(args.scale))
+    missing = [
+        ["--task", task, "--method", REPRESENTATIVE.get(method, method), "--loss", loss]
+        for task, method, loss in cells
+        if loss not in known.get(task, {}).get(method, {})
+    ]
+    run.run_each(__file__, args, missing, ["--share", str(args.share)])
 
 
 if __name__ == "__main__":

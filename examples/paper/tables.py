@@ -71,7 +71,7 @@ class Records:
         return statistics.mean(values) if values else None
 
     def text(self, task: str, method: str, loss: str, what: str = "psnr", digits: int = 2) -> str:
-        r"""Mean over seeds; of several seeds with their spread, of one with that over the test images in brackets."""
+        r"""Mean over seeds, with their standard deviation if there are several."""
         records = self.of(task, method, loss)
         if not records:
             return "–"
