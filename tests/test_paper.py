@@ -21,9 +21,10 @@ import run  # noqa: E402
 import search  # noqa: E402
 import tables  # noqa: E402
 
+EPOCHS = dict.fromkeys(("deq", "unet", "unrolled"), 1)
 TINY = {
-    "ct": {"size": 16, "views": 8, "channels": (16, 32, 64), "batch": 4, "epochs": 1},
-    "mri": {"size": 16, "acceleration": 4, "channels": (16, 32, 64), "batch": 4, "epochs": 1},
+    "ct": {"size": 16, "views": 8, "channels": (16, 32, 64), "batch": 4, "epochs": EPOCHS},
+    "mri": {"size": 16, "acceleration": 4, "channels": (16, 32, 64), "batch": 4, "epochs": EPOCHS},
 }
 
 
@@ -63,7 +64,13 @@ def cell(task="ct", method="unet", loss="sup", *more):
 @pytest.mark.parametrize(
     "task, method, loss",
     [(t, m, "ei") for t in ("ct", "mri") for m in ("deq-id", "deq-jfb", "unet", "unrolled-3")]
-    + [("ct", "deq-id", "sup"), ("mri", "deq-id", "ei-sure"), ("ct", "denoiser", "none")],
+    + [
+        ("ct", "deq-id", "sup"),
+        ("mri", "deq-id", "ei-sure"),
+        ("ct", "deq-id", "ei-fixed"),
+        ("mri", "deq-id", "ei-fixed"),
+        ("ct", "denoiser", "none"),
+    ],
 )
 def test_every_kind_of_cell_leaves_a_whole_record(lab, monkeypatch, task, method, loss):
     command(monkeypatch, lab, *cell(task, method, loss))
@@ -86,7 +93,7 @@ def test_a_finished_cell_is_not_run_again_unless_forced(lab, monkeypatch, capsys
 
 
 def test_an_interrupted_cell_ends_as_if_nothing_had_happened(lab, monkeypatch):
-    monkeypatch.setitem(TINY["ct"], "epochs", 3)
+    monkeypatch.setitem(TINY["ct"], "epochs", {"deq": 3})
     command(monkeypatch, lab, *cell("ct", "deq-id", "ei"))
     path = lab / "results" / "small" / "ct_deq-id_ei_0.json"
     whole = json.loads(path.read_text())

@@ -30,15 +30,13 @@ def grid(task: str, method: str, loss: str, s: dict[str, Any]) -> list[tuple[str
     if method == "denoiser":
         weights = [1.0, 5.0, 20.0, 50.0, 100.0] if task == "ct" else [0.3, 0.6, 1.0]
         return [("data_weight", weights), ("iterations", [3, 10, 30, 100, 300])]
-    steps: list[tuple[str, list[Any]]] = [("lr", [1e-4, 3e-4, 1e-3, 3e-3])]
+    steps: list[tuple[str, list[Any]]] = [("lr", [3e-4, 1e-3, 3e-3])]
     if method.startswith("unrolled"):
         steps += [("stepsize", [0.3, 1.0])]
-    if method.startswith("deq") and task == "ct":
-        steps += [("data_weight", [20.0, 50.0, 150.0])]
     if loss != "sup":
-        steps += [("alpha", [s["alpha"] * f for f in (0.3, 1.0, 3.0)])]
-    if not method.startswith("deq"):
-        steps += [("epochs", [s["epochs"], 3 * s["epochs"], 9 * s["epochs"]])]
+        # reconstructions that may follow the loss collapse if its weight is large, fixed targets do not
+        factors = (1.0, 10.0, 100.0) if loss == "ei-fixed" else (0.3, 1.0, 3.0)
+        steps += [("alpha", [s["alpha"] * f for f in factors])]
     return steps
 
 
