@@ -2,8 +2,9 @@ r"""Deep equilibrium models for DeepInverse, with exact implicit gradients."""
 
 from deepinv_deq.denoisers import EquilibriumUNet
 from deepinv_deq.equivariance import IterationEquivariance, PipelineEquivariance
+from deepinv_deq.from_optim import FromOptim
 from deepinv_deq.implicit import ModularIDHook
-from deepinv_deq.iterations import DEGrad, DEProx, FixedPointIteration
+from deepinv_deq.iterations import DEADMM, DEHQS, DEGrad, DEProx, FixedPointIteration
 from deepinv_deq.reconstructor import DEQReconstructor
 from deepinv_deq.solvers import ConvergenceError, ConvergenceWarning, Solver, SolverStat
 
@@ -12,11 +13,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
+    "DEADMM",
     "DEGrad",
+    "DEHQS",
     "DEProx",
     "DEQReconstructor",
     "EquilibriumUNet",
     "FixedPointIteration",
+    "FromOptim",
     "IterationEquivariance",
     "ModularIDHook",
     "PipelineEquivariance",

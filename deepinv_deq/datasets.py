@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -60,6 +61,32 @@ def phantoms(n: int, size: int, seed: int = 0) -> Tensor:
         return torch.stack([generate_random_phantom(size) for _ in range(n)])[:, None]
     finally:
         np.random.set_state(state)
+
+
+def mr_slice() -> Tensor:
+    r"""A sagittal MR slice of a head, which Matplotlib ships as sample data.
+
+    :return: tensor of shape ``(1, 1, 256, 256)`` in :math:`[0, 1]`.
+    """
+    from matplotlib.cbook import get_sample_data
+
+    sample: Any = get_sample_data("s1045.ima.gz")
+    with sample as file:
+        values = np.frombuffer(file.read(), np.uint16).reshape(1, 1, 256, 256).astype(np.float32)
+    return torch.from_numpy(values / values.max())
+
+
+def ct_slice() -> Tensor:
+    r"""A transversal CT slice, which pydicom ships for its tests.
+
+    :return: tensor of shape ``(1, 1, 128, 128)`` in :math:`[0, 1]`, from air to dense bone.
+    :raises ImportError: without pydicom, which the extra ``dicom`` installs.
+    """
+    try:
+        from pydicom.data import get_testdata_file
+    except ImportError as error:
+        raise ImportError("The CT slice comes with pydicom: pip install pydicom, or deepinv-deq[dicom].") from error
+    return _read_dicom(Path(str(get_testdata_file("CT_small.dcm", download=False))))[None, None]
 
 
 def _load_npz(path: Path) -> Tensor:

@@ -29,7 +29,7 @@ class EquilibriumUNet(UNet):
     Inside a :class:`DEQReconstructor` the normalisation is computed once per pass. Spectral normalisation bounds the
     weight matrix of each convolution; it favours, but does not prove, that the iteration contracts.
 
-    :param int in_channels: image channels, 2 for real and imaginary part.
+    :param int, None in_channels: image channels, 2 for real and imaginary part. Default 1, or that of the pretrained weights.
     :param int, None out_channels: output channels, default ``in_channels``. Without it equal there is no residual connection.
     :param Sequence[int], None channels: feature maps of each scale, from fine to coarse; at least two scales. Default
         ``(32, 64, 128)``, or those of the pretrained weights.
@@ -58,7 +58,7 @@ class EquilibriumUNet(UNet):
 
     def __init__(
         self,
-        in_channels: int = 1,
+        in_channels: int | None = None,
         out_channels: int | None = None,
         *,
         channels: Sequence[int] | None = None,
@@ -70,6 +70,8 @@ class EquilibriumUNet(UNet):
         if norm not in _NORMS:
             raise ValueError(f"Unknown norm {norm!r}: must be one of 'spectral', 'weight', None.")
         weights = None if pretrained is None else read_weights(pretrained)
+        if in_channels is None:
+            in_channels = 1 if weights is None else weights["settings"]["in_channels"]
         if channels is None:
             channels = (32, 64, 128) if weights is None else weights["settings"]["channels"]
         if len(channels) < 2 or min(channels) < 1:

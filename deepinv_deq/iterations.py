@@ -10,16 +10,17 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepinv.models import Denoiser
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import LinearPhysics, Physics, StackedPhysics
+from deepinv.utils import TensorList
 from torch import Tensor, nn
 
 from deepinv_deq._binding import BoundIteration
 from deepinv_deq._precondition import inverse_filter, spectrum
-from deepinv_deq._states import State
+from deepinv_deq._states import State, as_tuple
 
 
 class FixedPointIteration(nn.Module):
@@ -62,6 +63,7 @@ class FixedPointIteration(nn.Module):
 
     stepsize: Tensor
     data_weight: Tensor
+    linear = True  # whether the physics must be linear
 
     def __init__(
         self,
@@ -124,6 +126,14 @@ class FixedPointIteration(nn.Module):
         with torch.no_grad():
             return physics.fbp(y) if hasattr(physics, "fbp") else physics.A_adjoint(y)
 
+    def output(self, state: State) -> Tensor:
+        r"""The reconstruction in a state: the state itself, or the first of several variables.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] state: a state, such as the fixed point.
+        :return: image of shape ``(B, C, H, W)``.
+        """
+        return state if isinstance(state, Tensor) else state[0]
+
     def preconditioner(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
         r"""An approximate inverse of :math:`I - \partial F_\theta / \partial x`, to speed up solves. Default: none.
 
@@ -147,7 +157,7 @@ class FixedPointIteration(nn.Module):
         :raises TypeError: if ``physics`` is not a linear operator.
         :raises ValueError: if the shape of ``y`` does not fit ``physics``.
         """
-        if not isinstance(physics, LinearPhysics):
+        if self.linear and not isinstance(physics, LinearPhysics):
             raise TypeError(
                 f"{type(self).__name__} needs a linear operator with an adjoint, which {type(physics).__name__} is not. "
                 "Use a deepinv.physics.LinearPhysics, or override bind and constants for yours."
@@ -155,7 +165,8 @@ class FixedPointIteration(nn.Module):
         self._warn_if_stochastic()
         try:
             constants = self.constants(y, physics)
-            self._check_fit(y, physics)
+            if isinstance(physics, LinearPhysics):
+                self._check_fit(y, physics)
         except (RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
             raise ValueError(
                 f"Measurements of shape {_shape(y)} do not fit {type(physics).__name__}: {error}. Check that y comes "
@@ -302,6 +313,112 @@ class DEGrad(FixedPointIteration):
         :return: :math:`\eta`.
         """
         return 1.0 / (float(self.data_weight) * sqnorm + 1.0)
+
+
+class _Splitting(FixedPointIteration):
+    r"""What half-quadratic splitting and ADMM share: the measurements are a constant, of which the proximal map is taken."""
+
+    def constants(self, y: Any, physics: Physics) -> tuple[Tensor, ...]:
+        r"""The measurements.
+
+        :param torch.Tensor y: measurement.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: tuple of tensors.
+        """
+        return as_tuple(y)
+
+    def data_prox(self, z: Tensor, physics: Physics, *y: Tensor) -> Tensor:
+        r""":math:`\operatorname{arg\,min}_x \frac{\eta \lambda}{2} \|A x - y\|^2 + \frac12 \|x - z\|^2`, by the physics' own
+        ``prox_l2``: closed where there is a formula, else conjugate gradients to the accuracy of ``physics.tol``, which
+        bounds the residual that a solve can reach.
+
+        :param torch.Tensor z: image of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor y: measurement.
+        :return: image of the same shape.
+        """
+        return physics.prox_l2(z, measurement(y, physics), gamma=self.stepsize * self.data_weight)
+
+
+class DEHQS(_Splitting):
+    r"""DE-HQS: half-quadratic splitting with a learned proximal map.
+
+    .. math::
+
+        F_\theta(x; y) = D_\theta(\operatorname{prox}_{\eta \lambda f}(x)), \qquad f(x) = \tfrac12 \|A x - y\|^2
+
+    The proximal map of the data term converges for any step, where a gradient step would need :math:`\eta < 2/\|A\|^2`.
+
+    :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
+    :param float stepsize: :math:`\eta > 0`.
+    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
+    :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term.
+
+    :raises TypeError: if ``denoiser`` is not a module.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+    """
+
+    def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
+        r"""Evaluate :math:`F_\theta(x; y)`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor constants: the measurements.
+        :return: image of the same shape as ``x``.
+        """
+        return self.denoise(self.data_prox(x, physics, *constants))
+
+
+class DEADMM(_Splitting):
+    r"""DE-ADMM: the alternating direction method of multipliers with a learned proximal map.
+
+    The state is a pair: the image and the scaled multiplier.
+
+    .. math::
+
+        z = \operatorname{prox}_{\eta \lambda f}(x - u), \qquad
+        F_\theta(x, u; y) = \big(x^+, \; u + z - x^+\big), \qquad x^+ = D_\theta(z + u)
+
+    :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
+    :param float stepsize: :math:`\eta > 0`.
+    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
+    :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term, :math:`f(x) = \frac12 \|A x - y\|^2`.
+
+    :raises TypeError: if ``denoiser`` is not a module.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+    """
+
+    def init(self, y: Any, physics: Physics) -> State:
+        r"""The fast linear reconstruction, and no multiplier yet.
+
+        :param torch.Tensor y: measurement.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: two images of shape ``(B, C, H, W)``, without gradient.
+        """
+        x = cast(Tensor, super().init(y, physics))
+        return x, torch.zeros_like(x)
+
+    def forward(  # type: ignore[override]
+        self, state: tuple[Tensor, Tensor], physics: Physics, *constants: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        r"""Evaluate :math:`F_\theta(x, u; y)`.
+
+        :param tuple[torch.Tensor, torch.Tensor] state: image and multiplier, of shape ``(B, C, H, W)`` each.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor constants: the measurements.
+        :return: a pair of the same shapes.
+        """
+        x, u = state
+        z = self.data_prox(x - u, physics, *constants)
+        x = self.denoise(z + u)
+        return x, u + z - x
+
+
+def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
+    r"""Measurements that :func:`as_tuple` took apart."""
+    return TensorList(list(constants)) if isinstance(physics, StackedPhysics) else constants[0]
 
 
 def _shape(y: Any) -> Any:

@@ -13,6 +13,7 @@ from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor
 
+from deepinv_deq._states import State
 from deepinv_deq._warm_starts import WarmStarts
 from deepinv_deq._weights import read_weights
 from deepinv_deq.denoisers import EquilibriumUNet
@@ -168,10 +169,10 @@ class DEQReconstructor(Reconstructor):
         x0 = self.iteration.init(y, physics) if init is None else init
         keys = self._warm_starts.keys(y) if init is None and self.training else []
         x0 = self._warm_starts.start(keys, x0)
-        course = _Course(f, x_gt) if compute_metrics else None
+        course = _Course(f, x_gt, self.iteration) if compute_metrics else None
         x_star, self.forward_stat = self.solver(course or f, x0)  # solvers never tape
         self._warm_starts.keep(keys, x_star, self.forward_stat.residual)
-        x_hat = self.hook(f, x_star)
+        x_hat = self.iteration.output(self.hook(f, x_star))
         return x_hat if course is None else (x_hat, course.metrics(self.forward_stat))
 
 
@@ -183,13 +184,13 @@ def _settings(solver: Solver) -> dict[str, Any]:
 class _Course:
     r"""A map that remembers the PSNR of the points it was evaluated at."""
 
-    def __init__(self, f: Any, x_gt: Tensor | None):
-        self.f, self.x_gt = f, x_gt
+    def __init__(self, f: Any, x_gt: Tensor | None, iteration: FixedPointIteration):
+        self.f, self.x_gt, self.iteration = f, x_gt, iteration
         self.psnr: list[Tensor] = []
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: State) -> State:
         if self.x_gt is not None:
-            self.psnr.append(PSNR()(x, self.x_gt))
+            self.psnr.append(PSNR()(self.iteration.output(x), self.x_gt))
         return self.f(x)
 
     def metrics(self, stat: SolverStat) -> dict[str, list[list[float]]]:

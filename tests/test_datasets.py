@@ -2,12 +2,14 @@ r"""Reading images: what is accepted, and what every kind of bad file says."""
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from deepinv_deq.datasets import load_images, phantoms
+from deepinv_deq.datasets import ct_slice, load_images, mr_slice, phantoms
 
 
 def array(n=3, h=6, w=6, dtype=np.uint8):
@@ -135,3 +137,15 @@ def test_phantoms_are_seeded_and_leave_numpy_alone():
     assert np.random.rand() == expected
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert a.shape == (2, 1, 16, 16) and a.min() >= 0 and a.max() <= 1
+
+
+def test_slices_that_come_with_other_packages():
+    for image, side in ((mr_slice(), 256), (ct_slice(), 128)):
+        assert image.shape == (1, 1, side, side) and image.dtype == torch.float32
+        assert image.min() >= 0 and image.max() == 1 and image.std() > 0.1
+
+
+def test_the_ct_slice_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydicom.data", None)
+    with pytest.raises(ImportError, match=r"deepinv-deq\[dicom\]"):
+        ct_slice()

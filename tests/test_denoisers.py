@@ -96,6 +96,8 @@ def test_bad_settings():
         EquilibriumUNet(pretrained="colour")
     with pytest.raises(ValueError, match="'channels': .16, 32, 64.*not .*'channels': .4, 8"):
         EquilibriumUNet(channels=(4, 8), pretrained="gray")
+    with pytest.raises(ValueError, match="in_channels"):
+        EquilibriumUNet(1, pretrained="complex")
     with pytest.raises(ValueError, match="'groups': 8.*not .*'groups': 1"):
         EquilibriumUNet(pretrained="gray", groups=1)
     with pytest.raises(ValueError, match="at least one feature map"):
@@ -103,7 +105,7 @@ def test_bad_settings():
 
 
 def test_the_complex_denoiser_removes_noise_and_contracts():
-    net = EquilibriumUNet(2, pretrained="complex").eval()
+    net = EquilibriumUNet(pretrained="complex").eval()  # the weights say how many channels
     x = torch.cat([phantoms(2, 64), torch.zeros(2, 1, 64, 64)], dim=1)
     noisy = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,0 +1,122 @@
+"""Sphinx configuration. Build with ``python -m sphinx -W --keep-going docs docs/_build/html``; no network is needed."""
+
+import os
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sphinx_gallery.sorting import ExplicitOrder, FileNameSortKey
+
+import deepinv_deq
+
+HERE = Path(__file__).parent
+
+project = "deepinv-deq"
+author = "The deepinv-deq authors"
+copyright = "2026, the deepinv-deq authors"  # noqa: A001
+version = release = deepinv_deq.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_gallery.gen_gallery",
+    "sphinxcontrib.bibtex",
+]
+exclude_patterns = ["_build", "inventories"]
+templates_path = ["_templates"]
+bibtex_bibfiles = ["refs.bib"]
+bibtex_default_style = "plain"
+myst_heading_anchors = 3
+copybutton_exclude = ".linenos, .gp, .go"
+
+# deepinv's docstrings separate what a class does from its example with |sep|
+rst_prolog = """
+.. |sep| raw:: html
+
+   <hr>
+"""
+
+autosummary_generate = True
+autodoc_typehints = "none"  # types are in the docstrings, as deepinv has them
+autodoc_inherit_docstrings = False
+nitpicky = True
+# words that stand where a type does, and the names of types that have no page anywhere
+nitpick_ignore = [
+    ("py:class", name) for name in ("Callable", "Sequence", "optional", "torchdeq.solver.stat.SolverStat")
+]
+
+# -- links to other projects ---------------------------------------------------
+# Their inventories are lists of the few names used here (inventories/*.txt), so that nothing is fetched to build the pages.
+_SITES = {
+    "python": "https://docs.python.org/3/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+    "deepinv": "https://deepinv.github.io/deepinv/",
+}
+
+
+def _inventory(name: str) -> str:
+    """Write a list of ``role name page`` as the compressed inventory that intersphinx reads."""
+    lines = [line.split() for line in (HERE / "inventories" / f"{name}.txt").read_text().splitlines() if line.strip()]
+    body = "".join(f"{target} {role} 1 {page} -\n" for role, target, page in lines)
+    path = HERE / "_build" / "inventories" / f"{name}.inv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = f"# Sphinx inventory version 2\n# Project: {name}\n# Version:\n"
+    header += "# The remainder of this file is compressed using zlib.\n"
+    path.write_bytes(header.encode() + zlib.compress(body.encode()))
+    return str(path)
+
+
+intersphinx_mapping = {name: (site, _inventory(name)) for name, site in _SITES.items()}
+
+# -- gallery -------------------------------------------------------------------
+warnings.filterwarnings("ignore", message=".*(meshgrid|progress bar|[Ss]parse|non_blocking|pin_memory).*")
+sphinx_gallery_conf = {
+    "examples_dirs": ["../examples"],
+    "gallery_dirs": ["auto_examples"],
+    "filename_pattern": r"/demo_",
+    "ignore_pattern": r"(/paper/|records\.py|__init__\.py)",
+    "subsection_order": ExplicitOrder(
+        ["../examples/basics", "../examples/ct", "../examples/mri", "../examples/advanced"]
+    ),
+    "within_subsection_order": FileNameSortKey,
+    "backreferences_dir": "gen_modules/backreferences",
+    "doc_module": ("deepinv_deq",),
+    "reference_url": {"deepinv_deq": None},
+    "image_scrapers": ("matplotlib",),
+    "matplotlib_animations": (True, "jshtml"),
+    "remove_config_comments": True,
+    "download_all_examples": True,
+    "notebook_images": False,
+    "plot_gallery": "True",
+    "abort_on_example_error": False,
+    "min_reported_time": 0,
+}
+
+# -- pages ---------------------------------------------------------------------
+html_theme = "pydata_sphinx_theme"
+html_title = "deepinv-deq"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_theme_options = {
+    "show_prev_next": True,
+    "navbar_end": ["theme-switcher"],
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": ["theme-version"],
+    "pygments_light_style": "tango",
+    "pygments_dark_style": "monokai",
+}
+html_sidebars = {name: [] for name in ("index", "install", "results", "cost", "changelog", "cite", "contributing")}
+html_context = {"default_mode": "auto"}
+html_show_sourcelink = False
