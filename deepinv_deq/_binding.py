@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -191,7 +192,7 @@ class _Map:
     iteration: FixedPointIteration
     physics: Physics
     constants: tuple[Tensor, ...]
-    weights: Mapping[tuple[int, str], Tensor]
+    weights: Mapping[nn.Module, Tensor]
     placed: Sequence[tuple[_Slot, Tensor]] = ()  # where a module is to find another tensor than its own
 
     def __call__(self, x: State) -> State:
@@ -278,27 +279,42 @@ def _installed(placed: Sequence[tuple[_Slot, Tensor]]) -> Iterator[None]:
             slot.set(value)
 
 
-def _normalised_weights(*roots: nn.Module) -> dict[tuple[int, str], Tensor]:
-    r"""All parametrized tensors, each computed once: in training mode, spectral norm changes with every access."""
+def _normalised_weights(*roots: nn.Module) -> dict[nn.Module, Tensor]:
+    r"""All parametrized tensors, by what computes them; each computed once: in training mode, spectral norm changes with
+    every access."""
     return {
-        (id(module), name): getattr(module, name)
+        parametrization: getattr(module, name)
         for module in _modules(*roots)
         if parametrize.is_parametrized(module)
-        for name in cast(nn.ModuleDict, module.parametrizations)
+        for name, parametrization in cast(nn.ModuleDict, module.parametrizations).items()
     }
 
 
+_weights: dict[int, Tensor] = {}  # values in force, by the identity of what would compute them
+_readers: weakref.WeakKeyDictionary[nn.Module, Callable[[], Tensor]] = weakref.WeakKeyDictionary()
+
+
 @contextmanager
-def _cached(weights: Mapping[tuple[int, str], Tensor]) -> Iterator[None]:
-    r"""Use these tensors as the values of parametrized weights, through PyTorch's own cache of them."""
-    if not weights:
+def _cached(weights: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    r"""Use these tensors as the values of parametrized weights.
+
+    PyTorch has a cache of them, but it takes a copy of a module for the module itself (and finds the weights of the one for the
+    other), so it is switched off meanwhile. Readers stay the same from one time to the next, and look the tensor up: compiled
+    graphs hold on to what they read with.
+    """
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    outer = dict(_weights)
+    for parametrization, weight in weights.items():
+        _weights[id(parametrization)] = weight
+        if parametrization not in _readers:
+            _readers[parametrization] = partial(_weights.__getitem__, id(parametrization))
+        parametrization.__dict__["forward"] = _readers[parametrization]
+    try:
         yield
-        return
-    with parametrize.cached():
-        outer = dict(parametrize._cache)
-        parametrize._cache.update(weights)
-        try:
-            yield
-        finally:
-            parametrize._cache.clear()
-            parametrize._cache.update(outer)
+    finally:
+        parametrize._cache_enabled = enabled
+        for parametrization in weights:
+            if id(parametrization) not in outer:
+                parametrization.__dict__.pop("forward", None)
+        _weights.clear()
+        _weights.update(outer)

@@ -2,6 +2,8 @@ r"""DEQReconstructor as a deepinv model: interface, Trainer, bad input."""
 
 from __future__ import annotations
 
+import copy
+
 import deepinv as dinv
 import pytest
 import torch
@@ -261,3 +263,44 @@ def test_what_is_no_saved_model_says_so(tmp_path):
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cut.pt holds no weights"):
         DEQReconstructor.from_pretrained(tmp_path / "cut.pt")
+
+
+def test_copies_train_as_the_original_does():
+    # PyTorch's cache of normalised weights takes a copy of a layer for the layer itself
+    model, physics, y = small_deq()
+    twin = copy.deepcopy(model)
+    for ours, theirs in zip(step(model, physics, y), step(twin, physics, y), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_network_and_its_copy_in_one_iteration():
+    class Both(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.one, self.other = net, copy.deepcopy(net)
+            nn.init.constant_(self.other.Conv_1x1.bias, 0.1)
+            for p in self.other.parameters():
+                p.data.add_(0.1 * torch.randn_like(p))
+
+        def forward(self, x):
+            return 0.4 * self.one(x) + 0.4 * self.other(x)
+
+    model, physics, y = small_deq()
+    model.iteration.denoiser = Both(model.iteration.denoiser)
+    x = physics.A_adjoint(y)
+    with torch.no_grad():
+        alone = model.iteration(x, physics, x)
+        with torch.nn.utils.parametrize.cached():  # whose keys the two share
+            assert torch.allclose(model.iteration.bind(y, physics)(x), alone, atol=1e-6)
+    assert all(torch.isfinite(g).all() for g in step(model, physics, y))
+
+
+def test_compiled_graphs_survive_the_pass():
+    model, physics, y = small_deq()
+    compiled = []
+    model.iteration.denoiser.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    for _ in range(4):
+        step(model, physics, y)
+        compiled.append(None)
+    after_first = compiled[compiled.index(None) :]
+    assert not any(graph is not None for graph in after_first)
