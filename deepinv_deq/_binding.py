@@ -283,10 +283,10 @@ def _normalised_weights(*roots: nn.Module) -> dict[nn.Module, Tensor]:
     r"""All parametrized tensors, by what computes them; each computed once: in training mode, spectral norm changes with
     every access."""
     return {
-        parametrization: getattr(module, name)
+        parametrization: parametrization()
         for module in _modules(*roots)
         if parametrize.is_parametrized(module)
-        for name, parametrization in cast(nn.ModuleDict, module.parametrizations).items()
+        for parametrization in cast(nn.ModuleDict, module.parametrizations).values()
     }
 
 
