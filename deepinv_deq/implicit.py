@@ -52,7 +52,7 @@ class ModularIDHook:
     The result has the value of ``x_star`` and the gradient of the fixed point with respect to everything ``f`` depends
     on: parameters, measurements, physics. It may be used in any loss, any number of times; every pass is independent.
 
-    ``f`` may be any callable. If it is a :class:`DifferentiableMap`, as the maps of
+    ``f`` may be any callable. If it is a :class:`~deepinv_deq.implicit.DifferentiableMap`, as the maps of
     :meth:`FixedPointIteration.bind <deepinv_deq.FixedPointIteration.bind>` are, a pass costs one taped evaluation of
     ``f``, in the backward pass. For any other callable, whose dependencies cannot be seen, it costs two more
     evaluations: a checkpointed one now and its recomputation in the backward pass.
@@ -174,7 +174,7 @@ class ModularIDHook:
 
 
 class _FixedPoint(torch.autograd.Function):
-    r"""``x_star`` as a function of all inputs of a :class:`DifferentiableMap`: tapes the map once, in backward."""
+    r"""``x_star`` as a function of all inputs of a :class:`~deepinv_deq.implicit.DifferentiableMap`: tapes the map once, in backward."""
 
     @staticmethod
     def forward(ctx: Any, hook: ModularIDHook, f: DifferentiableMap, single: bool, n: int, *tensors: Tensor) -> Tensors:

@@ -28,7 +28,7 @@ class ResumableTrainer(Trainer):
     :param bool resume: continue from the newest checkpoint under ``save_path``, if there is one.
     :param dict config: plain values that identify the run; a checkpoint with others is refused.
 
-    :raises ValueError: in :meth:`train`, if the checkpoint is of a run with another ``config``.
+    :raises ValueError: in ``train``, if the checkpoint is of a run with another ``config``.
     """
 
     resume: bool = False

@@ -52,9 +52,9 @@ autodoc_typehints = "none"  # types are in the docstrings, as deepinv has them
 autodoc_inherit_docstrings = False
 nitpicky = True
 # words that stand where a type does, and the names of types that have no page anywhere
-nitpick_ignore = [
-    ("py:class", name) for name in ("Callable", "Sequence", "optional", "torchdeq.solver.stat.SolverStat")
-]
+nitpick_ignore = [("py:class", name) for name in ("Callable", "Sequence", "torchdeq.solver.stat.SolverStat")]
+nitpick_ignore_regex = [("py:class", r"deepinv_deq\..*\._\w+")]  # private base classes
+suppress_warnings = ["config.cache"]  # that of sphinx-gallery holds objects
 
 # -- links to other projects ---------------------------------------------------
 # Their inventories are lists of the few names used here (inventories/*.txt), so that nothing is fetched to build the pages.
