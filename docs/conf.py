@@ -106,10 +106,12 @@ sphinx_gallery_conf = {
 # -- pages ---------------------------------------------------------------------
 html_theme = "pydata_sphinx_theme"
 html_title = "deepinv-deq"
+html_favicon = html_logo = "_static/logo.svg"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_theme_options = {
     "show_prev_next": True,
+    "logo": {"text": "deepinv-deq"},
     "navbar_end": ["theme-switcher"],
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
