@@ -290,7 +290,7 @@ def _normalised_weights(*roots: nn.Module) -> dict[nn.Module, Tensor]:
     }
 
 
-_weights: dict[int, Tensor] = {}  # values in force, by the identity of what would compute them
+_in_force: dict[int, Tensor] = {}  # values in force, by the identity of what would compute them
 _readers: weakref.WeakKeyDictionary[nn.Module, Callable[[], Tensor]] = weakref.WeakKeyDictionary()
 
 
@@ -303,11 +303,11 @@ def _cached(weights: Mapping[nn.Module, Tensor]) -> Iterator[None]:
     graphs hold on to what they read with.
     """
     enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
-    outer = dict(_weights)
+    outer = dict(_in_force)
     for parametrization, weight in weights.items():
-        _weights[id(parametrization)] = weight
+        _in_force[id(parametrization)] = weight
         if parametrization not in _readers:
-            _readers[parametrization] = partial(_weights.__getitem__, id(parametrization))
+            _readers[parametrization] = partial(_in_force.__getitem__, id(parametrization))
         parametrization.__dict__["forward"] = _readers[parametrization]
     try:
         yield
@@ -316,5 +316,5 @@ def _cached(weights: Mapping[nn.Module, Tensor]) -> Iterator[None]:
         for parametrization in weights:
             if id(parametrization) not in outer:
                 parametrization.__dict__.pop("forward", None)
-        _weights.clear()
-        _weights.update(outer)
+        _in_force.clear()
+        _in_force.update(outer)

@@ -76,17 +76,20 @@ def mr_slice() -> Tensor:
     return torch.from_numpy(values / values.max())
 
 
-def ct_slice() -> Tensor:
-    r"""A transversal CT slice, which pydicom ships for its tests.
+def ct_slice(size: int = 128) -> Tensor:
+    r"""A transversal CT slice, which pydicom ships for its tests, cut to the circle that a scanner sees.
 
-    :return: tensor of shape ``(1, 1, 128, 128)`` in :math:`[0, 1]`, from air to dense bone.
+    :param int size: side in pixels, to which the slice is resized by averaging areas.
+    :return: tensor of shape ``(1, 1, size, size)`` in :math:`[0, 1]`, from air to dense bone.
     :raises ImportError: without pydicom, which the extra ``dicom`` installs.
     """
     try:
         from pydicom.data import get_testdata_file
     except ImportError as error:
         raise ImportError("The CT slice comes with pydicom: pip install pydicom, or deepinv-deq[dicom].") from error
-    return _read_dicom(Path(str(get_testdata_file("CT_small.dcm", download=False))))[None, None]
+    image = _read_dicom(Path(str(get_testdata_file("CT_small.dcm", download=False))))[None, None]
+    axis = torch.linspace(-1, 1, size)
+    return interpolate(image, size=(size, size), mode="area") * (axis[:, None] ** 2 + axis**2 < 0.95)
 
 
 def _load_npz(path: Path) -> Tensor:

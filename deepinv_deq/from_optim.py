@@ -13,10 +13,10 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from deepinv_deq._states import State, as_tuple
-from deepinv_deq.iterations import FixedPointIteration, measurement
+from deepinv_deq.iterations import MeasurementIteration, measurement
 
 
-class FromOptim(FixedPointIteration):
+class FromOptim(MeasurementIteration):
     r"""An algorithm of :mod:`deepinv.optim` as a template: its iteration :math:`F`, whose fixed point is the reconstruction.
 
     The algorithm keeps its prior, data fidelity, parameters and start; what changes is how its fixed point is found and
@@ -72,15 +72,6 @@ class FromOptim(FixedPointIteration):
                 self._tensors[name] = nn.Parameter(tensor.detach().clone(), requires_grad=parameter)
         # most of deepinv's steps read the first variable only, and the others would be a second state for nothing
         self._single = type(self.iterator).forward is OptimIterator.forward or self._name in ("GD", "MD")
-
-    def constants(self, y: Any, physics: Physics) -> tuple[Tensor, ...]:
-        r"""The measurements.
-
-        :param torch.Tensor y: measurement.
-        :param deepinv.physics.Physics physics: forward operator.
-        :return: tuple of tensors.
-        """
-        return as_tuple(y)
 
     def init(self, y: Any, physics: Physics) -> State:
         r"""Where the algorithm starts: its ``custom_init``, or :math:`A^\top y`.

@@ -192,6 +192,18 @@ class FixedPointIteration(nn.Module):
         """
         return self.data_weight * (physics.A_adjoint_A(x) - aty)
 
+    def data_prox(self, z: Tensor, physics: Physics, *y: Tensor) -> Tensor:
+        r""":math:`\operatorname{arg\,min}_x \frac{\eta \lambda}{2} \|A x - y\|^2 + \frac12 \|x - z\|^2`, by the physics' own
+        ``prox_l2``: closed where there is a formula, else conjugate gradients to the accuracy of ``physics.tol``, which
+        bounds the residual that a solve can reach.
+
+        :param torch.Tensor z: image of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor y: measurement.
+        :return: image of the same shape.
+        """
+        return physics.prox_l2(z, measurement(y, physics), gamma=self.stepsize * self.data_weight)
+
     def safe_stepsize(self, sqnorm: float) -> float:
         r"""A stepsize for which the linear part of the iteration does not diverge.
 
@@ -315,8 +327,8 @@ class DEGrad(FixedPointIteration):
         return 1.0 / (float(self.data_weight) * sqnorm + 1.0)
 
 
-class _Splitting(FixedPointIteration):
-    r"""What half-quadratic splitting and ADMM share: the measurements are a constant, of which the proximal map is taken."""
+class MeasurementIteration(FixedPointIteration):
+    r"""Templates whose steps need the measurements themselves, and not only :math:`A^\top y`."""
 
     def constants(self, y: Any, physics: Physics) -> tuple[Tensor, ...]:
         r"""The measurements.
@@ -327,20 +339,8 @@ class _Splitting(FixedPointIteration):
         """
         return as_tuple(y)
 
-    def data_prox(self, z: Tensor, physics: Physics, *y: Tensor) -> Tensor:
-        r""":math:`\operatorname{arg\,min}_x \frac{\eta \lambda}{2} \|A x - y\|^2 + \frac12 \|x - z\|^2`, by the physics' own
-        ``prox_l2``: closed where there is a formula, else conjugate gradients to the accuracy of ``physics.tol``, which
-        bounds the residual that a solve can reach.
 
-        :param torch.Tensor z: image of shape ``(B, C, H, W)``.
-        :param deepinv.physics.Physics physics: linear forward operator.
-        :param torch.Tensor y: measurement.
-        :return: image of the same shape.
-        """
-        return physics.prox_l2(z, measurement(y, physics), gamma=self.stepsize * self.data_weight)
-
-
-class DEHQS(_Splitting):
+class DEHQS(MeasurementIteration):
     r"""DE-HQS: half-quadratic splitting with a learned proximal map.
 
     .. math::
@@ -370,7 +370,7 @@ class DEHQS(_Splitting):
         return self.denoise(self.data_prox(x, physics, *constants))
 
 
-class DEADMM(_Splitting):
+class DEADMM(MeasurementIteration):
     r"""DE-ADMM: the alternating direction method of multipliers with a learned proximal map.
 
     The state is a pair: the image and the scaled multiplier.

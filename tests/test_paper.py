@@ -153,6 +153,11 @@ def test_settings_come_from_validation_images_only(lab, monkeypatch):
     assert ex.settings_of("ct", "unet", "sup", "small", run.found_settings())["lr"] == best.get("lr", 3e-4)
 
 
+def test_settings_whose_solves_fail_lose():
+    trials = [{"psnr": 30.0, "missed": 1}, {"psnr": 29.0, "missed": 0}, {"psnr": 28.0}]
+    assert sorted(trials, key=search.worth, reverse=True) == [trials[1], trials[2], trials[0]]
+
+
 def test_tables_are_made_of_records(lab, monkeypatch):
     assert "Nothing was run" in tables.render()
     for args in (cell("ct", "deq-id", "sup"), cell("ct", "deq-id", "ei"), cell("ct", "deq-jfb", "ei")):

@@ -22,6 +22,8 @@ from deepinv_deq import (
     PipelineEquivariance,
     Solver,
 )
+from deepinv_deq.datasets import ct_slice, mr_slice
+from deepinv_deq.physics import SparseLinearPhysics
 from tests.problems import imaging, relative_error
 
 
@@ -304,3 +306,27 @@ def test_compiled_graphs_survive_the_pass():
         compiled.append(None)
     after_first = compiled[compiled.index(None) :]
     assert not any(graph is not None for graph in after_first)
+
+
+def test_shipped_models_reconstruct():
+    x = ct_slice(64)
+    tomography = dinv.physics.Tomography(angles=30, img_width=64, normalize=True, adjoint_via_backprop=True)
+    physics = SparseLinearPhysics.from_physics(tomography, (1, 64, 64))
+    model, psnr = DEQReconstructor.from_pretrained("ct-ei"), dinv.metric.PSNR()
+    with torch.no_grad():
+        y = physics.A(x)
+        assert psnr(model(y, physics), x) > psnr(physics.fbp(y), x) + 5
+    model = DEQReconstructor.from_pretrained("mri-ei")
+    rng = torch.Generator().manual_seed(0)
+    mask = dinv.physics.generator.GaussianMaskGenerator((96, 96), acceleration=8, rng=rng).step()["mask"]
+    noise = dinv.physics.GaussianNoise(0.05, rng=rng)
+    physics, psnr = (
+        dinv.physics.MRI(mask=mask, img_size=(2, 96, 96), noise_model=noise),
+        dinv.metric.PSNR(complex_abs=True),
+    )
+    image = torch.nn.functional.interpolate(mr_slice(), size=(96, 96), mode="area")
+    x = torch.cat([image, torch.zeros_like(image)], dim=1)
+    with torch.no_grad():
+        y = physics(x)
+        assert psnr(model(y, physics), x) > psnr(physics.A_adjoint(y), x) + 1
+    assert model.forward_stat.converged.all()

@@ -23,9 +23,7 @@ from deepinv_deq.physics import SparseLinearPhysics
 
 torch.manual_seed(0)
 size, views = 64, 30
-axis = torch.linspace(-1, 1, size)
-circle = (axis[:, None] ** 2 + axis**2 < 0.95).float()
-x = torch.nn.functional.interpolate(ct_slice(), size=(size, size), mode="area") * circle
+x = ct_slice(size)
 physics = SparseLinearPhysics.from_physics(
     dinv.physics.Tomography(angles=views, img_width=size, normalize=True, adjoint_via_backprop=True), (1, size, size)
 )
