@@ -3,10 +3,10 @@ r"""Deep equilibrium models for DeepInverse, with exact implicit gradients."""
 from deepinv_deq.denoisers import EquilibriumUNet
 from deepinv_deq.equivariance import IterationEquivariance, PipelineEquivariance
 from deepinv_deq.from_optim import FromOptim
-from deepinv_deq.implicit import ModularIDHook
+from deepinv_deq.implicit import DifferentiableMap, ModularIDHook
 from deepinv_deq.iterations import DEADMM, DEHQS, DEGrad, DEProx, FixedPointIteration
 from deepinv_deq.reconstructor import DEQReconstructor
-from deepinv_deq.solvers import ConvergenceError, ConvergenceWarning, Solver, SolverStat
+from deepinv_deq.solvers import ConvergenceError, ConvergenceWarning, Solver, SolverStat, available_methods
 
 __version__ = "0.1.0"
 
@@ -26,4 +26,5 @@ __all__ = [
     "PipelineEquivariance",
     "Solver",
     "SolverStat",
+    "available_methods",
 ]

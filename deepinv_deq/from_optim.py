@@ -13,10 +13,10 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from deepinv_deq._states import State, as_tuple
-from deepinv_deq.iterations import MeasurementIteration, measurement
+from deepinv_deq.iterations import _MeasurementIteration, measurement
 
 
-class FromOptim(MeasurementIteration):
+class FromOptim(_MeasurementIteration):
     r"""An algorithm of :mod:`deepinv.optim` as a template: its iteration :math:`F`, whose fixed point is the reconstruction.
 
     The algorithm keeps its prior, data fidelity, parameters and start; what changes is how its fixed point is found and

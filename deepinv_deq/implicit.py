@@ -40,10 +40,18 @@ class DifferentiableMap(Protocol):
         r"""Every tensor that requires a gradient and on which the map depends, besides its argument."""
 
     def __call__(self, x: Any) -> Any:
-        r"""Evaluate the map."""
+        r"""Evaluate the map.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
+        :return: its image, of the same shape.
+        """
 
     def rebind(self, inputs: Sequence[Tensor]) -> Callable[[Any], Any]:
-        r"""The same map with other tensors in the place of :attr:`inputs`."""
+        r"""The same map with other tensors in the place of :attr:`inputs`.
+
+        :param Sequence[torch.Tensor] inputs: one tensor for each of :attr:`inputs`.
+        :return: a callable.
+        """
 
 
 class ModularIDHook:
@@ -52,7 +60,7 @@ class ModularIDHook:
     The result has the value of ``x_star`` and the gradient of the fixed point with respect to everything ``f`` depends
     on: parameters, measurements, physics. It may be used in any loss, any number of times; every pass is independent.
 
-    ``f`` may be any callable. If it is a :class:`~deepinv_deq.implicit.DifferentiableMap`, as the maps of
+    ``f`` may be any callable. If it is a :class:`DifferentiableMap`, as the maps of
     :meth:`FixedPointIteration.bind <deepinv_deq.FixedPointIteration.bind>` are, a pass costs one taped evaluation of
     ``f``, in the backward pass. For any other callable, whose dependencies cannot be seen, it costs two more
     evaluations: a checkpointed one now and its recomputation in the backward pass.
@@ -174,7 +182,7 @@ class ModularIDHook:
 
 
 class _FixedPoint(torch.autograd.Function):
-    r"""``x_star`` as a function of all inputs of a :class:`~deepinv_deq.implicit.DifferentiableMap`: tapes the map once, in backward."""
+    r"""``x_star`` as a function of all inputs of a :class:`DifferentiableMap`: tapes the map once, in backward."""
 
     @staticmethod
     def forward(ctx: Any, hook: ModularIDHook, f: DifferentiableMap, single: bool, n: int, *tensors: Tensor) -> Tensors:

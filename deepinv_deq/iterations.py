@@ -153,7 +153,7 @@ class FixedPointIteration(nn.Module):
 
         :param torch.Tensor y: measurement, of the shape ``physics.A`` returns.
         :param deepinv.physics.Physics physics: linear forward operator with an adjoint.
-        :return: a map with the attribute ``inputs``, see :class:`deepinv_deq.implicit.DifferentiableMap`.
+        :return: a map with the attribute ``inputs``, see :class:`deepinv_deq.DifferentiableMap`.
         :raises TypeError: if ``physics`` is not a linear operator.
         :raises ValueError: if the shape of ``y`` does not fit ``physics``.
         """
@@ -327,7 +327,7 @@ class DEGrad(FixedPointIteration):
         return 1.0 / (float(self.data_weight) * sqnorm + 1.0)
 
 
-class MeasurementIteration(FixedPointIteration):
+class _MeasurementIteration(FixedPointIteration):
     r"""Templates whose steps need the measurements themselves, and not only :math:`A^\top y`."""
 
     def constants(self, y: Any, physics: Physics) -> tuple[Tensor, ...]:
@@ -340,7 +340,7 @@ class MeasurementIteration(FixedPointIteration):
         return as_tuple(y)
 
 
-class DEHQS(MeasurementIteration):
+class DEHQS(_MeasurementIteration):
     r"""DE-HQS: half-quadratic splitting with a learned proximal map.
 
     .. math::
@@ -370,7 +370,7 @@ class DEHQS(MeasurementIteration):
         return self.denoise(self.data_prox(x, physics, *constants))
 
 
-class DEADMM(MeasurementIteration):
+class DEADMM(_MeasurementIteration):
     r"""DE-ADMM: the alternating direction method of multipliers with a learned proximal map.
 
     The state is a pair: the image and the scaled multiplier.

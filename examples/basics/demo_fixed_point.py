@@ -70,8 +70,8 @@ with torch.no_grad():
 # Residuals
 # ---------
 #
-# Left, what a solver sees: the relative residual. Right, what it cannot see: how far the image is from the fixed point, against the
-# best solution above.
+# Left, what a solver sees: the relative residual. Right, what it cannot see: the distance from where the last of the three ended. With
+# a small step, a small residual is not yet a small distance.
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 for name, (points, residuals) in courses.items():
