@@ -47,7 +47,7 @@ def matrix(scale: str) -> list[tuple[str, str, str, int]]:
         for task in ex.TASKS:
             losses = ("none",) if method == "denoiser" else ("sup", "ei")
             losses += ("ei-fixed",) if method in ("deq-id", "unet") else ()
-            losses += ("ei-sure",) if method == "deq-id" and task == "mri" else ()
+            losses += ({"ct": "split", "mri": "ei-sure"}[task],) if method == "deq-id" else ()
             seeds = SEEDS.get(method.split("-")[0], 1)
             cells += [(task, method, loss, seed) for loss in losses for seed in range(seeds)]
     return cells
@@ -154,7 +154,7 @@ def train(
         losses=ex.make_losses(task, loss, s, seed),
         metrics=ex.metrics(task)["psnr"],
         compute_train_metrics=False,
-        grad_clip=1.0,
+        grad_clip=s["grad_clip"],
         check_grad=True,  # deepinv clips no gradient that it does not check
         device=task.x.device,
         save_path=out,
