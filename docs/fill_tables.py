@@ -7,21 +7,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "cost.md", ROOT / "docs" / "results.md"]
-SOURCES = {
-    "exactness": "tests/benchmarks/exactness.py",
-    "cost": "tests/benchmarks/cost_tables.py",
-    "ct": "examples/ct/records.py",
-    "results": "examples/paper/tables.py",
+SOURCES = {  # of each marked block: the script that knows how, and its function
+    "exactness": ("tests/benchmarks/exactness.py", "render"),
+    "cost": ("tests/benchmarks/cost_tables.py", "render"),
+    "compare": ("tests/benchmarks/cost_tables.py", "compare"),
+    "ct": ("examples/ct/records.py", "render"),
+    "results": ("examples/paper/tables.py", "render"),
+    "table 1": ("examples/paper/tables.py", "summary"),
 }
 
 
 def filled(text: str) -> str:
     """A page with every marked block rendered anew."""
     sys.path.insert(0, str(ROOT))
-    for name, source in SOURCES.items():
+    for name, (source, function) in SOURCES.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         if re.search(pattern, text, flags=re.S):
-            table = runpy.run_path(str(ROOT / source))["render"]()
+            table = runpy.run_path(str(ROOT / source))[function]()
             text = re.sub(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
     return text
 

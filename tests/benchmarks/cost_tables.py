@@ -26,6 +26,32 @@ def render(device: str = "cpu") -> str:
     return "\n\n".join(blocks)
 
 
+def compare(device: str = "cpu") -> str:
+    r"""What an EI step needs, method by method, in short: for the README."""
+    parts = json.loads((RECORDS / f"cost-{device}.json").read_text())["parts"]
+    measured = [p for p in parts if p.startswith(("equal error", "inference"))]
+    rows = {part: {row["method"]: row for row in parts[part]["rows"]} for part in measured}
+    peaks = {(row["task"], row["method"]): row["MB"] for row in parts["memory"]["rows"]}
+
+    def times(part: str, method: str, measure: str) -> str:
+        cells = [rows[f"{part}, {task}"][method] for task in NAMES]
+        return ", ".join(
+            f"{cell['ratio']:.1f}×" + ("" if cell["exact enough"] else f" ({cell[measure]:.1g}, missed)")
+            for cell in cells
+        )
+
+    body = []
+    for method in (m for task, m in peaks if task == "ct" and not m.startswith(f"{OURS},")):
+        memory = ", ".join(f"{peaks[task, method] / peaks[task, OURS]:.1f}×" for task in NAMES)
+        body.append(
+            [method, memory, times("equal error", method, "gradient error"), times("inference", method, "residual")]
+        )
+    return _table(
+        ["CT, MRI; ours = 1", "peak memory", "EI step to a gradient within 1 %", "inference to a residual of 1e-4"],
+        body,
+    )
+
+
 def _machine(parts: dict[str, Any]) -> str:
     lines = []
     for entry in parts.values():
