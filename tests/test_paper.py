@@ -68,6 +68,7 @@ def cell(task="ct", method="unet", loss="sup", *more):
         ("ct", "deq-id", "sup"),
         ("mri", "deq-id", "ei-sure"),
         ("ct", "deq-id", "ei-fixed"),
+        ("ct", "deq-id", "split"),
         ("mri", "deq-id", "ei-fixed"),
         ("ct", "denoiser", "none"),
     ],
@@ -189,3 +190,29 @@ def test_one_failing_cell_does_not_stop_the_others(lab, capfd):
     with pytest.raises(SystemExit) as ended:
         run.run_each(str(script), args, [["a"]], [])
     assert ended.value.code == 0
+
+
+def test_one_view_of_each_sample_is_hidden():
+    rng = torch.Generator().manual_seed(0)
+    mask = ex.LeaveOneViewOut((1, 6, 5), rng).step(64)["mask"]
+    assert mask.shape == (64, 1, 6, 5) and bool(((mask == 0).sum(dim=(1, 2, 3)) == 6).all())
+    hidden = (mask == 0).all(dim=2).squeeze(1)
+    assert bool((hidden.sum(dim=1) == 1).all()) and bool(hidden.any(dim=0).all())
+    again = ex.LeaveOneViewOut((1, 6, 5), torch.Generator().manual_seed(0)).step(64)["mask"]
+    assert torch.equal(mask, again)
+
+
+def test_errors_of_views_are_errors_of_images():
+    physics = dinv.physics.Tomography(angles=48, img_width=32, normalize=True, adjoint_via_backprop=True)
+    noise = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    error = ex.ImageError(physics, noise[:1])
+    fine, coarse = noise, torch.nn.functional.avg_pool2d(noise, 5, 1, 2, count_include_pad=False)
+    ratios = [(error(physics.A(e), 0.0) / e.square().mean(dim=(1, 2, 3))).mean().item() for e in (fine, coarse)]
+    plain = [(physics.A(e).square().mean() / e.square().mean()).item() for e in (fine, coarse)]
+    assert 0.9 < ratios[0] < 1.1 and 0.5 < ratios[1] < 2  # the projector blurs the finest details
+    assert plain[1] / plain[0] > 5  # without the filter, coarse errors count several times as much
+
+
+def test_hidden_views_are_for_ct(lab, monkeypatch):
+    with pytest.raises(SystemExit, match="it is for ct"):
+        command(monkeypatch, lab, *cell("mri", "deq-id", "split"))

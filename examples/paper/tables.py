@@ -241,7 +241,7 @@ def render() -> str:
     return "\n\n".join(blocks)
 
 
-def figure(path: Path, scale: str, data: Path, slices: bool) -> None:
+def figure(path: Path, scale: str, data: Path, slices: bool = False) -> None:
     r"""Fig. 1: reconstructions of DEQ and U-Net, supervised and not, of the first test image of each task.
 
     :param bool slices: take slices that other packages ship, and none of the data, which must not be passed on.
