@@ -5,6 +5,7 @@ from deepinv_deq.equivariance import IterationEquivariance, PipelineEquivariance
 from deepinv_deq.from_optim import FromOptim
 from deepinv_deq.implicit import DifferentiableMap, ModularIDHook
 from deepinv_deq.iterations import DEADMM, DEHQS, DEGrad, DEProx, FixedPointIteration
+from deepinv_deq.metrics import FixedPointResidual, SolverEvaluations
 from deepinv_deq.reconstructor import DEQReconstructor
 from deepinv_deq.solvers import ConvergenceError, ConvergenceWarning, Solver, SolverStat, available_methods
 
@@ -20,11 +21,13 @@ __all__ = [
     "DEQReconstructor",
     "EquilibriumUNet",
     "FixedPointIteration",
+    "FixedPointResidual",
     "FromOptim",
     "IterationEquivariance",
     "ModularIDHook",
     "PipelineEquivariance",
     "Solver",
+    "SolverEvaluations",
     "SolverStat",
     "available_methods",
 ]

@@ -11,6 +11,8 @@ from deepinv.physics import Physics
 from deepinv.transform import Rotate, Transform
 from torch import Tensor
 
+from deepinv_deq.metrics import solving_model
+
 
 class _Equivariance(PSNR):
     r"""PSNR between ``T f(x)`` and ``f(T x)``, one group element for both."""
@@ -115,5 +117,5 @@ class IterationEquivariance(_Equivariance):
         :param DEQReconstructor model: deep equilibrium model.
         :return: the map, or ``None`` if the model has no iteration.
         """
-        iteration = getattr(model, "iteration", None)
+        iteration = getattr(solving_model(model) or model, "iteration", None)
         return None if iteration is None else lambda x: iteration.bind(physics.A(x), physics)(x)

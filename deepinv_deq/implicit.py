@@ -235,7 +235,8 @@ class _SecondOrder(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
         raise RuntimeError(
             "Second-order gradients through a fixed point are not supported: the implicit gradient (eq. 10) was itself "
-            "differentiated (create_graph=True). Use a first-order loss, or unroll F with torch for this term."
+            "differentiated (create_graph=True). To penalise a Jacobian, take that of F at the fixed point, f(x_hat) over "
+            "x_hat with f = iteration.bind(y, physics); for other losses of second order, unroll F with torch."
         )
 
 

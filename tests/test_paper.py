@@ -78,6 +78,7 @@ def test_every_kind_of_cell_leaves_a_whole_record(lab, monkeypatch, task, method
     record = json.loads((lab / "results" / "small" / f"{task}_{method}_{loss}_0.json").read_text())
     for key in ("psnr", "ssim", "psnr_start", "pipeline_equivariance"):
         assert np.isfinite(record[key]["mean"]) and len(record[key]["all"]) == record["images"] == 1
+    assert np.isfinite(record["ei_loss"]) and record["ei_loss"] > 0
     assert {"config", "steps", "seconds", "peak_memory_mb", "device", "versions", "commit"} <= record.keys()
     assert ("iteration_equivariance" in record) == method.startswith("deq")
     assert record["steps"] == (0 if loss == "none" else 3)
