@@ -1,0 +1,135 @@
+r"""How well the solves of a :class:`DEQReconstructor` went, as deepinv Metrics for a Trainer and its loggers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from deepinv.loss.metric import Metric
+from deepinv.physics import Physics
+from torch import Tensor
+
+from deepinv_deq.reconstructor import DEQReconstructor
+from deepinv_deq.solvers import SolverStat
+
+_SOLVES = ("forward", "backward")
+
+
+class _SolveMetric(Metric):
+    r"""One number per sample from the statistic of a model's last solve."""
+
+    def __init__(self, *, which: Literal["forward", "backward"] = "forward", reduction: str | None = None):
+        super().__init__(reduction=reduction)
+        if which not in _SOLVES:
+            raise ValueError(f"which must be one of {', '.join(_SOLVES)}, got {which!r}.")
+        self.which = which
+
+    def forward(
+        self,
+        x_net: Tensor,
+        x: Tensor | None = None,
+        y: Any = None,
+        physics: Physics | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        r"""Read the statistic. Nothing is evaluated.
+
+        :param torch.Tensor x_net: reconstruction, used for its batch size only.
+        :param torch.Tensor, None x: not used.
+        :param torch.Tensor, None y: not used.
+        :param deepinv.physics.Physics, None physics: not used.
+        :param torch.nn.Module model: a :class:`DEQReconstructor`, or a model that wraps one, as deepinv's losses and
+            :class:`torch.nn.parallel.DistributedDataParallel` do.
+        :param kwargs: ignored.
+        :return: tensor of shape ``(B,)``, where ``B`` is the batch size of the solve; NaN for a model that solves nothing,
+            such as the linear one a Trainer compares with, and of a backward solve before there was one.
+        :raises ValueError: without ``model``, if it holds several :class:`DEQReconstructor`, or if it was never called.
+        """
+        name = type(self).__name__
+        if model is None:
+            raise ValueError(f"{name} needs model=, as deepinv.Trainer passes it.")
+        deq = solving_model(model)
+        stat = None if deq is None else deq.forward_stat if self.which == "forward" else deq.hook.stat
+        if stat is None:
+            if deq is not None and self.which == "forward":
+                raise ValueError(f"{name} reads the last solve, and this model was never called: reconstruct first.")
+            return self.reducer(torch.full((x_net.shape[0],), torch.nan, device=x_net.device))
+        values = self.read(stat).detach()
+        # a solve of the batch as one joint sample (Solver(batched=False)) was that of each of its samples
+        return self.reducer(values.expand(x_net.shape[0]) if len(values) == 1 else values)
+
+    def read(self, stat: SolverStat) -> Tensor:
+        r"""What is measured."""
+        raise NotImplementedError
+
+
+class FixedPointResidual(_SolveMetric):
+    r"""Relative residual :math:`\|f(x) - x\| / \|f(x)\|` that the last solve of a model reached, per sample.
+
+    Use it in ``Trainer(metrics=...)``: it is then averaged, plotted and logged, to Weights & Biases or MLflow too, as the
+    other metrics are. Put it before metrics that call the model themselves, such as :class:`PipelineEquivariance`. While
+    training, the last solve is that of the last loss that called the model.
+
+    :param str which: ``"forward"``, the fixed point, or ``"backward"``, the adjoint equation of the last gradient; NaN where
+        there was none, as with ``mode="jfb"``. deepinv keeps metrics apart by the name of their class: for both in one
+        Trainer, give one of them a name of its own, ``class AdjointResidual(FixedPointResidual): pass``.
+    :param str, None reduction: over the batch, as in all deepinv metrics; a Trainer wants ``None``, the default.
+
+    :raises ValueError: if ``which`` is neither of the two.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Denoising
+    >>> from deepinv_deq import DEProx, DEQReconstructor, FixedPointResidual, Solver
+    >>> model = DEQReconstructor(DEProx(torch.nn.Identity(), stepsize=0.5), solver=Solver("anderson", tol=1e-3))
+    >>> x_net = model(torch.rand(2, 1, 8, 8), Denoising())
+    >>> (FixedPointResidual()(x_net, model=model) <= 1e-3).tolist()
+    [True, True]
+    """
+
+    def read(self, stat: SolverStat) -> Tensor:
+        r"""The residual.
+
+        :param SolverStat stat: statistic of a solve.
+        :return: tensor of shape ``(B,)``.
+        """
+        return stat.residual
+
+
+class SolverEvaluations(_SolveMetric):
+    r"""Number of evaluations after which the last solve of a model was done, per sample.
+
+    They are evaluations of :math:`F_\theta` in a forward solve, and vector-Jacobian products in a backward one. Use it in
+    ``Trainer(metrics=...)``, as :class:`FixedPointResidual`, of which all remarks hold.
+
+    :param str which: ``"forward"``, the fixed point, or ``"backward"``, the adjoint equation of the last gradient.
+    :param str, None reduction: over the batch, as in all deepinv metrics; a Trainer wants ``None``, the default.
+
+    :raises ValueError: if ``which`` is neither of the two.
+    """
+
+    def read(self, stat: SolverStat) -> Tensor:
+        r"""The number of evaluations.
+
+        :param SolverStat stat: statistic of a solve.
+        :return: tensor of shape ``(B,)``.
+        """
+        return stat["nstep"].float()
+
+
+def solving_model(model: Any) -> DEQReconstructor | None:
+    r"""The deep equilibrium model in a model that may wrap it, as losses, data parallelism and compilation do.
+
+    :param torch.nn.Module model: any model.
+    :return: it, or ``None`` if there is none.
+    :raises ValueError: if there are several.
+    """
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    found = [module for module in modules if isinstance(module, DEQReconstructor)]
+    if len(found) > 1:
+        raise ValueError(f"{type(model).__name__} holds {len(found)} DEQReconstructors: pass the one that is meant.")
+    return found[0] if found else None
