@@ -21,7 +21,7 @@ import torch
 from deepinv_deq import Solver
 
 MODELS = ex.HERE.parents[1] / "deepinv_deq" / "weights" / "models"
-LOSS = "ei-fixed"
+LOSS = {"ct": "split", "mri": "ei-fixed"}  # the best on validation images of those that need no ground truth
 
 
 def ship(task_name: str, scale: str, seed: int, data: Path, out: Path) -> Path:
@@ -29,7 +29,7 @@ def ship(task_name: str, scale: str, seed: int, data: Path, out: Path) -> Path:
 
     :raises SystemExit: if its cell was not run.
     """
-    record_path = run.path_of(scale, task_name, "deq-id", LOSS, seed)
+    record_path = run.path_of(scale, task_name, "deq-id", LOSS[task_name], seed)
     record = run.read_record(record_path)
     weights = Path("runs") / "paper" / scale / record_path.stem / "model.pt"
     if record is None or not weights.exists():
