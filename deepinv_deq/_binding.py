@@ -140,6 +140,8 @@ class BoundIteration:
         row = slice(self._batch // 2, self._batch // 2 + 1)
         try:
             image = self._whole().select(row, self._batch, of_samples)(take(x, row))
+        except torch.cuda.OutOfMemoryError:  # no verdict, which would be remembered
+            raise
         except Exception:  # whatever a physics says about a batch that it does not expect
             return False
         pairs = zip(as_tuple(image), as_tuple(take(fx, row)), strict=True)
@@ -196,7 +198,7 @@ class _Map:
     placed: Sequence[tuple[_Slot, Tensor]] = ()  # where a module is to find another tensor than its own
 
     def __call__(self, x: State) -> State:
-        with _installed(self.placed), _cached(self.weights):
+        with _installed(self.placed), _cached(self.weights), _recorded_solves(self.physics):
             return self.iteration(x, self.physics, *self.constants)
 
     def preconditioner(self, x: State) -> Callable[[State], State] | None:
@@ -277,6 +279,25 @@ def _installed(placed: Sequence[tuple[_Slot, Tensor]]) -> Iterator[None]:
     finally:
         for (slot, _), value in zip(placed, previous, strict=True):
             slot.set(value)
+
+
+@contextmanager
+def _recorded_solves(physics: Physics) -> Iterator[None]:
+    r"""Let autograd record the linear solves inside a physics (``prox_l2`` without a formula).
+
+    deepinv's own implicit backward would solve with the physics as it is in the backward pass, not as it was bound, and would
+    add the gradient of its tensors to their ``grad``, where it does not belong.
+    """
+    modules = [
+        m for m in _modules(physics) if torch.is_grad_enabled() and getattr(m, "implicit_backward_solver", False)
+    ]
+    try:
+        for module in modules:
+            cast(Any, module).implicit_backward_solver = False
+        yield
+    finally:
+        for module in modules:
+            cast(Any, module).implicit_backward_solver = True
 
 
 def _normalised_weights(*roots: nn.Module) -> dict[nn.Module, Tensor]:

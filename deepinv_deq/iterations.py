@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from deepinv.distributed.framework import DistributedProcessing
 from deepinv.models import Denoiser
 from deepinv.physics import LinearPhysics, Physics, StackedPhysics
 from deepinv.utils import TensorList
@@ -154,7 +155,8 @@ class FixedPointIteration(nn.Module):
         :param torch.Tensor y: measurement, of the shape ``physics.A`` returns.
         :param deepinv.physics.Physics physics: linear forward operator with an adjoint.
         :return: a map with the attribute ``inputs``, see :class:`deepinv_deq.DifferentiableMap`.
-        :raises TypeError: if ``physics`` is not a linear operator.
+        :raises TypeError: if ``physics`` is not a linear operator, or if the denoiser is a distributed one that has to be
+            wrapped for training, see :class:`deepinv_deq.distributed.SynchronisedDenoiser`.
         :raises ValueError: if the shape of ``y`` does not fit ``physics``.
         """
         if self.linear and not isinstance(physics, LinearPhysics):
@@ -163,10 +165,13 @@ class FixedPointIteration(nn.Module):
                 "Use a deepinv.physics.LinearPhysics, or override bind and constants for yours."
             )
         self._warn_if_stochastic()
+        self._refuse_partial_gradients()
         try:
             constants = self.constants(y, physics)
             if isinstance(physics, LinearPhysics):
                 self._check_fit(y, physics)
+        except torch.cuda.OutOfMemoryError:  # a RuntimeError, but the measurements are not to blame
+            raise
         except (RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
             raise ValueError(
                 f"Measurements of shape {_shape(y)} do not fit {type(physics).__name__}: {error}. Check that y comes "
@@ -224,6 +229,14 @@ class FixedPointIteration(nn.Module):
         if len(self._fits) >= 64:  # physics that are made anew for every batch must not pile up here
             self._fits.clear()
         self._fits.add(key)
+
+    def _refuse_partial_gradients(self) -> None:
+        tiles = self.denoiser
+        if torch.is_grad_enabled() and isinstance(tiles, DistributedProcessing) and tiles.ctx.world_size > 1:
+            raise TypeError(
+                "The gradients of a distributed denoiser are each process' own part. To train, wrap it in "
+                "deepinv_deq.distributed.SynchronisedDenoiser; to reconstruct, use torch.no_grad()."
+            )
 
     def _warn_if_stochastic(self) -> None:
         if self._warned_stochastic or not self.training:

@@ -48,6 +48,11 @@ class DEQReconstructor(Reconstructor):
 
     The attributes ``forward_stat`` and ``hook.stat`` hold the :class:`SolverStat` of the last forward and backward solve.
 
+    Losses that divide a difference of two reconstructions by a small :math:`\tau`, as :class:`deepinv.loss.SureGaussianLoss`
+    does, divide the errors of both solves by it too: give ``solver`` and ``hook`` tolerances below :math:`\tau` times the
+    relative accuracy wanted of the gradient. Two solves from cold starts make nearly the same error, so that most of it
+    cancels; with ``warm_starts`` it does not.
+
     |sep|
 
     :Example:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import torch
 from deepinv.physics import LinearPhysics
+from deepinv.utils import TensorList
 from torch import Tensor, nn
 
-from deepinv_deq import DEGrad, DEProx, DEQReconstructor, ModularIDHook, Solver
+from deepinv_deq import DEGrad, DEProx, DEQReconstructor, FixedPointIteration, ModularIDHook, Solver
 
 F64 = torch.float64
 
@@ -66,15 +67,15 @@ class MatrixPhysics(LinearPhysics):
 
 
 class SmallDenoiser(nn.Module):
-    r"""A smooth contraction on images: ``s · tanh(conv(x)) + s · x`` with few weights."""
+    r"""A smooth contraction on images or volumes: ``s · tanh(conv(x)) + s · x`` with few weights."""
 
-    def __init__(self, scale: float = 0.4, seed: int = 0):
+    def __init__(self, scale: float = 0.4, seed: int = 0, *, channels: int = 1, dims: int = 2):
         super().__init__()
-        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.conv = (nn.Conv2d if dims == 2 else nn.Conv3d)(channels, channels, 3, padding=1)
         rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in self.conv.parameters():
-                p.copy_(0.25 * torch.randn(p.shape, generator=rng))
+                p.copy_(0.75 / math.sqrt(channels * 3**dims) * torch.randn(p.shape, generator=rng))
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +103,33 @@ def unrolled(model: DEQReconstructor, y: Tensor, physics, steps: int = 400) -> T
     x = model.iteration.init(y, physics)
     for _ in range(steps):
         x = f(x)
-    return x
+    return model.iteration.output(x)
+
+
+def deq(iteration: FixedPointIteration) -> DEQReconstructor:
+    r"""A DEQ in float64 that is solved and differentiated to rounding."""
+    solver = Solver("anderson", tol=1e-12, max_iter=500)
+    return DEQReconstructor(
+        iteration.to(F64), solver=solver, hook=ModularIDHook(Solver("gmres", tol=1e-12, max_iter=300))
+    )
+
+
+def assert_unrolled_gives_the_same(model: DEQReconstructor, physics, y, steps: int = 400) -> None:
+    r"""Reconstruction, and the gradient for all parameters and all measurements."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    leaves = [t.clone().requires_grad_() for t in (y if isinstance(y, TensorList) else [y])]
+    measured = TensorList(leaves) if isinstance(y, TensorList) else leaves[0]
+
+    def gradients(x):
+        grads = torch.autograd.grad(x.abs().square().sum(), [*parameters, *leaves], materialize_grads=True)
+        return grads[: len(parameters)], grads[len(parameters) :]
+
+    x_hat = model(measured, physics)
+    assert model.forward_stat is not None and model.forward_stat.converged.all()
+    x = unrolled(model, measured, physics, steps)
+    assert torch.allclose(x_hat, x, atol=1e-9)
+    for ours, exact in zip(gradients(x_hat), gradients(x), strict=True):
+        assert relative_error(ours, exact) <= 1e-8
 
 
 def dense_gradient(f: Callable[[Tensor], Tensor], x_star: Tensor, g: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -116,6 +143,7 @@ def dense_gradient(f: Callable[[Tensor], Tensor], x_star: Tensor, g: Tensor, inp
 def relative_error(a, b) -> float:
     r"""``‖a - b‖ / ‖b‖`` over one tensor or a list of tensors."""
     a, b = ([t] if isinstance(t, Tensor) else list(t) for t in (a, b))
+    a, b = ([torch.view_as_real(t) if t.is_complex() else t for t in ts] for ts in (a, b))
     a, b = (torch.cat([t.detach().flatten().double() for t in ts]) for ts in (a, b))
     return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
 

@@ -7,10 +7,9 @@ import copy
 import deepinv as dinv
 import pytest
 import torch
-from deepinv.utils import TensorList
 
-from deepinv_deq import DEADMM, DEHQS, DEQReconstructor, FromOptim, ModularIDHook, Solver
-from tests.problems import F64, SmallDenoiser
+from deepinv_deq import DEADMM, DEHQS, FromOptim
+from tests.problems import F64, SmallDenoiser, assert_unrolled_gives_the_same, deq
 
 
 class Denoiser(torch.nn.Module):
@@ -44,35 +43,11 @@ def algorithm(name, **settings):
     return getattr(dinv.optim, name)(**settings)
 
 
-def deq(iteration):
-    solver = Solver("anderson", tol=1e-12, max_iter=500)
-    return DEQReconstructor(
-        iteration.to(F64), solver=solver, hook=ModularIDHook(Solver("gmres", tol=1e-12, max_iter=300))
-    )
-
-
 @pytest.fixture
 def inpainting():
     torch.manual_seed(0)
     physics = dinv.physics.Inpainting((1, 6, 6), mask=(torch.rand(1, 6, 6) > 0.4).to(F64))
     return physics, physics(torch.rand(2, 1, 6, 6, dtype=F64))
-
-
-def assert_unrolled_gives_the_same(model, physics, y, steps=400):
-    r"""Reconstruction, and the gradient for all parameters and measurements at once."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    leaves = [t.clone().requires_grad_() for t in (y if isinstance(y, TensorList) else [y])]
-    measured = TensorList(leaves) if isinstance(y, TensorList) else leaves[0]
-    x_hat = model(measured, physics)
-    ours = torch.autograd.grad(x_hat.square().sum(), [*parameters, *leaves], materialize_grads=True)
-    f, state = model.iteration.bind(measured, physics), model.iteration.init(measured, physics)
-    for _ in range(steps):
-        state = f(state)
-    x = model.iteration.output(state)
-    theirs = torch.autograd.grad(x.square().sum(), [*parameters, *leaves], materialize_grads=True)
-    assert torch.allclose(x_hat, x, atol=1e-9)
-    a, b = (torch.cat([g.flatten() for g in grads]) for grads in (ours, theirs))
-    assert (a - b).norm() <= 1e-8 * b.norm()
 
 
 @pytest.mark.parametrize("name", ["PGD", "HQS", "ADMM", "DRS", "GD", "PDCP"])

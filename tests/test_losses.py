@@ -44,12 +44,12 @@ class Unrolled(dinv.models.Reconstructor):
         return unrolled(self.model, y, physics, self.steps)
 
 
-def deq(template=DEProx, tol=1e-13):
+def small_deq(template=DEProx):
     torch.manual_seed(1)
     return DEQReconstructor(
         template(Contracting(), stepsize=0.7),
-        solver=Solver("anderson", max_iter=200, tol=tol),
-        hook=ModularIDHook(Solver("gmres", max_iter=100, tol=tol)),
+        solver=Solver("anderson", max_iter=200, tol=1e-13),
+        hook=ModularIDHook(Solver("gmres", max_iter=100, tol=1e-13)),
     ).to(F64)
 
 
@@ -88,7 +88,6 @@ def trained(model, loss, physics, epochs=1):
         show_progress_bar=False,
     ).train()
     return [p.detach() - q for p, q in zip(model.parameters(), before, strict=True)]
-
 
 
 def turn(n_trans=1):
@@ -173,7 +172,7 @@ ALL = {name: (loss, inpainting) for name, loss in LOSSES.items()} | WITH_OTHER_P
 def test_weights_move_as_those_of_an_unrolled_solve(name):
     loss, physics = ALL[name]
     epochs = 2 if "schedule" in name or "UNSURE" in name else 1  # what they do changes from one epoch to the next
-    model = deq()
+    model = small_deq()
     ours = trained(copy.deepcopy(model), loss(), physics(), epochs)
     exact = trained(Unrolled(model), loss(), physics(), epochs)
     assert sum(change.norm() for change in exact) > 1e-4
@@ -184,7 +183,7 @@ def test_weights_move_as_those_of_an_unrolled_solve(name):
 @pytest.mark.parametrize("name", ["EI", "SURE", "R2R", "splitting", "equivariant splitting"])
 def test_de_grad_too(name):
     loss, physics = ALL[name]
-    model = deq(DEGrad)
+    model = small_deq(DEGrad)
     ours = trained(copy.deepcopy(model), loss(), physics())
     exact = trained(Unrolled(model, steps=120), loss(), physics())
     assert sum(change.norm() for change in exact) > 1e-4
@@ -201,7 +200,7 @@ def test_de_grad_too(name):
     ],
 )
 def test_adapted_models_reconstruct_in_evaluation(loss):
-    model, physics = deq(), inpainting()
+    model, physics = small_deq(), inpainting()
     y = physics(images())
     ours, exact = (loss().adapt_model(m).eval() for m in (model, Unrolled(model)))
     torch.manual_seed(0)
@@ -259,7 +258,7 @@ def test_the_penalty_trains_with_deepinvs_trainer():
         def forward(self, x_net, y, physics, model, **kwargs):
             return norm_of_iteration(model, x_net, y, physics)
 
-    model = deq()
+    model = small_deq()
     ours = trained(copy.deepcopy(model), Penalty(), inpainting())
     exact = trained(Unrolled(model), Penalty(), inpainting())
     assert sum(change.norm() for change in exact) > 1e-4
