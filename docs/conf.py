@@ -86,7 +86,7 @@ sphinx_gallery_conf = {
     "examples_dirs": ["../examples"],
     "gallery_dirs": ["auto_examples"],
     "filename_pattern": r"/demo_",
-    "ignore_pattern": r"(/paper/|records\.py|demo_sparse_view_ct\.py)",
+    "ignore_pattern": r"(/paper/|records\.py|ddp_train\.py|demo_sparse_view_ct\.py)",
     "subsection_order": ExplicitOrder(
         ["../examples/basics", "../examples/ct", "../examples/mri", "../examples/advanced"]
     ),
