@@ -2,8 +2,8 @@ r"""
 How equivariant is a trained model?
 ===================================
 
-A reconstruction of a rotated patient should be the rotated reconstruction. Nothing in the architecture says so, but training with
-equivariant imaging does: Tables 2 and 3 of the paper, in small.
+A reconstruction of a rotated patient should be the rotated reconstruction. Nothing in the architecture says so; how far does training lead there?
+The measures of Tables 2 and 3 of the paper, of one slice. :doc:`/results` has the tables.
 """
 
 # %%

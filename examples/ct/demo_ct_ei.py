@@ -2,8 +2,9 @@ r"""
 Sparse-view CT without ground truth
 ===================================
 
-The deep equilibrium model that ships as ``"ct-ei"`` was trained on 90 sinograms of 30 views each, with the equivariant imaging loss
-:footcite:t:`chen2021equivariant`. It has never seen a reconstruction. Here it meets a slice of another scanner.
+The deep equilibrium model that ships as ``"ct-ei"`` was trained on 90 sinograms of 30 views each, and on nothing else: it was given 29 views and had to
+predict the other (:doc:`/guide/losses`). It has never seen a reconstruction. Here it meets a slice of another scanner, and goes on learning from that
+slice's sinogram, with the equivariant imaging loss :footcite:t:`chen2021equivariant`.
 """
 
 # %%
