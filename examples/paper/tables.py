@@ -265,16 +265,22 @@ def figure(path: Path, scale: str, data: Path, slices: bool = False) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = [("deq-id", "sup"), ("deq-id", "ei"), ("unet", "sup"), ("unet", "ei")]
-    plot, axes = plt.subplots(2, 6, figsize=(12, 4.4), layout="constrained")
+    plot, axes = plt.subplots(2, 7, figsize=(14, 4.4), layout="constrained")
     for line, name in zip(axes, ("ct", "mri"), strict=True):
         task = ex.make_task(name, scale, data)
         x, y = task.x[task.test][:1], task.y[task.test][:1]
         if slices:
             x = _shipped_slice(name, x)
             y = task.physics(x)
-        images = {"ground truth": x, "FBP" if name == "ct" else "zero-filled": ex.start(y, task.physics)}
-        for method, loss in columns:
+        images = {"ground truth": x, "FBP / zero-filled": ex.start(y, task.physics)}
+        columns = {
+            "DEQ, Sup.": ("deq-id", "sup"),
+            "DEQ, EI": ("deq-id", "ei"),
+            "DEQ, EI improved": ("deq-id", {"ct": "split", "mri": "ei-fixed"}[name]),
+            "U-Net, Sup.": ("unet", "sup"),
+            "U-Net, EI": ("unet", "ei"),
+        }
+        for title, (method, loss) in columns.items():
             s = ex.settings_of(name, method, loss, scale, run.found_settings())
             model = ex.make_model(task, method, s, {"unet": run.weights_of(scale, name, "unet", data)})
             weights = Path("runs") / "paper" / scale / run.path_of(scale, name, method, loss, 0).stem / "model.pt"
@@ -282,9 +288,7 @@ def figure(path: Path, scale: str, data: Path, slices: bool = False) -> None:
                 sys.exit(f"error: no model {weights}: run that cell first (python examples/paper/run.py, --force).")
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
             with torch.no_grad():
-                images[f"{TITLES[method].split(',')[0]}, {'Sup.' if loss == 'sup' else 'EI'}"] = model.eval()(
-                    y, task.physics
-                )
+                images[title] = model.eval()(y, task.physics)
         psnr = ex.metrics(task)["psnr"]
         for axis, (title, image) in zip(line, images.items(), strict=True):
             shown = image[0].norm(dim=0) if image.shape[1] == 2 else image[0, 0]
