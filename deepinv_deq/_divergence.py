@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from deepinv_deq.implicit import fixed_point_nodes
 from deepinv_deq.reconstructor import DEQReconstructor
 from deepinv_deq.solvers import ConvergenceError, ConvergenceWarning, SolverStat
 
@@ -46,7 +47,7 @@ class StepGuard(GradScaler):
         self._judge("forward", model.forward_stat)
         x_hat = output[0] if isinstance(output, tuple) else output
         if model.hook.mode == "implicit":
-            for node in _fixed_points(x_hat):
+            for node in fixed_point_nodes(x_hat):
                 node.register_hook(lambda *_: self._judge("backward", model.hook.stat))
 
     def _judge(self, which: str, stat: SolverStat | None) -> None:
@@ -104,18 +105,3 @@ class StepGuard(GradScaler):
 
 def _finite(tensors: list[Tensor]) -> bool:
     return not tensors or bool(torch.stack([torch.isfinite(t).all().cpu() for t in tensors]).all())
-
-
-def _fixed_points(x: Tensor) -> list[Any]:
-    r"""The nodes of the graph behind ``x`` in whose backward passes adjoint equations are solved."""
-    found, seen, todo = [], set[Any](), [x.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "_FixedPointBackward":
-            found.append(node)
-        else:
-            todo += [parent for parent, _ in node.next_functions]
-    return found

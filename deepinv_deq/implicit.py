@@ -300,3 +300,18 @@ def _as_in_forward(settings: list[tuple[str, bool, torch.dtype]]) -> Iterator[No
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(torch._dynamo.config.patch(automatic_dynamic_shapes=False))
         yield
+
+
+def fixed_point_nodes(x: Tensor) -> list[Any]:
+    r"""The nodes of the graph behind ``x`` in whose backward passes adjoint equations are solved."""
+    found, seen, todo = [], set[Any](), [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == f"{_FixedPoint.__name__}Backward":
+            found.append(node)
+        else:
+            todo += [parent for parent, _ in node.next_functions]
+    return found

@@ -16,11 +16,11 @@ from torch import nn
 from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet, FromOptim, ModularIDHook, Solver
 
 
-def deq(denoiser: nn.Module, **options: Any) -> DEQReconstructor:
+def deq(denoiser: nn.Module) -> DEQReconstructor:
     r"""A model of which deepinv's tests can ask anything; physics of any norm are theirs, so that a solve may fail."""
     solver = Solver("anderson", max_iter=10, tol=1e-3, on_failure="ignore")
     hook = ModularIDHook(Solver("gmres", max_iter=10, tol=1e-2, on_failure="ignore"))
-    return DEQReconstructor(DEProx(denoiser, **options), solver=solver, hook=hook)
+    return DEQReconstructor(DEProx(denoiser), solver=solver, hook=hook)
 
 
 class Scale(nn.Module):
