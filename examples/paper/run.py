@@ -87,7 +87,8 @@ def weights_of(scale: str, task: str, kind: str, data: Path) -> str:
         bsds = data / "bsds500_gray_256.npz"
         command = [sys.executable, str(ex.HERE / "pretrain_denoiser.py"), "--out", str(path), "--in-channels", str(n)]
         command += ["--data", str(bsds)] if bsds.exists() else []
-        command += ["--model", "dncnn"] if kind == "dncnn" else ["--channels", *map(str, channels)]
+        # patches of twice the receptive field of ten layers: a larger one only costs
+        command += ["--model", "dncnn", "--patch", "40"] if kind == "dncnn" else ["--channels", *map(str, channels)]
         command += ["--contraction", "0.9"] if kind == "unet" and n == 2 else []
         subprocess.run(command, check=True)
     return str(path)
