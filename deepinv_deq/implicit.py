@@ -59,6 +59,7 @@ class ModularIDHook:
 
     The result has the value of ``x_star`` and the gradient of the fixed point with respect to everything ``f`` depends
     on: parameters, measurements, physics. It may be used in any loss, any number of times; every pass is independent.
+    The gradient has gradients of its own (``create_graph=True``), of any order: the adjoint equation is a fixed point, too.
 
     ``f`` may be any callable. If it is a :class:`DifferentiableMap`, as the maps of
     :meth:`FixedPointIteration.bind <deepinv_deq.FixedPointIteration.bind>` are, a pass costs one taped evaluation of
@@ -71,7 +72,8 @@ class ModularIDHook:
         (:footcite:t:`fung2022jfb`), which takes :math:`b = g`.
 
     :raises ValueError: for an unknown mode.
-    :raises RuntimeError: in the backward pass, if a second-order gradient is asked for.
+    :raises RuntimeError: in the backward pass, if a gradient of second order is asked for where there is none: with ``"jfb"``,
+        whose gradients are those of no function, and if ``f`` is no :class:`DifferentiableMap`.
 
     The attribute ``stat`` holds the :class:`SolverStat` of the last adjoint solve: ``evaluations`` counts
     vector-Jacobian products, and ``residual`` is verified by the last of them.
@@ -143,16 +145,29 @@ class ModularIDHook:
             self.stat = self.solver.joined(stats)
         return total
 
-    def _of_one_graph(
+    def _differentiable_gradient(
         self, f: DifferentiableMap, x_star: Tensors, inputs: Tensors, g: Tensors, single: bool
     ) -> Tensors:
+        r"""The same product with a graph: as a function of ``inputs``, on which the fixed point depends, and of ``g``."""
+        x_hat = _FixedPoint.apply(self, f, single, len(x_star), *x_star, *inputs)
+        adjoint = _AdjointMap(f, x_hat, inputs, g, single)
+        with torch.no_grad():
+            b = self._of_one_graph(f, x_star, inputs, g, single, products=False)
+        b = _FixedPoint.apply(self, adjoint, single, len(b), *b, *adjoint.inputs)
+        return adjoint.products(b)
+
+    def _of_one_graph(
+        self, f: DifferentiableMap, x_star: Tensors, inputs: Tensors, g: Tensors, single: bool, products: bool = True
+    ) -> Tensors:
+        r"""The product :math:`b \, \partial F / \partial` ``inputs``, or else :math:`b`, with one taped evaluation."""
         leaves = tuple(t.detach().requires_grad_() for t in (*x_star, *inputs))
         x, inputs = leaves[: len(x_star)], leaves[len(x_star) :]
         inverse = preconditioner(f, _state(x_star, single)) if self.solver.precondition else None
         with torch.enable_grad():
             image = as_tuple(f.rebind(inputs)(_state(x, single)))
         _refuse_hidden_leaves(image, leaves)
-        return self._pull_back(image, x, inputs, g, single, inverse)[1]
+        b, of_inputs = self._pull_back(image, x, inputs if products else (), g, single, inverse)
+        return of_inputs if products else b
 
     def _pull_back(
         self,
@@ -181,6 +196,39 @@ class ModularIDHook:
         return b, tuple(products[len(x) :])
 
 
+class _AdjointMap:
+    r"""The map :math:`b \mapsto b \, \partial F / \partial x + g` of eq. 10 as one that can be differentiated, again and again.
+
+    Its inputs are all that the Jacobian depends on, the fixed point among them, and :math:`g`.
+    """
+
+    def __init__(self, f: DifferentiableMap, x: Tensors, inputs: Tensors, g: Tensors, single: bool):
+        self._f, self._x, self._of_f, self._g, self._single = f, x, inputs, g, single
+
+    @property
+    def inputs(self) -> Tensors:
+        return (*self._x, *self._of_f, *self._g)
+
+    def rebind(self, inputs: Sequence[Tensor]) -> _AdjointMap:
+        n, m = len(self._x), len(self._x) + len(self._of_f)
+        return _AdjointMap(self._f, tuple(inputs[:n]), tuple(inputs[n:m]), tuple(inputs[m:]), self._single)
+
+    def __call__(self, b: Any) -> Any:
+        products = self._taped(as_tuple(b), of_x=True)
+        return _state(tuple(p + g for p, g in zip(products, self._g, strict=True)), self._single)
+
+    def products(self, b: Tensors) -> Tensors:
+        r"""The product :math:`b \, \partial F / \partial` ``inputs``, with a graph."""
+        return self._taped(b, of_x=False)
+
+    def _taped(self, b: Tensors, of_x: bool) -> Tensors:
+        with torch.enable_grad():
+            # views, since partial derivatives are meant: the fixed point depends on the inputs
+            x, inputs = (tuple(t.view_as(t) for t in tensors) for tensors in (self._x, self._of_f))
+            image = as_tuple(self._f.rebind(inputs)(_state(x, self._single)))
+            return _vjp(image, x if of_x else inputs, b, graph=True)
+
+
 class _FixedPoint(torch.autograd.Function):
     r"""``x_star`` as a function of all inputs of a :class:`DifferentiableMap`: tapes the map once, in backward."""
 
@@ -193,10 +241,15 @@ class _FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
-        x_star, inputs = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        hook, x_star, inputs = ctx.hook, ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        # it is enabled in a backward pass under create_graph=True only
+        differentiable = torch.is_grad_enabled() and hook.mode == "implicit"
+        gradient = hook._differentiable_gradient if differentiable else hook._implicit_gradient
         with _as_in_forward(ctx.autocast):
-            grads = ctx.hook._implicit_gradient(ctx.f, x_star, inputs, g, ctx.single)
-        return (None,) * (4 + ctx.n) + _refuse_second_order(grads, (*g, *ctx.saved_tensors))
+            grads = gradient(ctx.f, x_star, inputs, g, ctx.single)
+        if not differentiable:
+            grads = _refuse_second_order(grads, (*g, *ctx.saved_tensors))
+        return (None,) * (4 + ctx.n) + grads
 
 
 class _Adjoint(torch.autograd.Function):
@@ -234,15 +287,15 @@ class _SecondOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
         raise RuntimeError(
-            "Second-order gradients through a fixed point are not supported: the implicit gradient (eq. 10) was itself "
-            "differentiated (create_graph=True). To penalise a Jacobian, take that of F at the fixed point, f(x_hat) over "
-            "x_hat with f = iteration.bind(y, physics); for other losses of second order, unroll F with torch."
+            "Second-order gradients were asked for (create_graph=True) where there are none: the gradients of mode='jfb' are "
+            "those of no function, and of a callable that is no DifferentiableMap nobody knows what it depends on. Use "
+            "mode='implicit', and a map of iteration.bind(y, physics) or another with the methods of DifferentiableMap."
         )
 
 
 def _refuse_second_order(grads: Tensors, outer: Tensors) -> tuple[Any, ...]:
     r"""Tie gradients to all they depend on (``outer``: cotangents and inputs) by an error."""
-    if not torch.is_grad_enabled():  # it is enabled in a backward pass under create_graph=True only
+    if not torch.is_grad_enabled():
         return tuple(grads)
     return tuple(_SecondOrder.apply(len(grads), *grads, *outer)) if grads else ()
 
@@ -266,13 +319,17 @@ def _refuse_hidden_leaves(image: Tensors, known: Tensors) -> None:
         nodes.extend(parent for parent, _ in node.next_functions)
 
 
-def _vjp(outputs: Tensors, inputs: Tensors, cotangent: Tensors, keep: bool = False) -> Tensors:
-    r"""Product of a cotangent with the Jacobian of ``outputs`` over ``inputs``; zero where there is no dependence."""
+def _vjp(outputs: Tensors, inputs: Tensors, cotangent: Tensors, keep: bool = False, graph: bool = False) -> Tensors:
+    r"""Product of a cotangent with the Jacobian of ``outputs`` over ``inputs``; zero where there is no dependence.
+
+    :param bool keep: whether the graph of ``outputs`` serves again.
+    :param bool graph: whether the product gets a graph of its own; if so, that of ``outputs`` is kept, too.
+    """
     pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangent, strict=True) if o.requires_grad]
     if not pairs or not inputs:
         return tuple(torch.zeros_like(t) for t in inputs)
     outs, cots = zip(*pairs, strict=True)
-    grads = torch.autograd.grad(outs, inputs, cots, retain_graph=keep, allow_unused=True)
+    grads = torch.autograd.grad(outs, inputs, cots, retain_graph=keep or graph, create_graph=graph, allow_unused=True)
     return tuple(torch.zeros_like(t) if d is None else d for t, d in zip(inputs, grads, strict=True))
 
 

@@ -452,20 +452,6 @@ def test_a_map_that_couples_the_batch_is_found_out():
     assert relative_error(torch.autograd.grad(x_hat.sin().sum(), mix), exact) <= 1e-8
 
 
-@pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize("mode", ["implicit", "jfb"])
-@pytest.mark.parametrize("loss", [torch.sum, lambda x: x.pow(2).sum()])  # with a constant cotangent too
-def test_second_order_gradients_are_refused(bare, mode, loss):
-    model, physics, _, y = imaging(mode=mode)
-    y.requires_grad_()
-    f = model.iteration.bind(y, physics)
-    x_star, _ = model.solver(f, model.iteration.init(y, physics))
-    x_hat = model.hook((lambda x: f(x)) if bare else f, x_star)
-    (grad,) = torch.autograd.grad(loss(x_hat), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="Second-order"):
-        grad.pow(2).sum().backward()
-
-
 def test_a_hidden_trainable_tensor_is_an_error_not_a_lost_gradient():
     hidden = torch.tensor(0.5, dtype=F64, requires_grad=True)
 
@@ -486,6 +472,123 @@ def test_a_hidden_trainable_tensor_is_an_error_not_a_lost_gradient():
 def test_bad_settings():
     with pytest.raises(ValueError, match="must be one of implicit, jfb"):
         ModularIDHook(mode="unrolled")
+
+
+# Higher order -------------------------------------------------------------------------------------------------------
+
+
+def tower(x_hat, inputs, orders):
+    r"""Derivatives of a loss along fixed directions, each taken of the one before: gradients of order 1 to ``orders``."""
+    rng = torch.Generator().manual_seed(1)
+    out, value = [], x_hat.sin().sum()
+    for order in range(1, orders + 1):
+        grads = torch.autograd.grad(value, inputs, create_graph=order < orders, materialize_grads=True)
+        out.append(grads)
+        value = sum((g * torch.randn(g.shape, generator=rng, dtype=g.dtype)).sum() for g in grads)
+    return out
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_gradients_of_any_order_equal_those_of_an_unrolled_solve(template):
+    model, physics, _, y = imaging(template)
+    inputs = [*model.parameters(), y.requires_grad_()]
+    ours = tower(model(y, physics), inputs, 3)
+    exact = tower(unrolled(model, y, physics, 120), inputs, 3)
+    for order, (a, b) in enumerate(zip(ours, exact, strict=True), 1):
+        assert relative_error(a, b) <= 1e-8, order
+
+
+def test_derivatives_of_a_scalar_equation():
+    a = torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+    class Cosine:  # x = a cos x
+        def __init__(self, a):
+            self.inputs = (a,)
+
+        def __call__(self, x):
+            return self.inputs[0] * torch.cos(x)
+
+        def rebind(self, inputs):
+            return Cosine(*inputs)
+
+    f = Cosine(a)
+    with torch.no_grad():
+        x, _ = Solver("anderson", tol=1e-15)(f, torch.zeros(1, 1, dtype=F64))
+    (first,) = torch.autograd.grad(ModularIDHook(Solver("gmres", tol=1e-14))(f, x).sum(), a, create_graph=True)
+    (second,) = torch.autograd.grad(first, a)
+    s, c = x.sin().item(), x.cos().item()
+    assert first.item() == pytest.approx(c / (1 + 0.5 * s), rel=1e-13)
+    # the derivative of x' = cos x / (1 + a sin x), with x' again
+    d = c / (1 + 0.5 * s)
+    assert second.item() == pytest.approx(
+        (-s * d * (1 + 0.5 * s) - c * (s + 0.5 * c * d)) / (1 + 0.5 * s) ** 2, rel=1e-12
+    )
+
+
+def test_finite_differences_agree_with_second_derivatives():
+    model, physics, _, y = imaging(side=2, batch=1)
+    assert torch.autograd.gradgradcheck(lambda y: model(y, physics), y.requires_grad_(), atol=1e-6)
+
+
+def test_a_second_derivative_through_two_passes_of_the_model():
+    model, physics, _, y = imaging()
+
+    def curvature(reconstruct):
+        grads = torch.autograd.grad(ei_loss(reconstruct, y, physics), list(model.parameters()), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), list(model.parameters()))
+
+    exact = curvature(lambda y, physics: unrolled(model, y, physics, 120))
+    assert relative_error(curvature(model), exact) <= 1e-8
+
+
+def test_a_state_of_several_tensors_and_a_linear_map_have_second_derivatives():
+    w = torch.tensor(0.4, dtype=F64, requires_grad=True)
+
+    class Pair:  # (u, v) = (w v + 1, w u + u²/9): linear in one of them
+        def __init__(self, w):
+            self.inputs = (w,)
+
+        def __call__(self, state):
+            u, v = state
+            return self.inputs[0] * v + 1, self.inputs[0] * u + u.square() / 9
+
+        def rebind(self, inputs):
+            return Pair(*inputs)
+
+    start = (torch.zeros(2, 1, dtype=F64), torch.zeros(2, 1, dtype=F64))
+    with torch.no_grad():
+        star, _ = Solver("anderson", tol=1e-15, max_iter=100)(Pair(w), start)
+    ours = tower(torch.cat(ModularIDHook(Solver("gmres", tol=1e-14))(Pair(w), star)), [w], 3)
+    state = start
+    for _ in range(200):
+        state = Pair(w)(state)
+    for a, b in zip(ours, tower(torch.cat(state), [w], 3), strict=True):
+        assert relative_error(a, b) <= 1e-10
+
+
+@pytest.mark.parametrize("mode, bare", [("implicit", True), ("jfb", True), ("jfb", False)])
+@pytest.mark.parametrize("loss", [torch.sum, lambda x: x.pow(2).sum()])  # with a constant cotangent too
+def test_second_order_gradients_are_refused_where_they_would_be_wrong(mode, bare, loss):
+    model, physics, _, y = imaging(mode=mode)
+    y.requires_grad_()
+    f = model.iteration.bind(y, physics)
+    x_star, _ = model.solver(f, model.iteration.init(y, physics))
+    x_hat = model.hook((lambda x: f(x)) if bare else f, x_star)
+    (grad,) = torch.autograd.grad(loss(x_hat), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="Second-order"):
+        grad.pow(2).sum().backward()
+
+
+def test_a_graph_of_second_order_is_freed_at_once():
+    model, physics, _, y = imaging()
+    f = model.iteration.bind(y.requires_grad_(), physics)
+    x_star, _ = model.solver(f, model.iteration.init(y, physics))
+    (grad,) = torch.autograd.grad(model.hook(f, x_star).sin().sum(), y, create_graph=True)
+    held = weakref.ref(f)
+    del f
+    assert held() is not None
+    del grad
+    assert held() is None  # a cycle would wait for the garbage collector
 
 
 # Contract 8: the physics of the forward pass -----------------------------------------------------------------------

@@ -76,6 +76,27 @@ def torchdeq_scaled(scale: float):
     return [g.double() for g in torch.autograd.grad(loss, list(model.parameters()))]
 
 
+def second_order(reconstruct, model, physics, y) -> list[torch.Tensor]:
+    r"""Gradient of the squared norm of the gradient of a loss."""
+    grads = torch.autograd.grad(sup_loss(reconstruct, y, physics), list(model.parameters()), create_graph=True)
+    return list(torch.autograd.grad(sum(g.square().sum() for g in grads), list(model.parameters())))
+
+
+def errors_of_second_order() -> dict[str, float]:
+    r"""Relative errors of a gradient of second order against an unrolled solve, float64, ours and TorchDEQ's."""
+    model, physics, _, y = imaging()
+    deq = torchdeq.get_deq(f_max_iter=300, f_tol=1e-13, b_max_iter=300, b_tol=1e-13, b_solver="anderson", ift=True)
+
+    def peer(y, physics):
+        return deq(model.iteration.bind(y, physics), model.iteration.init(y, physics))[0][-1]
+
+    exact = second_order(lambda y, p: unrolled(model, y, p, 200), model, physics, y)
+    return {
+        name: relative_error(second_order(reconstruct, model, physics, y), exact)
+        for name, reconstruct in (("deepinv-deq", model), ("TorchDEQ ift", peer))
+    }
+
+
 def memory(steps: int = 500) -> dict[str, float]:
     r"""Peak resident memory in MB after a fifth of the steps and after all of them."""
     torch.manual_seed(0)
@@ -128,6 +149,7 @@ def main() -> None:
         "loss scale 1e-8 to 1e+8, EI, float32",
         {"deepinv-deq": scaled_loss(ours_scaled), "TorchDEQ ift": scaled_loss(torchdeq_scaled)},
     )
+    row("second order, one pass, float64, unrolled", errors_of_second_order())
     row("peak memory in MB, EI training", memory())
     versions = {m.__name__: getattr(m, "__version__", "0.1.0") for m in (torch, dinv, torchdeq)}
     RECORD.parent.mkdir(exist_ok=True)
