@@ -76,7 +76,7 @@ courses, images = {}, {"measured": y[test]}
 for name in names:
     torch.manual_seed(0)
     model, courses[name] = as_deq(name), []
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     for epoch in range(3):
         model.train()
         for batch in torch.randperm(len(x) - 4).split(4) if epoch else ():

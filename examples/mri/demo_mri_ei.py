@@ -71,5 +71,6 @@ for tol in (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3):
         value = psnr(model(y, physics), x).item()
     axis.plot(model.forward_stat.evaluations, value, "o", color="tab:blue")
     axis.annotate(f"{tol:g}", (model.forward_stat.evaluations, value), xytext=(4, 4), textcoords="offset points")
+axis.margins(0.15)  # room for the numbers
 axis.set(xlabel="evaluations", ylabel="PSNR (dB)", title="tolerance of the forward solve")
 plt.show()
