@@ -76,7 +76,8 @@ class ModularIDHook:
         whose gradients are those of no function, and if ``f`` is no :class:`DifferentiableMap`.
 
     The attribute ``stat`` holds the :class:`SolverStat` of the last adjoint solve: ``evaluations`` counts
-    vector-Jacobian products, and ``residual`` is verified by the last of them.
+    vector-Jacobian products, and ``residual`` is verified by the last of them. ``remainder`` is the same residual in parts of the
+    cotangent, which tells how much of the equation was solved where the map takes small steps; above one half, the solve warns.
 
     |sep|
 
@@ -192,7 +193,7 @@ class ModularIDHook:
         (*products,) = _vjp(image, (*x, *inputs), b)
         measured = tuple(p + t for p, t in zip(products[: len(x)], g, strict=True))
         # a NaN cotangent has given NaN, as everywhere in PyTorch (GradScaler relies on it): nothing to verify there
-        self.solver.verify(_state(b, single), _state(measured, single), self.stat)
+        self.solver.verify(_state(b, single), _state(measured, single), adjoint.offset, self.stat)
         return b, tuple(products[len(x) :])
 
 

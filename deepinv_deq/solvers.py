@@ -25,13 +25,14 @@ from torchdeq.solver.stat import SolverStat as _TorchDEQStat
 from deepinv_deq._krylov import gmres
 from deepinv_deq._maps import FlatMap, SeparableMap, preconditioner
 from deepinv_deq._quasi_newton import Anderson, Broyden, Picard, iterate
-from deepinv_deq._states import Layout, State, chunks, join, residuals, take, unit_size
+from deepinv_deq._states import Layout, State, chunks, join, norms, residuals, take, unit_size
 
 _FAILURE = ("warn", "raise", "ignore")
 # TorchDEQ's methods of the same names stop batch-wide, at absolute tolerances, with a regularisation that depends on the
 # scale: Solver("anderson") runs ours, and TorchDEQ's stay what they are for everybody else.
 _PREFIX = "deepinv_deq."
 _SYNC_EVERY = 4  # on accelerators: the few evaluations too many cost less than the pipeline that runs dry each time
+_REMAINDER = 0.5  # of the constant of an affine map: what leaves more of it has hardly begun to solve
 _GROWTH = 10.0  # accelerated residuals are not monotone; a step this much worse than the best point was a bad one
 
 
@@ -64,6 +65,10 @@ class SolverStat(_TorchDEQStat):
     - ``converged`` (``bool`` tensor of shape ``(B,)``): whether the sample met its tolerance.
     - ``outcome`` (``str``): one sentence for humans.
 
+    That of an adjoint solve (:class:`ModularIDHook`) has a fifth, ``remainder`` (tensor of shape ``(B,)``): the residual in parts of
+    the cotangent, :math:`\|b \, \partial F / \partial x + g - b\| / \|g\|`. Where :math:`b` is much larger than :math:`g`, as for iterations of
+    small steps, a small relative residual says little, and this says how much of the equation was solved.
+
     ``nstep`` is the number of evaluations after which each sample was done. Traces have shape ``(B, n)``: column
     :math:`k` holds the residual of the :math:`k`-th evaluated point; a sample that is done repeats its last value.
     """
@@ -82,6 +87,11 @@ class SolverStat(_TorchDEQStat):
     def residual(self) -> Tensor:
         r"""Relative residual :math:`\|f(x) - x\| / \|f(x)\|` of the point that was returned, of shape ``(B,)``."""
         return self["rel_lowest"]
+
+    @property
+    def remainder(self) -> Tensor:
+        r"""Of an adjoint solve, its residual in parts of the cotangent, of shape ``(B,)``."""
+        return self["remainder"]
 
     @property
     def converged(self) -> Tensor:
@@ -226,7 +236,8 @@ class Solver:
         sizes = [len(stat.residual) for stat in stats]
         length = max(stat["rel_trace"].shape[1] for stat in stats)
         joint = {}
-        for key in ("abs_lowest", "rel_lowest", "nstep", "converged"):
+        per_sample = ("abs_lowest", "rel_lowest", "nstep", "converged", "remainder")
+        for key in (key for key in per_sample if key in stats[0]):
             joint[key] = torch.cat([stat[key] for stat in stats])
         for key in ("abs_trace", "rel_trace"):
             traces = [stat[key] for stat in stats]
@@ -269,17 +280,21 @@ class Solver:
         return layout.unpack(x), stat
 
     @torch.no_grad()
-    def verify(self, x: Any, fx: Any, stat: SolverStat) -> None:
-        r"""Put the measured residual of a returned point in the place of the one its method computed by a recurrence.
+    def verify(self, x: Any, fx: Any, offset: Any, stat: SolverStat) -> None:
+        r"""Put the measured residual of the solution of an affine map in the place of what its method computed by a recurrence.
 
         :param torch.Tensor, tuple[torch.Tensor, ...] x: the point.
         :param torch.Tensor, tuple[torch.Tensor, ...] fx: its image.
+        :param torch.Tensor, tuple[torch.Tensor, ...] offset: the constant of the map; the statistic gets ``remainder``.
         :param SolverStat stat: statistic of the solve, changed in place.
         :raises ConvergenceError: if the solve claimed to have converged, has not, and ``on_failure="raise"``.
         """
         layout = Layout(x, self.batched)
-        flat = layout.pack(x)
+        flat, c = layout.pack(x), layout.pack(offset)
         stat["abs_lowest"], stat["rel_lowest"] = residuals(flat, layout.pack(fx))
+        unit = unit_size(c)
+        left = norms((layout.pack(fx) - flat) / unit)
+        stat["remainder"] = torch.where(left == 0, left, left / norms(c / unit))
         # the recurrence of a Krylov method drifts by rounding; anything beyond that contradicts it
         honest = stat.residual <= max(2 * self.tol, 1e3 * torch.finfo(flat.dtype).eps)
         if bool((stat.converged & ~honest).any()):
@@ -294,6 +309,17 @@ class Solver:
             worst = stat.residual.max().item()
             stat["outcome"] = f"{self.method} reported convergence, but the measured residual is {worst:.1e}: {cause}"
             self.report(stat)
+        elif self.on_failure != "ignore" and "remainder" not in self._warned:
+            unsolved = stat.converged & (stat.remainder > _REMAINDER)
+            if bool(unsolved.any()):
+                self._warned.add("remainder")
+                warnings.warn(
+                    f"{self.method} met the tolerance {self.tol:.1e} with {stat.remainder[unsolved].max().item():.0%} of the cotangent "
+                    "unaccounted for: the map takes small steps, the tolerance is loose for it, and the gradient is hardly better "
+                    "than that of mode='jfb'. Lower tol until hook.stat.remainder is as small as the gradient shall be exact.",
+                    ConvergenceWarning,
+                    stacklevel=2,
+                )
 
     def _settings(self, device: torch.device) -> dict[str, Any]:
         settings = {"max_iter": self.max_iter, "tol": self.tol}

@@ -440,6 +440,42 @@ def test_a_missed_backward_tolerance_warns_once_and_can_raise():
         ModularIDHook(Solver("gmres", max_iter=3, on_failure="raise"))(f, x_star).sum().backward()
 
 
+def test_a_tolerance_that_a_map_of_small_steps_meets_at_once_is_found_out():
+    q = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(0), dtype=F64))[0]
+    w = q @ torch.diag(1 - torch.logspace(-2, 0, 40, dtype=F64)) @ q.T
+    x_star, eta = torch.ones(2, 40, dtype=F64), 1e-3
+    c = x_star - x_star @ w.T
+    w.requires_grad_()
+    slow = lambda x: x + eta * (x @ w.T + c - x)  # noqa: E731
+    exact = dense_gradient(slow, x_star, torch.ones_like(x_star), [w])
+
+    def solved(tol):
+        hook = ModularIDHook(Solver("gmres", max_iter=300, tol=tol))
+        return hook, torch.autograd.grad(hook(slow, x_star).sum(), w)
+
+    with pytest.warns(ConvergenceWarning, match="of the cotangent unaccounted for.*Lower tol"):
+        hook, loose = solved(1e-2)
+    assert hook.stat.converged.all() and hook.stat.remainder.min() > 0.5
+    assert relative_error(loose, exact) > 0.5
+    hook, tight = solved(1e-8)  # no warning: pytest.ini makes it an error
+    assert relative_error(tight, exact) <= 1e-3 and hook.stat.remainder.max() <= 1e-3
+    ModularIDHook(Solver("gmres", tol=1e-2, on_failure="ignore"))(slow, x_star).sum().backward()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
+def test_the_remainder_is_measured_in_parts_of_the_cotangent(size):
+    f, x_star, w = affine(batch=2)
+    w.requires_grad_()
+    hook = ModularIDHook(Solver("gmres", max_iter=6, tol=1e-12, on_failure="ignore"))
+    x_hat = hook(f, x_star)
+    g = size * torch.ones_like(x_star)
+    torch.autograd.grad(x_hat, w, g)
+    assert hook.stat.remainder.shape == (2,)
+    assert bool((hook.stat.remainder < 0.5).all()) and bool((hook.stat.remainder > (0 if size else -1)).all())
+    residual = hook.stat["abs_lowest"] / size if size else torch.zeros(2, dtype=F64)
+    torch.testing.assert_close(hook.stat.remainder, residual / 40**0.5, rtol=1e-6, atol=0)
+
+
 def test_a_map_that_couples_the_batch_is_found_out():
     mix = torch.full((3, 3), 0.3, dtype=F64, requires_grad=True)
     c = torch.randn(3, 4, dtype=F64)

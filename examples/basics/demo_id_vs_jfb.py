@@ -88,7 +88,10 @@ plt.show()
 #
 # For so few crops and steps, both train alike in the problem above. The slower an iteration contracts, the more terms of the sum
 # :math:`b = g + g \, \partial F / \partial x + \dots` matter, of which JFB takes the first. DE-Grad in sparse-view tomography is slow: it takes small
-# steps. Here are its gradients for four crops of 16 views, where the exact one is that of a solve to 1e-8.
+# steps. These are its gradients for four crops of 16 views, next to one of a solve to 1e-7.
+#
+# Small steps have small residuals. So a tolerance that was tight above is loose here, and ID must be told to solve further; the
+# *remainder* in the statistic says how much of :math:`g` a solution does not account for, and the solver warns where it is most.
 
 tomography = dinv.physics.Tomography(angles=16, img_width=size, normalize=True, adjoint_via_backprop=True)
 tomography = SparseLinearPhysics.from_physics(tomography, (1, size, size))
@@ -97,34 +100,46 @@ sinograms = tomography(crops)
 
 def make_ct(hook):
     iteration = DEGrad(EquilibriumUNet(pretrained="gray"), stepsize=1 / 51, data_weight=50.0)
-    return DEQReconstructor(iteration, solver=Solver("anderson", max_iter=100, tol=1e-5, on_failure="ignore"), hook=hook)
+    return DEQReconstructor(
+        iteration, solver=Solver("anderson", max_iter=100, tol=1e-5, on_failure="ignore"), hook=hook
+    )
 
 
 def loss_of(model, rows):
     return (model(sinograms[rows], tomography) - crops[rows]).square().mean()
 
 
-model, grads = make_ct(None), {}
-for name, hook in {
-    "exact": ModularIDHook(Solver("gmres", max_iter=300, tol=1e-8, on_failure="ignore")),
-    "ID": ModularIDHook(Solver("gmres", max_iter=50, tol=1e-2)),
-    "JFB": ModularIDHook(mode="jfb"),
-}.items():
+model = make_ct(None)
+
+
+def gradient_ct(hook):
     model.hook = hook
     model.zero_grad()
     loss_of(model, slice(4)).backward()
-    grads[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-for name in ("ID", "JFB"):
-    error = (grads[name] - grads["exact"]).norm() / grads["exact"].norm()
-    cosine = torch.cosine_similarity(grads[name], grads["exact"], dim=0)
-    print(f"{name}: relative error {error:.3f}, cosine with the exact gradient {cosine:.3f}")
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def implicit(tol, max_iter=50):
+    return ModularIDHook(Solver("gmres", max_iter=max_iter, tol=tol, on_failure="ignore"))
+
+
+exact = gradient_ct(implicit(1e-7, 300))
+for tol in (1e-2, 1e-3, 3e-4, 1e-4):
+    cosine = torch.cosine_similarity(gradient_ct(implicit(tol)), exact, dim=0)
+    stat = model.hook.stat
+    print(
+        f"ID, {tol:g}: {stat.work:4.1f} products, remainder {stat.remainder.max():4.0%}, cosine with the exact gradient {cosine:.2f}"
+    )
+print(
+    f"JFB: cosine with the exact gradient {torch.cosine_similarity(gradient_ct(ModularIDHook(mode='jfb')), exact, dim=0):.2f}"
+)
 
 # %%
 # And what comes of them: the same network, crops and steps, supervised; only the hook differs. Eight crops are kept for the test.
 # The paper's tables, with more images, longer training and several seeds, are on the results page.
 
 
-def train(hook, epochs=4, kept=8):
+def train(hook, epochs=3, kept=8):
     torch.manual_seed(0)
     model, psnr, course = make_ct(hook), dinv.metric.PSNR(), []
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -140,11 +155,10 @@ def train(hook, epochs=4, kept=8):
     return course
 
 
-hooks = {"ID": ModularIDHook(Solver("gmres", max_iter=50, tol=1e-2)), "JFB": ModularIDHook(mode="jfb")}
 figure, axis = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
-for name, hook in hooks.items():
+for name, hook in {"ID": implicit(3e-4), "JFB": ModularIDHook(mode="jfb")}.items():
     course = train(hook)
     axis.plot(course, "o-", label=f"{name}: {course[-1]:.2f} dB")
-axis.set(xlabel="epochs", ylabel="PSNR of the test crops (dB)", xticks=range(5))
+axis.set(xlabel="epochs", ylabel="PSNR of the test crops (dB)", xticks=range(4))
 axis.legend()
 plt.show()
