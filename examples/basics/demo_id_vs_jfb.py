@@ -87,13 +87,13 @@ plt.show()
 # ------------------------
 #
 # For so few crops and steps, both train alike in the problem above. The slower an iteration contracts, the more terms of the sum
-# :math:`b = g + g \, \partial F / \partial x + \dots` matter, of which JFB takes the first. DE-Grad in sparse-view tomography is slow: it takes small
-# steps. These are its gradients for four crops of 16 views, next to one of a solve to 1e-7.
+# :math:`b = g + g \, \partial F / \partial x + \dots` matter, of which JFB takes the first. DE-Grad in tomography is slow: it takes small
+# steps. These are its gradients for four crops of 32 views, next to one of a solve to 1e-7.
 #
 # Small steps have small residuals. So a tolerance that was tight above is loose here, and ID must be told to solve further; the
 # *remainder* in the statistic says how much of :math:`g` a solution does not account for, and the solver warns where it is most.
 
-tomography = dinv.physics.Tomography(angles=16, img_width=size, normalize=True, adjoint_via_backprop=True)
+tomography = dinv.physics.Tomography(angles=32, img_width=size, normalize=True, adjoint_via_backprop=True)
 tomography = SparseLinearPhysics.from_physics(tomography, (1, size, size))
 sinograms = tomography(crops)
 
