@@ -12,6 +12,7 @@ The tables are also those of ``docs/results.md``.
 """
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Iterable
@@ -167,6 +168,27 @@ def objectives(records: Records) -> str:
     return _table(["task", "training of DEQ, ID", "equivariance term on the test images", "PSNR in dB"], body)
 
 
+def adjoints(scale: str) -> str:
+    r"""What short trainings come to, on validation images, by the tolerance of the adjoint equation."""
+    path = ex.HERE / "search" / scale / "adjoint.json"
+    trials = json.loads(path.read_text()) if path.exists() else []
+    body = [
+        [
+            t["task"].upper(),
+            ROWS[t["loss"]],
+            f"{t['trial']['epochs']}",
+            f"{t['trial']['backward_tol']:g}",
+            f"{t['psnr']:.2f}",
+        ]
+        for t in trials
+    ]
+    return (
+        _table(["task", "training of DEQ, ID", "epochs", "tolerance of the adjoint", "PSNR in dB"], body)
+        if body
+        else ""
+    )
+
+
 def claims(records: Records) -> str:
     r"""What the paper claims, and whether it holds here."""
     body: list[list[str]] = []
@@ -254,6 +276,8 @@ def render() -> str:
         blocks += ["### Table 3: equivariance of the operator F in dB", table_3(records)]
         blocks += ["### Claims of the paper", claims(records)]
         blocks += ["### What EI minimises, and what it is for", objectives(records)]
+        if adjoint := adjoints(scale):
+            blocks += ["### How exactly the adjoint equation is solved, on validation images", adjoint]
     return "\n\n".join(blocks)
 
 
