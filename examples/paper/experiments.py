@@ -42,7 +42,7 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
         "ct": {"size": 128, "views": 50, "channels": (64, 128, 256), "batch": 4, "epochs": EPOCHS},
         "mri": {"size": 256, "acceleration": 8, "channels": (64, 128, 256), "batch": 4, "epochs": EPOCHS},
     },
-    # unrolled networks train for more epochs than DEQs, the U-Net for many more: each in ten minutes
+    # unrolled networks train for at least as many epochs as DEQs, the U-Net for more: each in ten minutes
     "small": {
         "ct": {
             "size": 64,
@@ -56,7 +56,7 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
             "acceleration": 8,
             "channels": (16, 32, 64),
             "batch": 2,
-            "epochs": {"deq": 4, "unet": 30, "unrolled": 5},
+            "epochs": {"deq": 5, "unet": 30, "unrolled": 5},
         },
     },
 }
@@ -163,8 +163,9 @@ def settings_of(task: str, method: str, loss: str, scale: str, found: dict[str, 
     s |= {"stepsize": 1 / 51, "data_weight": 50.0} if task == "ct" else {"stepsize": 1.0, "data_weight": 1.0}
     # A residual is a step of the stepsize, which is small for CT: at 1e-4, training would learn where the solver stops and not
     # where the fixed point is, and lose 2 dB. So it is with adjoints: at 1e-2, they have the residual of two products, and the
-    # gradient is off by 85 %, hardly better than JFB's. Of noisy measurements, reconstructions to three digits will do.
-    s |= {"forward_tol": 1e-5, "backward_tol": 3e-4} if task == "ct" else {"forward_tol": 3e-3, "backward_tol": 1e-2}
+    # gradient is off by 85 %, hardly better than JFB's. Of noisy measurements, reconstructions to three digits will do, and a more
+    # exact gradient trained no better.
+    s |= {"forward_tol": 1e-5, "backward_tol": 3e-4} if task == "ct" else {"forward_tol": 3e-3, "backward_tol": 1e-1}
     # one hidden view is a noisy measure of an image, whose few largest gradients would decide
     s |= {"max_iter": 50, "grad_clip": 3e-3 if loss == "split" else 1.0}
     if method.startswith("unrolled"):

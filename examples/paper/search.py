@@ -70,7 +70,7 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
         )
         with tempfile.TemporaryDirectory() as folder:
             record, _ = run.run_cell(
-                task, representative, loss, scale, 0, data=data, override=trial | short, validate=True, out=Path(folder),
+                task, representative, loss, scale, 0, data=data, override=default | trial | short, validate=True, out=Path(folder),
                 progress=False,
             )  # fmt: skip
         trials.append({"trial": trial, "psnr": record["psnr"]["mean"], "seconds": record["seconds"]})
