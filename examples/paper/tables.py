@@ -173,15 +173,16 @@ def adjoints(scale: str) -> str:
     path = ex.HERE / "search" / scale / "adjoint.json"
     trials = json.loads(path.read_text()) if path.exists() else []
     body = [
-        [t["task"].upper(), ROWS[t["loss"]], *(f"{t['trial'][k]:g}" for k in ("epochs", "lr", "backward_tol")), f"{t['psnr']:.2f}"]
+        [
+            t["task"].upper(),
+            ROWS[t["loss"]],
+            *(f"{t['trial'][k]:g}" for k in ("epochs", "lr", "backward_tol")),
+            f"{t['psnr']:.2f}",
+        ]
         for t in trials
     ]
     header = ["task", "training of DEQ, ID", "epochs", "learning rate", "tolerance of the adjoint", "PSNR in dB"]
     return _table(header, body) if body else ""
-        _table(["task", "training of DEQ, ID", "epochs", "tolerance of the adjoint", "PSNR in dB"], body)
-        if body
-        else ""
-    )
 
 
 def claims(records: Records) -> str:
