@@ -602,6 +602,52 @@ def test_a_state_of_several_tensors_and_a_linear_map_have_second_derivatives():
         assert relative_error(a, b) <= 1e-10
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_second_derivatives_where_the_solves_are_preconditioned_or_chunked(chunk_size):
+    physics = BlurFFT((1, 8, 8), filter=torch.tensor([[[[0.2, 0.6, 0.2]]]])).to(F64)
+    settings = {"max_iter": 300, "tol": 1e-13, "chunk_size": chunk_size}
+    model = DEQReconstructor(
+        DEGrad(SmallDenoiser(), stepsize=0.5).to(F64),
+        solver=Solver("anderson", **settings),
+        hook=ModularIDHook(Solver("gmres", **settings)),
+    )
+    y = physics(torch.rand(3, 1, 8, 8, dtype=F64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    inputs = [*(p for p in model.parameters() if p.requires_grad), y]
+    for a, b in zip(
+        tower(model(y, physics), inputs, 2), tower(unrolled(model, y, physics, 120), inputs, 2), strict=True
+    ):
+        assert relative_error(a, b) <= 1e-8
+
+
+def test_second_derivatives_of_a_complex_state():
+    w = torch.tensor(0.7 + 0.3j, dtype=torch.complex128, requires_grad=True)
+
+    class Sine:
+        def __init__(self, w):
+            self.inputs = (w,)
+
+        def __call__(self, x):
+            return 0.4 * self.inputs[0] * torch.sin(x) + (1 + 0.5j)
+
+        def rebind(self, inputs):
+            return Sine(*inputs)
+
+    def derivatives(x_hat):
+        loss = x_hat.abs().square().sum() + x_hat.real.sin().sum()
+        (first,) = torch.autograd.grad(loss, w, create_graph=True)
+        return first, *torch.autograd.grad(first.abs().square(), w)
+
+    x = torch.zeros(2, 3, dtype=torch.complex128)
+    with torch.no_grad():
+        x_star, _ = Solver("anderson", tol=1e-15, max_iter=100)(Sine(w), x)
+    for _ in range(100):
+        x = Sine(w)(x)
+    for a, b in zip(
+        derivatives(ModularIDHook(Solver("gmres", tol=1e-14))(Sine(w), x_star)), derivatives(x), strict=True
+    ):
+        assert relative_error(a, b) <= 1e-12
+
+
 @pytest.mark.parametrize("mode, bare", [("implicit", True), ("jfb", True), ("jfb", False)])
 @pytest.mark.parametrize("loss", [torch.sum, lambda x: x.pow(2).sum()])  # with a constant cotangent too
 def test_second_order_gradients_are_refused_where_they_would_be_wrong(mode, bare, loss):
