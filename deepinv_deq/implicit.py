@@ -139,7 +139,7 @@ class ModularIDHook:
         for rows in self.solver.chunks(f, _state(x_star, single)) or whole:
             part = f if rows is None else cast(DifferentiableMap, cast(SeparableMap, f).select(rows))
             x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
-            grads = self._of_one_graph(part, x, inputs, cotangent, single)
+            _, grads = self._of_one_graph(part, x, inputs, cotangent, single)
             total = tuple(t + d for t, d in zip(total, grads, strict=True)) if total else grads
             stats += [self.stat] if self.stat else []
         if self.mode == "implicit":
@@ -153,22 +153,21 @@ class ModularIDHook:
         x_hat = _FixedPoint.apply(self, f, single, len(x_star), *x_star, *inputs)
         adjoint = _AdjointMap(f, x_hat, inputs, g, single)
         with torch.no_grad():
-            b = self._of_one_graph(f, x_star, inputs, g, single, products=False)
+            b, _ = self._of_one_graph(f, x_star, inputs, g, single)
         b = _FixedPoint.apply(self, adjoint, single, len(b), *b, *adjoint.inputs)
         return adjoint.products(b)
 
     def _of_one_graph(
-        self, f: DifferentiableMap, x_star: Tensors, inputs: Tensors, g: Tensors, single: bool, products: bool = True
-    ) -> Tensors:
-        r"""The product :math:`b \, \partial F / \partial` ``inputs``, or else :math:`b`, with one taped evaluation."""
+        self, f: DifferentiableMap, x_star: Tensors, inputs: Tensors, g: Tensors, single: bool
+    ) -> tuple[Tensors, Tensors]:
+        r"""The solution :math:`b` and the product :math:`b \, \partial F / \partial` ``inputs``, with one taped evaluation."""
         leaves = tuple(t.detach().requires_grad_() for t in (*x_star, *inputs))
         x, inputs = leaves[: len(x_star)], leaves[len(x_star) :]
         inverse = preconditioner(f, _state(x_star, single)) if self.solver.precondition else None
         with torch.enable_grad():
             image = as_tuple(f.rebind(inputs)(_state(x, single)))
         _refuse_hidden_leaves(image, leaves)
-        b, of_inputs = self._pull_back(image, x, inputs if products else (), g, single, inverse)
-        return of_inputs if products else b
+        return self._pull_back(image, x, inputs, g, single, inverse)
 
     def _pull_back(
         self,

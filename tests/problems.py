@@ -6,7 +6,8 @@ Everything is small enough for a dense Jacobian, and in float64 unless a test as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from deepinv.physics import LinearPhysics
@@ -49,6 +50,19 @@ class Batch:
 
     def select(self, rows: Tensor | slice) -> Batch:
         return Batch(self.rates[rows], 0, c=self.c[rows], calls=self.calls)
+
+
+class Parametric:
+    r"""The :class:`~deepinv_deq.implicit.DifferentiableMap` ``x ↦ step(x, *inputs)``."""
+
+    def __init__(self, step: Callable[..., Any], *inputs: Tensor):
+        self.step, self.inputs = step, inputs
+
+    def __call__(self, x: Any) -> Any:
+        return self.step(x, *self.inputs)
+
+    def rebind(self, inputs: Sequence[Tensor]) -> Parametric:
+        return Parametric(self.step, *inputs)
 
 
 class MatrixPhysics(LinearPhysics):

@@ -18,6 +18,7 @@ from tests.problems import (
     F64,
     TEMPLATES,
     MatrixPhysics,
+    Parametric,
     SmallDenoiser,
     affine,
     dense_gradient,
@@ -536,18 +537,7 @@ def test_gradients_of_any_order_equal_those_of_an_unrolled_solve(template):
 
 def test_derivatives_of_a_scalar_equation():
     a = torch.tensor(0.5, dtype=F64, requires_grad=True)
-
-    class Cosine:  # x = a cos x
-        def __init__(self, a):
-            self.inputs = (a,)
-
-        def __call__(self, x):
-            return self.inputs[0] * torch.cos(x)
-
-        def rebind(self, inputs):
-            return Cosine(*inputs)
-
-    f = Cosine(a)
+    f = Parametric(lambda x, a: a * torch.cos(x), a)
     with torch.no_grad():
         x, _ = Solver("anderson", tol=1e-15)(f, torch.zeros(1, 1, dtype=F64))
     (first,) = torch.autograd.grad(ModularIDHook(Solver("gmres", tol=1e-14))(f, x).sum(), a, create_graph=True)
@@ -579,25 +569,15 @@ def test_a_second_derivative_through_two_passes_of_the_model():
 
 def test_a_state_of_several_tensors_and_a_linear_map_have_second_derivatives():
     w = torch.tensor(0.4, dtype=F64, requires_grad=True)
-
-    class Pair:  # (u, v) = (w v + 1, w u + u²/9): linear in one of them
-        def __init__(self, w):
-            self.inputs = (w,)
-
-        def __call__(self, state):
-            u, v = state
-            return self.inputs[0] * v + 1, self.inputs[0] * u + u.square() / 9
-
-        def rebind(self, inputs):
-            return Pair(*inputs)
-
+    # (u, v) = (w v + 1, w u + u²/9): linear in one of them
+    f = Parametric(lambda x, w: (w * x[1] + 1, w * x[0] + x[0].square() / 9), w)
     start = (torch.zeros(2, 1, dtype=F64), torch.zeros(2, 1, dtype=F64))
     with torch.no_grad():
-        star, _ = Solver("anderson", tol=1e-15, max_iter=100)(Pair(w), start)
-    ours = tower(torch.cat(ModularIDHook(Solver("gmres", tol=1e-14))(Pair(w), star)), [w], 3)
+        star, _ = Solver("anderson", tol=1e-15, max_iter=100)(f, start)
+    ours = tower(torch.cat(ModularIDHook(Solver("gmres", tol=1e-14))(f, star)), [w], 3)
     state = start
     for _ in range(200):
-        state = Pair(w)(state)
+        state = f(state)
     for a, b in zip(ours, tower(torch.cat(state), [w], 3), strict=True):
         assert relative_error(a, b) <= 1e-10
 
@@ -621,16 +601,7 @@ def test_second_derivatives_where_the_solves_are_preconditioned_or_chunked(chunk
 
 def test_second_derivatives_of_a_complex_state():
     w = torch.tensor(0.7 + 0.3j, dtype=torch.complex128, requires_grad=True)
-
-    class Sine:
-        def __init__(self, w):
-            self.inputs = (w,)
-
-        def __call__(self, x):
-            return 0.4 * self.inputs[0] * torch.sin(x) + (1 + 0.5j)
-
-        def rebind(self, inputs):
-            return Sine(*inputs)
+    f = Parametric(lambda x, w: 0.4 * w * torch.sin(x) + (1 + 0.5j), w)
 
     def derivatives(x_hat):
         loss = x_hat.abs().square().sum() + x_hat.real.sin().sum()
@@ -639,12 +610,10 @@ def test_second_derivatives_of_a_complex_state():
 
     x = torch.zeros(2, 3, dtype=torch.complex128)
     with torch.no_grad():
-        x_star, _ = Solver("anderson", tol=1e-15, max_iter=100)(Sine(w), x)
+        x_star, _ = Solver("anderson", tol=1e-15, max_iter=100)(f, x)
     for _ in range(100):
-        x = Sine(w)(x)
-    for a, b in zip(
-        derivatives(ModularIDHook(Solver("gmres", tol=1e-14))(Sine(w), x_star)), derivatives(x), strict=True
-    ):
+        x = f(x)
+    for a, b in zip(derivatives(ModularIDHook(Solver("gmres", tol=1e-14))(f, x_star)), derivatives(x), strict=True):
         assert relative_error(a, b) <= 1e-12
 
 

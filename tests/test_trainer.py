@@ -272,9 +272,8 @@ def logged(monkeypatch, tmp_path):
         found[name] = Recorder()
         if importlib.util.find_spec(name) is not None:
             module = importlib.import_module(name)
-            owner = (
-                module.Run if name == "wandb" else module
-            )  # wandb.init puts the method of the run in the place of wandb.log
+            # wandb.init puts the method of the run in the place of wandb.log
+            owner = module.Run if name == "wandb" else module
             real, record = getattr(owner, function), found[name]
 
             def both(*args, step=None, real=real, record=record, **kwargs):
