@@ -14,6 +14,7 @@ Nothing of :math:`F` is taped in the forward pass. The backward pass tapes it on
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -352,11 +353,25 @@ def _as_in_forward(settings: list[tuple[str, bool, torch.dtype]]) -> Iterator[No
         for device, enabled, dtype in settings:
             if enabled or torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
-        if hasattr(compiler, "donated_buffer"):
-            stack.enter_context(compiler.patch(donated_buffer=False))
+        switches = [(compiler, "donated_buffer")]
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
-            stack.enter_context(torch._dynamo.config.patch(automatic_dynamic_shapes=False))
+            switches.append((torch._dynamo.config, "automatic_dynamic_shapes"))
+        for config, name in switches:
+            if getattr(config, name, False):
+                stack.enter_context(_switched_off.patch(config, name))
         yield
+
+
+class _SwitchedOff(threading.local):
+    r"""Patches of PyTorch's settings, one of each per thread: PyTorch 2.14 keeps a context variable of every one for ever."""
+
+    def patch(self, config: Any, name: str) -> Any:
+        if name not in self.__dict__:
+            self.__dict__[name] = config.patch({name: False})
+        return self.__dict__[name]
+
+
+_switched_off = _SwitchedOff()
 
 
 def fixed_point_nodes(x: Tensor) -> list[Any]:

@@ -2,8 +2,10 @@ r"""The implicit gradient against exact ones (contracts 1-4, 6-8)."""
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import gc
+import importlib
 import pickle
 import weakref
 
@@ -422,6 +424,16 @@ def test_no_object_survives_a_step():
         ei_loss(model, y, physics).backward()
         counts.append(live_tensors())
     assert len(set(counts[1:])) == 1
+
+
+def test_passes_leave_nothing_in_the_context_of_the_thread():
+    importlib.import_module("torch._dynamo")  # the optimisers of PyTorch import it
+    model, physics, _, y = imaging()
+    sup_loss(model, y, physics).backward()
+    size = len(contextvars.copy_context())
+    for _ in range(3):
+        sup_loss(model, y, physics).backward()
+    assert len(contextvars.copy_context()) == size
 
 
 # Contract 7: honest ------------------------------------------------------------------------------------------------
