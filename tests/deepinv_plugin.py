@@ -37,9 +37,9 @@ class Scale(nn.Module):
 class Shrinking(nn.Module):
     r"""A network whose iteration has one fixed point from the first step on, also where the physics sees nothing."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = EquilibriumUNet(channels, channels=(4, 8))
+        self.network = network
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 0.8 * self.network(x)
@@ -60,12 +60,13 @@ class Counting(DEQReconstructor):
 
 
 def artifact_removal(backbone: nn.Module, *args: Any, device: Any = "cpu", **kwargs: Any) -> DEQReconstructor:
-    r"""In the place of ``deepinv.models.ArtifactRemoval``: parameter-free networks stay, others get a shape that can contract."""
+    r"""In the place of ``deepinv.models.ArtifactRemoval``; an autoencoder, which turns any image into noise, gives way to a U-Net."""
     if isinstance(backbone, dinv.models.UNet):
-        backbone = Shrinking(next(m for m in backbone.modules() if isinstance(m, nn.Conv2d)).in_channels)
+        backbone = Shrinking(backbone)
     elif isinstance(backbone, dinv.models.AutoEncoder):
         pixels = 15 * 10  # of test_loss.py's images
-        backbone = Shrinking(next(m for m in backbone.modules() if isinstance(m, nn.Linear)).in_features // pixels)
+        channels = next(m for m in backbone.modules() if isinstance(m, nn.Linear)).in_features // pixels
+        backbone = Shrinking(EquilibriumUNet(channels, channels=(4, 8)))
     return deq(backbone).to(device)
 
 
@@ -99,7 +100,9 @@ def _swapped(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     if module.__name__ == "test_models":
         monkeypatch.setattr(module, "choose_denoiser", lambda name, imsize: EquilibriumUNet(imsize[0], channels=(4, 8)))
         monkeypatch.setattr(
-            module, "choose_restoration_model", lambda name, in_channels, **_: deq(Shrinking(in_channels))
+            module,
+            "choose_restoration_model",
+            lambda name, in_channels, **_: deq(Shrinking(EquilibriumUNet(in_channels, channels=(4, 8)))),
         )
         # what follows the test of RAM's quality, the backward pass, is for us, too
         shim = SimpleNamespace(**{name: getattr(pytest, name) for name in dir(pytest)})
