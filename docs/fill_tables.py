@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "cost.md", ROOT / "docs" / "results.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "cost.md", ROOT / "docs" / "faults.md", ROOT / "docs" / "results.md"]
 SOURCES = {  # of each marked block: the script that knows how, and its function
     "exactness": ("tests/benchmarks/exactness.py", "render"),
     "cost": ("tests/benchmarks/cost_tables.py", "render"),
     "compare": ("tests/benchmarks/cost_tables.py", "compare"),
     "ct": ("examples/ct/records.py", "render"),
+    "faults": ("tests/benchmarks/fault_table.py", "render"),
     "results": ("examples/paper/tables.py", "render"),
     "table 1": ("examples/paper/tables.py", "summary"),
 }

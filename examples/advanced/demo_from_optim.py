@@ -21,7 +21,7 @@ from deepinv_deq.datasets import mr_slice
 
 torch.manual_seed(0)
 size = 48
-crops = mr_slice()[0, 0].unfold(0, size, 32).unfold(1, size, 32).reshape(-1, 1, size, size)
+crops = mr_slice()[0, 0].unfold(0, size, 40).unfold(1, size, 40).reshape(-1, 1, size, size)
 x = crops[crops.mean(dim=(1, 2, 3)) > 0.08]
 physics = dinv.physics.BlurFFT(
     (1, size, size),
@@ -50,7 +50,7 @@ def algorithm(name):
 def as_deq(name):
     return DEQReconstructor(
         FromOptim(algorithm(name), trainable=("stepsize",)),
-        solver=Solver("anderson", max_iter=60, tol=3e-3, on_failure="ignore"),
+        solver=Solver("anderson", max_iter=40, tol=3e-3, on_failure="ignore"),
         hook=ModularIDHook(Solver("gmres", max_iter=50, tol=1e-2)),
     )
 

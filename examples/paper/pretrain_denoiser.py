@@ -36,6 +36,7 @@ parser.add_argument("--sigma", type=float, default=0.1, help="largest noise leve
 parser.add_argument("--steps", type=int, default=2000)
 parser.add_argument("--batch-size", type=int, default=16)
 parser.add_argument("--patch", type=int, default=64)
+parser.add_argument("--upright", action="store_true", help="patches as they are, not mirrored and turned at random")
 parser.add_argument("--lr", type=float, default=2e-3)
 parser.add_argument("--contraction", type=float, help="penalise Jacobians whose norm is above this, such as 0.9")
 parser.add_argument(
@@ -84,11 +85,13 @@ def with_phase(x: torch.Tensor) -> torch.Tensor:
 
 
 def batch() -> torch.Tensor:
-    """Random patches, randomly mirrored and turned."""
+    """Random patches, randomly mirrored and turned unless ``--upright``."""
     pick = torch.randint(len(train), (args.batch_size,), generator=rng)
     top, left = (int(draw() * (side - args.patch + 1)) for side in train.shape[-2:])
     x = train[pick, :, top : top + args.patch, left : left + args.patch]
-    return with_phase(torch.rot90(x.flip(-1) if draw() < 0.5 else x, int(draw() * 4), (-2, -1)))
+    if not args.upright:
+        x = torch.rot90(x.flip(-1) if draw() < 0.5 else x, int(draw() * 4), (-2, -1))
+    return with_phase(x)
 
 
 # %%

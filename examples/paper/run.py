@@ -52,8 +52,9 @@ def matrix(scale: str) -> list[tuple[str, str, str, int]]:
     return cells
 
 
-def path_of(scale: str, task: str, method: str, loss: str, seed: int) -> Path:
-    return RESULTS / scale / f"{task}_{method}_{loss}_{seed}.json"
+def path_of(scale: str, task: str, method: str, loss: str, seed: int, denoiser: Path | None = None) -> Path:
+    r"""The file of a record; those of another ``denoiser`` than the tables' own have a folder of its name."""
+    return RESULTS / scale / (denoiser.stem if denoiser else "") / f"{task}_{method}_{loss}_{seed}.json"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -106,10 +107,12 @@ def run_cell(
     validate: bool = False,
     out: Path | None = None,
     progress: bool = True,
+    denoiser: Path | None = None,
 ) -> tuple[dict[str, Any], Any]:
     r"""Train and test; returns the record and the model.
 
     :param dict override: hyperparameters in the place of those found.
+    :param Path denoiser: weights of ``pretrain_denoiser.py`` in the place of those that all methods share.
     :param bool validate: test on validation images.
     :param Path out: folder for checkpoints.
     """
@@ -118,8 +121,10 @@ def run_cell(
     task = ex.make_task(task_name, scale, data, validate=validate, device=device)
     s = ex.settings_of(task_name, method, loss, scale, found_settings()) | (override or {})
     kind = "dncnn" if method == "denoiser" else "unet"
-    model = ex.make_model(task, method, s, {kind: weights_of(scale, task_name, kind, data)}).to(device)
+    weights = str(denoiser) if denoiser else weights_of(scale, task_name, kind, data)
+    model = ex.make_model(task, method, s, {kind: weights}).to(device)
     config = {"task": task_name, "method": method, "loss": loss, "scale": scale, "seed": seed, **s}
+    config |= {"denoiser": denoiser.name} if denoiser else {}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     # Table 3 has the DEQ of the pretrained denoiser, too
@@ -184,6 +189,11 @@ def evaluate(task: ex.Task, model: Any) -> dict[str, Any]:
             record[name] = summary(measures[name](x_hat, x, physics=task.physics, model=model))
         record["ei_loss"] = ei_loss(task, model, x_hat)
     if stat is not None:
+        with (
+            torch.no_grad()
+        ):  # an operator that leaves true images alone is equivariant at them, whatever it has learned
+            moved = model.iteration.bind(task.physics.A(x), task.physics)(x)
+        record["iteration_fidelity"] = summary(measures["psnr"](moved, x))
         record["solve"] = {"evaluations": stat["nstep"].tolist(), "residual": stat.residual.tolist()}
         record["solve"]["converged"] = int(stat.converged.sum())
     return record
@@ -301,8 +311,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--force", action="store_true", help="run again what is on record")
+    parser.add_argument("--denoiser", type=Path, help="weights to start from instead; the record is kept apart")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     args = parsed(parser)
+    if args.denoiser and (args.all or not args.denoiser.exists()):
+        sys.exit(f"error: --denoiser is for one cell and takes a file of pretrain_denoiser.py, got {args.denoiser}.")
     if args.all:
         cells = [
             ["--task", cell[0], "--method", cell[1], "--loss", cell[2], "--seed", str(cell[3])]
@@ -312,12 +325,12 @@ def main() -> None:
         common = ["--device", args.device, "--no-progress", *(["--force"] if args.force else [])]
         run_each(__file__, args, cells, common)
     cell = (args.task, args.method, args.loss, args.seed)
-    path = path_of(args.scale, *cell)
+    path = path_of(args.scale, *cell, args.denoiser)
     known = None if args.force else read_record(path)
     if known is not None:
         print(f"{path} is there ({known['psnr']['mean']:.2f} dB); --force runs it again.")
         return
-    folder = Path("runs") / "paper" / args.scale / path.stem
+    folder = Path("runs") / "paper" / path.relative_to(RESULTS).with_suffix("")
     if args.force:
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -329,6 +342,7 @@ def main() -> None:
             device=args.device,
             out=folder,
             progress=not args.no_progress,
+            denoiser=args.denoiser,
         )
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ Tables 1–3 and Figure 1, beside the paper's own numbers
     python examples/paper/tables.py                                # Markdown, from the committed records
     python examples/paper/tables.py --figure runs/paper/fig1.png   # and the figure, from the models that run.py left
     python examples/paper/tables.py --figure docs/_static/figure1.png --slices   # of images that may be passed on
+    python examples/paper/tables.py --curves docs/_static/curves.png             # how PSNR rose in training
 
 The tables are also those of ``docs/results.md``.
 """
@@ -42,6 +43,7 @@ ROWS = {
     "ei-fixed": "EI, fixed targets",
     "split": "hidden views",
 }
+EXTRA = {"ei-sure": "k", "ei-fixed": "tab:olive", "split": "tab:cyan"}  # colours of curves
 ONLY = {"ei-sure": "mri", "split": "ct"}  # rows of one task
 TASKS = ("mri", "ct")  # as the paper orders them
 # Table 1 of the paper: test PSNR in dB
@@ -325,6 +327,34 @@ def figure(path: Path, scale: str, data: Path, slices: bool = False) -> None:
     print(f"{path}", file=sys.stderr)
 
 
+def curves(path: Path, scale: str) -> None:
+    r"""PSNR of the test images over training, from the records: whether a result is one of trainings that had ended."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = Records(scale)
+    plot, axes = plt.subplots(2, 2, figsize=(14, 8), layout="constrained")
+    for line, task in zip(axes, TASKS, strict=True):
+        for axis, supervised in zip(line, (True, False), strict=True):
+            for method in COLUMNS[:-1]:
+                for loss in (loss for loss in ROWS if (loss == "sup") == supervised):
+                    known = [r["curve"]["psnr"]["PSNR"] for r in records.of(task, method, loss)]
+                    title = TITLES[method] if loss in ("sup", "ei") else f"{TITLES[method]}, {ROWS[loss]}"
+                    for k, course in enumerate(known):
+                        epochs = [(i + 1) / len(course) for i in range(len(course))]
+                        style = "-" if method.startswith("deq") else "--"
+                        color = f"C{COLUMNS.index(method)}" if loss in ("sup", "ei") else EXTRA[loss]
+                        axis.plot(epochs, course, style, color=color, label=title if k == 0 else None)
+            axis.set(title=f"{task.upper()}, {'supervised' if supervised else 'without ground truth'}")
+            axis.set(xlabel="part of the training", ylabel="PSNR of the test images (dB)")
+            axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot.savefig(path, dpi=100)
+    print(f"{path}", file=sys.stderr)
+
+
 def _shipped_slice(task: str, like: torch.Tensor) -> torch.Tensor:
     r"""An image that comes with pydicom or Matplotlib, of the size of the task's own."""
     size = like.shape[-1]
@@ -339,6 +369,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--figure", type=Path, help="file for Figure 1; needs the images and the trained models in runs/"
     )
+    parser.add_argument("--curves", type=Path, help="file for the PSNR of all cells over their training")
     parser.add_argument("--slices", action="store_true", help="of slices that pydicom and Matplotlib ship")
     parser.add_argument("--scale", default="small", help="of the figure")
     parser.add_argument("--data", type=Path, default=run.ROOT.parent / "shared" / "data", help="folder with the images")
@@ -346,3 +377,5 @@ if __name__ == "__main__":
     print(render())
     if args.figure:
         figure(args.figure, args.scale, args.data, args.slices)
+    if args.curves:
+        curves(args.curves, args.scale)
