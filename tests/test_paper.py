@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from deepinv_deq import EquilibriumUNet
 from deepinv_deq.datasets import phantoms
 
 FOLDER = Path(__file__).parents[1] / "examples" / "paper"
@@ -69,6 +70,7 @@ def cell(task="ct", method="unet", loss="sup", *more):
         ("mri", "deq-id", "ei-sure"),
         ("ct", "deq-id", "ei-fixed"),
         ("ct", "deq-id", "split"),
+        ("ct", "deq-id", "split-test"),
         ("mri", "deq-id", "ei-fixed"),
         ("ct", "denoiser", "none"),
     ],
@@ -81,7 +83,7 @@ def test_every_kind_of_cell_leaves_a_whole_record(lab, monkeypatch, task, method
     assert np.isfinite(record["ei_loss"]) and record["ei_loss"] > 0
     assert {"config", "steps", "seconds", "peak_memory_mb", "device", "versions", "commit"} <= record.keys()
     assert ("iteration_equivariance" in record) == method.startswith("deq")
-    assert record["steps"] == (0 if loss == "none" else 3)
+    assert record["steps"] == {"none": 0, "split-test": 4}.get(loss, 3)  # of batches of 4 of 9 images, once with 4 more
 
 
 def test_a_finished_cell_is_not_run_again_unless_forced(lab, monkeypatch, capsys):
@@ -92,6 +94,19 @@ def test_a_finished_cell_is_not_run_again_unless_forced(lab, monkeypatch, capsys
     assert path.stat().st_mtime_ns == before and "--force" in capsys.readouterr().out
     command(monkeypatch, lab, *cell(), "--force")
     assert path.stat().st_mtime_ns > before
+
+
+def test_another_denoiser_has_a_record_of_its_own(lab, monkeypatch):
+    other = lab / "upright.pt"
+    denoiser = EquilibriumUNet(1)
+    torch.save({"settings": denoiser.settings, "state_dict": denoiser.state_dict()}, other)
+    command(monkeypatch, lab, *cell("ct", "deq-id", "sup"), "--denoiser", other)
+    path = run.path_of("small", "ct", "deq-id", "sup", 0, other)
+    assert path.parent.name == "upright" and run.read_record(path)["config"]["denoiser"] == "upright.pt"
+    assert not run.path_of("small", "ct", "deq-id", "sup", 0).exists() and "upright" in tables.operators("small")
+    for args in ([*cell(), "--denoiser", lab / "nowhere.pt"], ["--all", "--denoiser", other]):
+        with pytest.raises(SystemExit, match="--denoiser is for one cell and takes a file"):
+            command(monkeypatch, lab, *args)
 
 
 def test_an_interrupted_cell_ends_as_if_nothing_had_happened(lab, monkeypatch):
@@ -167,6 +182,8 @@ def test_tables_are_made_of_records(lab, monkeypatch):
     text = tables.render()
     record = run.read_record(run.path_of("small", "ct", "deq-id", "ei", 0))
     assert f"{record['psnr']['mean']:.2f}" in text and "36.77" in text and "(incomplete)" in text
+    tables.curves(lab / "curves.png", "small")
+    assert (lab / "curves.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="no model"):
         tables.figure(lab / "figure.png", "small", lab)
 

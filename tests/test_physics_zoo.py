@@ -206,8 +206,16 @@ def test_de_grad(name):
         (lambda: exactly(composed()), image(1, 8, 8)),
     ],
     ids=[
-        "MRI", "Fourier blur", "downsampling", "complex inpainting", "multi-coil MRI", "compressed sensing",
-        "parallel tomography", "fan-beam tomography", "stacked", "composed",
+        "MRI",
+        "Fourier blur",
+        "downsampling",
+        "complex inpainting",
+        "multi-coil MRI",
+        "compressed sensing",
+        "parallel tomography",
+        "fan-beam tomography",
+        "stacked",
+        "composed",
     ],  # fmt: skip
 )
 def test_templates_with_a_proximal_step(make, x, template):
