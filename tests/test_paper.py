@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from urllib.error import URLError
 
 import deepinv as dinv
 import numpy as np
@@ -94,6 +95,28 @@ def test_a_finished_cell_is_not_run_again_unless_forced(lab, monkeypatch, capsys
     assert path.stat().st_mtime_ns == before and "--force" in capsys.readouterr().out
     command(monkeypatch, lab, *cell(), "--force")
     assert path.stat().st_mtime_ns > before
+
+
+def test_the_dncnn_is_deepinvs_where_it_can_be_downloaded(lab, monkeypatch, capsys):
+    def dncnn(*args, pretrained, **kwargs):
+        if pretrained == "download" and not online:
+            raise URLError("no network")
+        return original(*args, pretrained=None, **kwargs)
+
+    def train(command, check):
+        Path(command[command.index("--out") + 1]).write_text("trained here")
+
+    original, online = dinv.models.DnCNN, False
+    monkeypatch.setattr(dinv.models, "DnCNN", dncnn)
+    monkeypatch.setattr(run.subprocess, "run", train)
+    path = lab / "runs" / "paper" / "dncnn-1.pt"
+    path.unlink()
+    assert Path(run.weights_of("small", "ct", "dncnn", lab)).read_text() == "trained here"
+    assert "cannot be downloaded" in capsys.readouterr().err
+    path.unlink()
+    online = True
+    state = torch.load(run.weights_of("small", "ct", "dncnn", lab), weights_only=True)
+    original(**state["settings"], pretrained=None).load_state_dict(state["state_dict"])
 
 
 def test_another_denoiser_has_a_record_of_its_own(lab, monkeypatch):

@@ -76,12 +76,14 @@ def found_settings() -> dict[str, Any]:
 
 
 def weights_of(scale: str, task: str, kind: str, data: Path) -> str:
-    r"""Pretrained weights, shipped or else trained here once by ``pretrain_denoiser.py``: ``"unet"`` or ``"dncnn"``."""
+    r"""Pretrained weights, ``"unet"`` or ``"dncnn"``: shipped, or deepinv's, or else trained here once by ``pretrain_denoiser.py``."""
     n, channels = (1 if task == "ct" else 2), ex.SCALES[scale][task]["channels"]
     if kind == "unet" and scale == "small":
         return ex.SHIPPED[n]
     name = f"{kind}-{n}" + ("-" + "-".join(map(str, channels)) if kind == "unet" else "")
     path = Path("runs") / "paper" / f"{name}.pt"
+    if not path.exists() and kind == "dncnn" and n == 1:  # deepinv has none of two channels
+        download(path)
     if not path.exists():
         print(f"Training {path} once ...", file=sys.stderr)
         bsds = data / "bsds500_gray_256.npz"
@@ -92,6 +94,17 @@ def weights_of(scale: str, task: str, kind: str, data: Path) -> str:
         command += ["--contraction", "0.9"] if kind == "unet" and n == 2 else []
         subprocess.run(command, check=True)
     return str(path)
+
+
+def download(path: Path) -> None:
+    r"""Write deepinv's weights of a grey DnCNN to a file, if there is a way to get them."""
+    try:
+        net = dinv.models.DnCNN(1, 1, pretrained="download")
+    except OSError as error:  # as all errors of networks are
+        print(f"deepinv's DnCNN cannot be downloaded ({error}).", file=sys.stderr)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"settings": {"in_channels": 1, "out_channels": 1}, "state_dict": net.state_dict()}, path)
 
 
 def run_cell(
