@@ -193,6 +193,26 @@ def test_settings_come_from_validation_images_only(lab, monkeypatch):
     assert ex.settings_of("ct", "unet", "sup", "small", run.found_settings())["lr"] == best.get("lr", 3e-4)
 
 
+def test_several_seeds_decide_by_their_mean_and_a_known_trial_is_not_run_again(lab, monkeypatch):
+    psnr = {(1e-3, 0): 31.0, (1e-3, 1): 27.0, (3e-4, 0): 30.0, (3e-4, 1): 29.0}
+    ran = []
+
+    def train(task, method, loss, scale, seed, *, override, **_):
+        ran.append((override["lr"], seed))
+        return {"psnr": {"mean": psnr[ran[-1]]}, "seconds": 0.0}, None
+
+    monkeypatch.setattr(run, "run_cell", train)
+    monkeypatch.setattr(search, "grid", lambda *_: [("lr", [1e-3, 3e-4])])
+    arguments = ("ct", "unet", "sup", "small", lab)
+    search.search(*arguments, share=0.5)
+    assert run.found_settings()["small"]["ct"]["unet"]["sup"] == {"lr": 1e-3} and len(ran) == 2
+    for _ in range(2):
+        search.search(*arguments, share=0.5, seeds=2)
+        assert run.found_settings()["small"]["ct"]["unet"]["sup"] == {} and len(ran) == 4
+    search.search(*arguments, share=1.0)
+    assert len(ran) == 6
+
+
 def test_settings_whose_solves_fail_lose():
     trials = [{"psnr": 30.0, "missed": 1}, {"psnr": 29.0, "missed": 0}, {"psnr": 28.0}]
     assert sorted(trials, key=search.worth, reverse=True) == [trials[1], trials[2], trials[0]]
