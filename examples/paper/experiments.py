@@ -32,7 +32,7 @@ from deepinv_deq.physics import SparseLinearPhysics
 HERE = Path(__file__).parent
 TASKS = ("ct", "mri")
 METHODS = ("deq-id", "deq-jfb", "unet", "unrolled-1", "unrolled-3", "unrolled-5", "unrolled-7", "denoiser")
-LOSSES = ("sup", "ei", "ei-sure", "ei-fixed", "split", "split-test", "none")
+LOSSES = ("sup", "ei", "ei-sure", "ei-fixed", "split", "none")
 NOISE = 0.05  # standard deviation in k-space, section 4.1.2
 
 # paper's size, but for MRI, whose images here have 256 pixels and not 320; and one that two CPU cores can train
@@ -145,15 +145,6 @@ def _fastmri(folder: Path, size: int) -> Tensor:
     return torch.cat(out)
 
 
-def measurements(task: Task, loss: str) -> Tensor:
-    r"""What a cell is trained on: with a loss of the name ``"...-test"`` also the measurements that it is tested on.
-
-    Without ground truth nothing forbids that, and these are the images that matter: each is there several times.
-    """
-    repeated = 4 if loss.endswith("-test") else 0
-    return torch.cat([task.y[task.train], *[task.y[task.test]] * repeated])
-
-
 def metrics(task: Task) -> dict[str, Any]:
     r"""What images are measured by, all of the magnitude for MRI: PSNR, SSIM, and equivariance (Tables 2 and 3)."""
     options = {"complex_abs": True} if task.name == "mri" else {}
@@ -167,7 +158,7 @@ def metrics(task: Task) -> dict[str, Any]:
 
 def settings_of(task: str, method: str, loss: str, scale: str, found: dict[str, Any]) -> dict[str, Any]:
     r"""Hyperparameters of a cell: the defaults, what the search found for it, and the sizes of the scale."""
-    s, loss = dict(SCALES[scale][task]), loss.removesuffix("-test")
+    s = dict(SCALES[scale][task])
     s |= {"lr": 3e-4, "alpha": 100.0 if task == "ct" else 1.0, "n_trans": 1}
     s |= {"stepsize": 1 / 51, "data_weight": 50.0} if task == "ct" else {"stepsize": 1.0, "data_weight": 1.0}
     # A residual is a step of the stepsize, which is small for CT: at 1e-4, training would learn where the solver stops and not
@@ -331,10 +322,8 @@ def make_losses(task: Task, loss: str, s: dict[str, Any], seed: int) -> list[Any
     - ``"ei-sure"``: with the noise taken out of its first term by SURE;
     - ``"ei-fixed"``: with the rotated reconstruction as a fixed target, so that it does not lose what is hard to reconstruct only
       because that is hard, rotated by bicubic interpolation; and with SURE where there is noise;
-    - ``"split"``: a view that the model was not given is predicted from the others;
-    - ``"split-test"``: the same of more measurements, see :func:`measurements`.
+    - ``"split"``: a view that the model was not given is predicted from the others.
     """
-    loss = loss.removesuffix("-test")
     if loss == "sup":
         return [dinv.loss.SupLoss()]
     if loss == "split":
@@ -372,7 +361,7 @@ def check(task: str, method: str, loss: str, scale: str) -> None:
         sys.exit(
             "error: --method denoiser is not trained and goes with --loss none, the other methods with any other loss."
         )
-    if loss.startswith("split") and task != "ct":
-        sys.exit(f"error: --loss {loss} leaves out views of a sinogram: it is for ct.")
+    if loss == "split" and task != "ct":
+        sys.exit("error: --loss split leaves out views of a sinogram: it is for ct.")
     if loss == "ei-sure" and task != "mri":
         sys.exit("error: --loss ei-sure is for measurements with noise, and those of ct have none: use --loss ei.")

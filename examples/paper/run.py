@@ -46,7 +46,7 @@ def matrix(scale: str) -> list[tuple[str, str, str, int]]:
     for method in ex.METHODS:
         for task in ex.TASKS:
             losses = ("none",) if method == "denoiser" else ("sup", "ei")
-            losses += ("ei-fixed", *{"ct": ("split", "split-test"), "mri": ("ei-sure",)}[task]) * (method == "deq-id")
+            losses += ("ei-fixed", {"ct": "split", "mri": "ei-sure"}[task]) if method == "deq-id" else ()
             seeds = SEEDS.get(method.split("-")[0], 1)
             cells += [(task, method, loss, seed) for loss in losses for seed in range(seeds)]
     return cells
@@ -154,8 +154,8 @@ def run_cell(
 def train(
     task: ex.Task, model: Any, loss: str, s: dict[str, Any], seed: int, config: dict[str, Any], out: Any, progress: bool
 ) -> tuple[dict[str, list[float]], int]:
-    x, y = task.x[task.train] if loss == "sup" else None, ex.measurements(task, loss)
-    train_set = TensorDataset(x=x, y=y, use_dict_output=True)
+    x, y = task.x[task.train], task.y[task.train]
+    train_set = TensorDataset(x=x if loss == "sup" else None, y=y, use_dict_output=True)
     test_set = TensorDataset(x=task.x[task.test], y=task.y[task.test], use_dict_output=True)
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(train_set, batch_size=s["batch"], shuffle=True, generator=order)

@@ -113,7 +113,7 @@ def main() -> None:
         search(args.task, args.method, args.loss, args.scale, args.data, args.share, args.seeds)
         return
     known = run.found_settings().get(args.scale, {})
-    cells = dict.fromkeys((t, ex.family(m), loss.removesuffix("-test")) for t, m, loss, _ in run.matrix(args.scale))
+    cells = dict.fromkeys((t, ex.family(m), loss) for t, m, loss, _ in run.matrix(args.scale))
     missing = [
         ["--task", task, "--method", REPRESENTATIVE.get(method, method), "--loss", loss]
         for task, method, loss in cells
