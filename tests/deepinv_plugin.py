@@ -34,6 +34,11 @@ class Scale(nn.Module):
         return self.scale * x
 
 
+def unet(channels: int) -> EquilibriumUNet:
+    r"""A network that is quick and can contract."""
+    return EquilibriumUNet(channels, channels=(4, 8))
+
+
 class Shrinking(nn.Module):
     r"""A network whose iteration has one fixed point from the first step on, also where the physics sees nothing."""
 
@@ -66,7 +71,7 @@ def artifact_removal(backbone: nn.Module, *args: Any, device: Any = "cpu", **kwa
     elif isinstance(backbone, dinv.models.AutoEncoder):
         pixels = 15 * 10  # of test_loss.py's images
         channels = next(m for m in backbone.modules() if isinstance(m, nn.Linear)).in_features // pixels
-        backbone = Shrinking(EquilibriumUNet(channels, channels=(4, 8)))
+        backbone = Shrinking(unet(channels))
     return deq(backbone).to(device)
 
 
@@ -98,11 +103,9 @@ def _swapped(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     if module.__name__ == "test_trainer":
         monkeypatch.setattr(module, "DummyModel", Counting)
     if module.__name__ == "test_models":
-        monkeypatch.setattr(module, "choose_denoiser", lambda name, imsize: EquilibriumUNet(imsize[0], channels=(4, 8)))
+        monkeypatch.setattr(module, "choose_denoiser", lambda name, imsize: unet(imsize[0]))
         monkeypatch.setattr(
-            module,
-            "choose_restoration_model",
-            lambda name, in_channels, **_: deq(Shrinking(EquilibriumUNet(in_channels, channels=(4, 8)))),
+            module, "choose_restoration_model", lambda name, in_channels, **_: deq(Shrinking(unet(in_channels)))
         )
         # what follows the test of RAM's quality, the backward pass, is for us, too
         shim = SimpleNamespace(**{name: getattr(pytest, name) for name in dir(pytest)})

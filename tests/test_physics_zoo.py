@@ -216,7 +216,7 @@ def test_de_grad(name):
         "fan-beam tomography",
         "stacked",
         "composed",
-    ],  # fmt: skip
+    ],
 )
 def test_templates_with_a_proximal_step(make, x, template):
     physics = make()

@@ -57,6 +57,11 @@ def path_of(scale: str, task: str, method: str, loss: str, seed: int, denoiser: 
     return RESULTS / scale / (denoiser.stem if denoiser else "") / f"{task}_{method}_{loss}_{seed}.json"
 
 
+def folder_of(record: Path) -> Path:
+    r"""Where a cell leaves its checkpoints and its model, by the path of its record."""
+    return Path("runs") / "paper" / record.relative_to(RESULTS).with_suffix("")
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     r"""A finished record; ``None`` if there is none, or it is broken, which is said."""
     try:
@@ -202,11 +207,10 @@ def evaluate(task: ex.Task, model: Any) -> dict[str, Any]:
             record[name] = summary(measures[name](x_hat, x, physics=task.physics, model=model))
         record["ei_loss"] = ei_loss(task, model, x_hat)
     if stat is not None:
-        with (
-            torch.no_grad()
-        ):  # an operator that leaves true images alone is equivariant at them, whatever it has learned
-            moved = model.iteration.bind(task.physics.A(x), task.physics)(x)
-        record["iteration_fidelity"] = summary(measures["psnr"](moved, x))
+        # an operator that leaves true images alone is equivariant at them, whatever it has learned
+        operator = measures["iteration_equivariance"].system(task.physics, model)
+        with torch.no_grad():
+            record["iteration_fidelity"] = summary(measures["psnr"](operator(x), x))
         record["solve"] = {"evaluations": stat["nstep"].tolist(), "residual": stat.residual.tolist()}
         record["solve"]["converged"] = int(stat.converged.sum())
     return record
@@ -343,7 +347,7 @@ def main() -> None:
     if known is not None:
         print(f"{path} is there ({known['psnr']['mean']:.2f} dB); --force runs it again.")
         return
-    folder = Path("runs") / "paper" / path.relative_to(RESULTS).with_suffix("")
+    folder = folder_of(path)
     if args.force:
         shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -31,7 +31,7 @@ def ship(task_name: str, scale: str, seed: int, data: Path, out: Path) -> Path:
     """
     record_path = run.path_of(scale, task_name, "deq-id", LOSS[task_name], seed)
     record = run.read_record(record_path)
-    weights = Path("runs") / "paper" / scale / record_path.stem / "model.pt"
+    weights = run.folder_of(record_path) / "model.pt"
     if record is None or not weights.exists():
         sys.exit(f"error: no {record_path} or no {weights}: run that cell first (python examples/paper/run.py).")
     task = ex.make_task(task_name, scale, data)

@@ -43,7 +43,7 @@ ROWS = {
     "ei-fixed": "EI, fixed targets",
     "split": "hidden views",
 }
-EXTRA = {"ei-sure": "k", "ei-fixed": "tab:olive", "split": "tab:cyan"}  # colours of curves
+COLOURS = {"ei-sure": "k", "ei-fixed": "tab:olive", "split": "tab:cyan"}  # of curves; others have that of their method
 ONLY = {"ei-sure": "mri", "split": "ct"}  # rows of one task
 TASKS = ("mri", "ct")  # as the paper orders them
 # Table 1 of the paper: test PSNR in dB
@@ -302,17 +302,27 @@ def render() -> str:
     return "\n\n".join(blocks)
 
 
-def figure(path: Path, scale: str, data: Path, slices: bool = False) -> None:
-    r"""Fig. 1: reconstructions of DEQ and U-Net, supervised and not, of the first test image of each task.
-
-    :param bool slices: take slices that other packages ship, and none of the data, which must not be passed on.
-    """
+def _subplots(rows: int, columns: int, *, figsize: tuple[float, float]) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plot, axes = plt.subplots(2, 7, figsize=(14, 4.4), layout="constrained")
+    return plt.subplots(rows, columns, figsize=figsize, layout="constrained")
+
+
+def _save(plot: Any, path: Path, dpi: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot.savefig(path, dpi=dpi)
+    print(f"{path}", file=sys.stderr)
+
+
+def figure(path: Path, scale: str, data: Path, slices: bool = False) -> None:
+    r"""Fig. 1: reconstructions of DEQ and U-Net, supervised and not, of the first test image of each task.
+
+    :param bool slices: take slices that other packages ship, and none of the data, which must not be passed on.
+    """
+    plot, axes = _subplots(2, 7, figsize=(14, 4.4))
     for line, name in zip(axes, ("ct", "mri"), strict=True):
         task = ex.make_task(name, scale, data)
         x, y = task.x[task.test][:1], task.y[task.test][:1]
@@ -330,7 +340,7 @@ def figure(path: Path, scale: str, data: Path, slices: bool = False) -> None:
         for title, (method, loss) in columns.items():
             s = ex.settings_of(name, method, loss, scale, run.found_settings())
             model = ex.make_model(task, method, s, {"unet": run.weights_of(scale, name, "unet", data)})
-            weights = Path("runs") / "paper" / scale / run.path_of(scale, name, method, loss, 0).stem / "model.pt"
+            weights = run.folder_of(run.path_of(scale, name, method, loss, 0)) / "model.pt"
             if not weights.exists():
                 sys.exit(f"error: no model {weights}: run that cell first (python examples/paper/run.py, --force).")
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -345,20 +355,13 @@ def figure(path: Path, scale: str, data: Path, slices: bool = False) -> None:
                 axis.text(
                     0.97, 0.03, f"{psnr(image, x).item():.1f} dB", color="yellow", ha="right", transform=axis.transAxes
                 )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plot.savefig(path, dpi=150)
-    print(f"{path}", file=sys.stderr)
+    _save(plot, path, dpi=150)
 
 
 def curves(path: Path, scale: str) -> None:
     r"""PSNR of the test images over training, from the records: whether a result is one of trainings that had ended."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     records = Records(scale)
-    plot, axes = plt.subplots(2, 2, figsize=(14, 8), layout="constrained")
+    plot, axes = _subplots(2, 2, figsize=(14, 8))
     for line, task in zip(axes, TASKS, strict=True):
         for axis, supervised in zip(line, (True, False), strict=True):
             for method in COLUMNS[:-1]:
@@ -368,15 +371,13 @@ def curves(path: Path, scale: str) -> None:
                     for k, course in enumerate(known):
                         epochs = [(i + 1) / len(course) for i in range(len(course))]
                         style = "-" if method.startswith("deq") else "--"
-                        color = f"C{COLUMNS.index(method)}" if loss in ("sup", "ei") else EXTRA[loss]
+                        color = f"C{COLUMNS.index(method)}" if loss in ("sup", "ei") else COLOURS[loss]
                         axis.plot(epochs, course, style, color=color, label=title if k == 0 else None)
             axis.set(title=f"{task.upper()}, {'supervised' if supervised else 'without ground truth'}")
             axis.set(xlabel="part of the training", ylabel="PSNR of the test images (dB)")
             if axis.lines:
                 axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plot.savefig(path, dpi=100)
-    print(f"{path}", file=sys.stderr)
+    _save(plot, path, dpi=100)
 
 
 def _shipped_slice(task: str, like: torch.Tensor) -> torch.Tensor:
