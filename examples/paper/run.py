@@ -164,7 +164,9 @@ def train(
     test_set = TensorDataset(x=task.x[task.test], y=task.y[task.test], use_dict_output=True)
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(train_set, batch_size=s["batch"], shuffle=True, generator=order)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=s["lr"])
+    # Adam's epsilon belongs to gradients whose norm is about one
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=s["lr"], eps=1e-8 * s["grad_clip"])
     trainer = ResumableTrainer(
         model=model,
         physics=task.physics,
