@@ -46,7 +46,11 @@ def matrix(scale: str) -> list[tuple[str, str, str, int]]:
     for method in ex.METHODS:
         for task in ex.TASKS:
             losses = ("none",) if method == "denoiser" else ("sup", "ei")
-            losses += ("ei-fixed", {"ct": "split", "mri": "ei-sure"}[task]) if method == "deq-id" else ()
+            losses += (
+                {"ct": ("ei-fixed", "ei-turned", "split"), "mri": ("ei-fixed", "ei-sure")}[task]
+                if method == "deq-id"
+                else ()
+            )
             seeds = SEEDS.get(method.split("-")[0], 1)
             cells += [(task, method, loss, seed) for loss in losses for seed in range(seeds)]
     return cells
