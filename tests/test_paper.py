@@ -3,6 +3,7 @@ r"""The runner of the paper's experiments, on images small enough for a test."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -70,6 +71,7 @@ def cell(task="ct", method="unet", loss="sup", *more):
         ("ct", "deq-id", "sup"),
         ("mri", "deq-id", "ei-sure"),
         ("ct", "deq-id", "ei-fixed"),
+        ("ct", "deq-id", "ei-turned"),
         ("ct", "deq-id", "split"),
         ("mri", "deq-id", "ei-fixed"),
         ("ct", "denoiser", "none"),
@@ -273,6 +275,29 @@ def test_errors_of_views_are_errors_of_images():
     assert plain[1] / plain[0] > 5  # without the filter, coarse errors count several times as much
 
 
-def test_hidden_views_are_for_ct(lab, monkeypatch):
+def test_turned_operators_measure_turned_images():
+    blobs = [(0.3, 0.1, 0.05), (-0.2, -0.4, 0.02)]
+    rows, columns = torch.linspace(-1, 1, 32).view(-1, 1), torch.linspace(-1, 1, 32)
+    x = sum(torch.exp(-((rows - a) ** 2 + (columns - b) ** 2) / c) for a, b, c in blobs)[None, None]
+    (physics, _), (other, _), (turned, _) = (ex.tomography(32, 10, turn=turn) for turn in (0.0, 18.0, 7.0))
+    y = physics.A(x)
+    assert torch.allclose(other.A(x)[..., :-1], y[..., 1:], atol=1e-6)  # by one view: the next views
+    image = ex.CubicRotation(n_trans=1)._rotated(x, math.radians(-7))
+    assert (turned.A(x) - physics.A(image)).norm() < 0.03 * y.norm() and (turned.A(x) - y).norm() > 0.1 * y.norm()
+
+
+def test_the_target_of_the_turned_operator_is_fixed():
+    x = torch.rand(3, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    physics = dinv.physics.Physics()
+    loss = ex.TurnedOperatorLoss([physics], 2.0, torch.Generator().manual_seed(0))
+    value = loss(x_net=x, y=x, physics=physics, model=lambda y, operator: scale * y)
+    assert torch.allclose(value, 2.0 * 0.25 * x.square().mean(dim=(1, 2, 3)))
+    value.sum().backward()
+    assert x.grad is None and torch.allclose(scale.grad, 2.0 * x.detach().square().mean(dim=(1, 2, 3)).sum())
+
+
+@pytest.mark.parametrize("loss", ["split", "ei-turned"])
+def test_views_are_of_ct(lab, monkeypatch, loss):
     with pytest.raises(SystemExit, match="it is for ct"):
-        command(monkeypatch, lab, *cell("mri", "deq-id", "split"))
+        command(monkeypatch, lab, *cell("mri", "deq-id", loss))
