@@ -97,7 +97,7 @@ class DEQReconstructor(Reconstructor):
 
         :param str, os.PathLike name: ``"ct-ei"`` (sparse-view CT, 64×64 pixels, 30 views) or ``"mri-ei"`` (8x accelerated MRI,
             96×96 pixels, noise 0.05 in k-space), which ship with the package: the best of those trained without ground truth in
-            ``examples/paper`` (on hidden views for CT, on equivariance with fixed targets and SURE for MRI); or a file written by
+            ``examples/paper`` (equivariant imaging with fixed targets, and with turned operators for CT, with SURE for MRI); or a file written by
             :meth:`save_pretrained`.
         :param str, torch.device device: where to put it.
         :param settings: ``solver=``, ``hook=`` or ``warm_starts=`` in the place of the saved ones.
