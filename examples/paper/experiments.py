@@ -32,8 +32,7 @@ from deepinv_deq.physics import SparseLinearPhysics
 HERE = Path(__file__).parent
 TASKS = ("ct", "mri")
 METHODS = ("deq-id", "deq-jfb", "unet", "unrolled-1", "unrolled-3", "unrolled-5", "unrolled-7", "denoiser")
-LOSSES = ("sup", "ei", "ei-sure", "ei-fixed", "ei-turned", "ei-adapted", "split", "none")
-BASE = {"ei-adapted": "ei-turned"}  # a training that another one goes on from
+LOSSES = ("sup", "ei", "ei-sure", "ei-fixed", "ei-turned", "split", "none")
 NOISE = 0.05  # standard deviation in k-space, section 4.1.2
 
 # paper's size, but for MRI, whose images here have 256 pixels and not 320; and one that two CPU cores can train
@@ -169,7 +168,7 @@ def metrics(task: Task) -> dict[str, Any]:
 
 def settings_of(task: str, method: str, loss: str, scale: str, found: dict[str, Any]) -> dict[str, Any]:
     r"""Hyperparameters of a cell: the defaults, what the search found for it, and the sizes of the scale."""
-    s, base = dict(SCALES[scale][task]), BASE.get(loss, loss)
+    s = dict(SCALES[scale][task])
     s |= {"lr": 3e-4, "alpha": 100.0 if task == "ct" else 1.0, "n_trans": 1}
     s |= {"stepsize": 1 / 51, "data_weight": 50.0} if task == "ct" else {"stepsize": 1.0, "data_weight": 1.0}
     # A residual is a step of the stepsize, which is small for CT: at 1e-4, training would learn where the solver stops and not
@@ -179,16 +178,14 @@ def settings_of(task: str, method: str, loss: str, scale: str, found: dict[str, 
     s |= {"forward_tol": 1e-5, "backward_tol": 3e-4} if task == "ct" else {"forward_tol": 3e-3, "backward_tol": 1e-1}
     # Gradients are clipped to this norm. The search also asks for 1e-6: then all have the same one, and the few that are a hundred
     # times the others decide nothing. It is needed where one hidden view measures an image, noisily.
-    s |= {"max_iter": 50, "grad_clip": 3e-3 if base == "split" else 1.0}
-    s |= {"alpha": 1.0} if base in ("ei-fixed", "ei-turned") else {}  # both their terms are errors of images
+    s |= {"max_iter": 50, "grad_clip": 3e-3 if loss == "split" else 1.0}
+    s |= {"alpha": 1.0} if loss in ("ei-fixed", "ei-turned") else {}  # both their terms are errors of images
     if method.startswith("unrolled"):
         s |= {"stepsize": 1.0, "data_weight": 1.0}  # a few steps must get somewhere; deepinv trains the stepsize
     s["epochs"] = s["epochs"].get(method.split("-")[0], 0)
     if method == "denoiser":
         s |= {"iterations": 30}
-    known = found.get(scale, {}).get(task, {}).get(family(method), {})
-    s |= known.get(base, {})
-    return s if base == loss else s | {"adapt_epochs": 10, "adapt_lr": 1e-3} | known.get(loss, {})
+    return s | found.get(scale, {}).get(task, {}).get(family(method), {}).get(loss, {})
 
 
 def family(method: str) -> str:
@@ -379,7 +376,6 @@ def make_losses(task: Task, loss: str, s: dict[str, Any], seed: int) -> list[Any
       because that is hard, rotated by bicubic interpolation; with SURE where there is noise, else with the error of views told as
       one of images;
     - ``"ei-turned"``: with the operator turned in the place of the image, see :class:`TurnedOperatorLoss`;
-    - ``"ei-adapted"``: the same, and the training goes on with the measurements that the model is tested on, see :mod:`run`;
     - ``"split"``: a view that the model was not given is predicted from the others.
     """
     if loss == "sup":
@@ -425,7 +421,7 @@ def check(task: str, method: str, loss: str, scale: str) -> None:
         )
     if loss == "split" and task != "ct":
         sys.exit("error: --loss split leaves out views of a sinogram: it is for ct.")
-    if BASE.get(loss, loss) == "ei-turned" and task != "ct":
-        sys.exit(f"error: --loss {loss} turns the views of a sinogram: it is for ct.")
+    if loss == "ei-turned" and task != "ct":
+        sys.exit("error: --loss ei-turned turns the views of a sinogram: it is for ct.")
     if loss == "ei-sure" and task != "mri":
         sys.exit("error: --loss ei-sure is for measurements with noise, and those of ct have none: use --loss ei.")

@@ -23,7 +23,6 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def matrix(scale: str) -> list[tuple[str, str, str, int]]:
         for task in ex.TASKS:
             losses = ("none",) if method == "denoiser" else ("sup", "ei")
             losses += (
-                {"ct": ("ei-fixed", "ei-turned", "ei-adapted", "split"), "mri": ("ei-fixed", "ei-sure")}[task]
+                {"ct": ("ei-fixed", "ei-turned", "split"), "mri": ("ei-fixed", "ei-sure")}[task]
                 if method == "deq-id"
                 else ()
             )
@@ -156,14 +155,7 @@ def run_cell(
     model.train()
     start, history, steps = time.time(), {}, 0
     if loss != "none":
-        base = ex.BASE.get(loss, loss)
-        first = {key: value for key, value in config.items() if not key.startswith("adapt_")} | {"loss": base}
-        folder = out / base if out and base != loss else out
-        history, steps = train(task, model, base, s, seed, first, folder, progress)
-    if "adapt_epochs" in s:  # without ground truth, a model can go on learning from what it is to reconstruct
-        tested, s2 = replace(task, train=task.test), s | {"epochs": s["adapt_epochs"], "lr": s["adapt_lr"]}
-        more, further = train(tested, model, base, s2, seed, config, out and out / loss, progress)
-        history, steps = joined(history, more), steps + further
+        history, steps = train(task, model, loss, s, seed, config, out, progress)
     record = {"config": config, "steps": steps, "seconds": round(time.time() - start, 1), **evaluate(task, model)}
     record |= {
         "resumed": resumed,
@@ -253,11 +245,6 @@ def summary(values: torch.Tensor) -> dict[str, Any]:
         "std": values.std(correction=0).item(),
         "all": [round(v, 4) for v in values.tolist()],
     }
-
-
-def joined(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
-    r"""The curves of two trainings, one after the other."""
-    return {kind: {name: values + then[kind][name] for name, values in first[kind].items()} for kind in first}
 
 
 def plain(tree: Any) -> Any:

@@ -36,8 +36,6 @@ def grid(task: str, method: str, loss: str, s: dict[str, Any]) -> list[tuple[str
     if method == "denoiser":
         weights = [1.0, 5.0, 20.0, 50.0, 100.0] if task == "ct" else [0.3, 0.6, 1.0]
         return [("data_weight", weights), ("iterations", [3, 10, 30, 100, 300])]
-    if "adapt_lr" in s:
-        return [("adapt_lr", [3e-4, 1e-3])]  # all else is that of the training before
     steps: list[tuple[str, list[Any]]] = [("lr", [3e-4, 1e-3, 3e-3])]
     if method.startswith("unrolled"):
         steps += [("stepsize", [0.3, 1.0])]
@@ -64,10 +62,7 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
     representative = REPRESENTATIVE.get(ex.family(method), method)
     path = TRIALS / scale / f"{task}_{ex.family(method)}_{loss}.json"
     trials: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    # a training that goes on from another one starts from the settings that were found for that
-    found = run.found_settings() if loss in ex.BASE else {}
-    found.get(scale, {}).get(task, {}).get(ex.family(method), {}).pop(loss, None)
-    default = ex.settings_of(task, representative, loss, scale, found)
+    default = ex.settings_of(task, representative, loss, scale, {})
     chosen: dict[str, Any] = {}
 
     def once(trial: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -42,17 +42,15 @@ ROWS = {
     "ei-sure": "EI + SURE",
     "ei-fixed": "EI, fixed targets",
     "ei-turned": "EI, turned operator",
-    "ei-adapted": "EI, turned operator, adapted",
     "split": "hidden views",
 }
 COLOURS = {
     "ei-sure": "k",
     "ei-fixed": "tab:olive",
     "ei-turned": "m",
-    "ei-adapted": "tab:pink",
     "split": "tab:cyan",
 }  # of curves; others go by method
-ONLY = {"ei-sure": "mri", "ei-turned": "ct", "ei-adapted": "ct", "split": "ct"}  # rows of one task
+ONLY = {"ei-sure": "mri", "ei-turned": "ct", "split": "ct"}  # rows of one task
 TASKS = ("mri", "ct")  # as the paper orders them
 EQUIVARIANT = ("ei", "ei-fixed", "ei-turned", "sup")  # trainings of Tables 2 and 3
 # Table 1 of the paper: test PSNR in dB
