@@ -33,6 +33,8 @@ HERE = Path(__file__).parent
 TASKS = ("ct", "mri")
 METHODS = ("deq-id", "deq-jfb", "unet", "unrolled-1", "unrolled-3", "unrolled-5", "unrolled-7", "denoiser")
 LOSSES = ("sup", "ei", "ei-sure", "ei-fixed", "ei-turned", "split", "none")
+FIXED = ("ei-fixed", "ei-turned")  # equivariant imaging whose target is fixed
+BEST = {"ct": "ei-turned", "mri": "ei-fixed"}  # of those that need no ground truth, on validation images
 NOISE = 0.05  # standard deviation in k-space, section 4.1.2
 
 # paper's size, but for MRI, whose images here have 256 pixels and not 320; and one that two CPU cores can train
@@ -179,7 +181,7 @@ def settings_of(task: str, method: str, loss: str, scale: str, found: dict[str, 
     # Gradients are clipped to this norm. The search also asks for 1e-6: then all have the same one, and the few that are a hundred
     # times the others decide nothing. It is needed where one hidden view measures an image, noisily.
     s |= {"max_iter": 50, "grad_clip": 3e-3 if loss == "split" else 1.0}
-    s |= {"alpha": 1.0} if loss in ("ei-fixed", "ei-turned") else {}  # both their terms are errors of images
+    s |= {"alpha": 1.0} if loss in FIXED else {}  # both their terms are errors of images
     if method.startswith("unrolled"):
         s |= {"stepsize": 1.0, "data_weight": 1.0}  # a few steps must get somewhere; deepinv trains the stepsize
     s["epochs"] = s["epochs"].get(method.split("-")[0], 0)
@@ -389,9 +391,9 @@ def make_losses(task: Task, loss: str, s: dict[str, Any], seed: int) -> list[Any
         ]
     # the paper's weight belongs to an operator that is not normalised, whose squared error is |A|^2 times ours
     consistency, weight = dinv.loss.MCLoss(), s["alpha"] / task.sqnorm
-    fixed = loss in ("ei-fixed", "ei-turned")
-    rng = torch.Generator(task.x.device).manual_seed(seed)
+    fixed = loss in FIXED
     if loss == "ei-sure" or (fixed and task.name == "mri"):
+        rng = torch.Generator(task.x.device).manual_seed(seed)
         consistency = dinv.loss.SureGaussianLoss(sigma=NOISE, tau=s.get("tau", 0.05), rng=rng)
     elif fixed:
         consistency, weight = dinv.loss.MCLoss(ImageError(task.physics, task.x[:1])), s["alpha"]

@@ -41,7 +41,7 @@ def grid(task: str, method: str, loss: str, s: dict[str, Any]) -> list[tuple[str
         steps += [("stepsize", [0.3, 1.0])]
     if loss.startswith("ei"):
         # reconstructions that may follow the loss collapse if its weight is large, fixed targets do not
-        factors = (1.0, 10.0) if loss in ("ei-fixed", "ei-turned") else (0.3, 1.0, 3.0)
+        factors = (1.0, 10.0) if loss in ex.FIXED else (0.3, 1.0, 3.0)
         steps += [("alpha", [s["alpha"] * f for f in factors])]
     return [*steps, ("grad_clip", [1.0, 1e-6 if s["grad_clip"] == 1.0 else s["grad_clip"]])]
 

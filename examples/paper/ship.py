@@ -21,7 +21,6 @@ import torch
 from deepinv_deq import Solver
 
 MODELS = ex.HERE.parents[1] / "deepinv_deq" / "weights" / "models"
-LOSS = {"ct": "ei-turned", "mri": "ei-fixed"}  # the best on validation images of those that need no ground truth
 
 
 def ship(task_name: str, scale: str, seed: int, data: Path, out: Path) -> Path:
@@ -29,7 +28,7 @@ def ship(task_name: str, scale: str, seed: int, data: Path, out: Path) -> Path:
 
     :raises SystemExit: if its cell was not run.
     """
-    record_path = run.path_of(scale, task_name, "deq-id", LOSS[task_name], seed)
+    record_path = run.path_of(scale, task_name, "deq-id", ex.BEST[task_name], seed)
     record = run.read_record(record_path)
     weights = run.folder_of(record_path) / "model.pt"
     if record is None or not weights.exists():

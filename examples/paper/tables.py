@@ -342,7 +342,7 @@ def figure(path: Path, scale: str, data: Path, slices: bool = False) -> None:
         columns = {
             "DEQ, Sup.": ("deq-id", "sup"),
             "DEQ, EI": ("deq-id", "ei"),
-            "DEQ, EI improved": ("deq-id", {"ct": "ei-turned", "mri": "ei-fixed"}[name]),
+            "DEQ, EI improved": ("deq-id", ex.BEST[name]),
             "U-Net, Sup.": ("unet", "sup"),
             "U-Net, EI": ("unet", "ei"),
         }
