@@ -1,0 +1,141 @@
+r"""Maps as solvers and the hook see them: one class with defaults, and a wrapper for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from deepinv_deq._states import Rows, State, as_tuple
+
+Tensors = tuple[Tensor, ...]
+
+
+class Map:
+    r"""A map :math:`F` of states, with everything that a solver or a hook may use of it.
+
+    A subclass implements ``__call__`` and overrides the other members that it can offer. The defaults are always correct: they
+    cost evaluations, not accuracy.
+    """
+
+    #: Every tensor that requires a gradient and on which the map depends besides its argument. ``None``: not known.
+    inputs: Tensors | None = None
+
+    def __call__(self, x: Any) -> Any:
+        r"""Evaluate :math:`F(x)`.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
+        :return: a state of the same shapes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement __call__(x).")
+
+    def step(self, x: Any) -> Any:
+        r"""The residual :math:`F(x) - x`. Override it where the difference cancels digits, as for small stepsizes.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
+        :return: a state of the same shapes.
+        """
+        image = self(x)
+        if isinstance(x, Tensor):
+            return image - x
+        return tuple(a - b for a, b in zip(as_tuple(image), as_tuple(x), strict=True))
+
+    def natural(self, x: Any) -> Callable[[Any], Any] | None:
+        r"""Linear map that turns a residual into a change of the state, whatever the stepsize. Default: the preconditioner.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state, for its shapes.
+        :return: the map; ``None`` where residuals are such changes already.
+        """
+        return self.preconditioner(x)
+
+    def preconditioner(self, x: Any) -> Callable[[Any], Any] | None:
+        r"""An approximate inverse of :math:`I - \partial F / \partial x`, linear and self-adjoint.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state, for its shapes.
+        :return: the map, or ``None``.
+        """
+        return None
+
+    def rebind(self, inputs: Sequence[Tensor]) -> Map:
+        r"""The same map with other tensors in the place of :attr:`inputs`.
+
+        :param Sequence[torch.Tensor] inputs: one tensor for each of :attr:`inputs`.
+        :return: a map.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names inputs, so it must implement rebind(inputs).")
+
+    def select(self, rows: Rows) -> Map | None:
+        r"""The same map of some samples, in a batch of their own; its :attr:`inputs` are those of the whole.
+
+        :param torch.Tensor, slice rows: which samples.
+        :return: a map of states of these samples; ``None`` where the restriction is not certain to be exact.
+        """
+        return None
+
+    def diagnose(self) -> str:
+        r"""Why a solve of this map may have failed, for the message of a warning.
+
+        :return: a sentence, or an empty string.
+        """
+        return ""
+
+
+class _Wrapped(Map):
+    r"""Another object as a :class:`Map`: a callable, or one with some of the methods of a map."""
+
+    def __init__(self, f: Callable[[Any], Any]):
+        self._f = f
+        if hasattr(f, "inputs") and hasattr(f, "rebind"):
+            self.inputs = f.inputs
+
+    def __call__(self, x: Any) -> Any:
+        return self._f(x)
+
+    def rebind(self, inputs: Sequence[Tensor]) -> Map:
+        return as_map(self._f.rebind(inputs))  # type: ignore[attr-defined]
+
+    def preconditioner(self, x: Any) -> Callable[[Any], Any] | None:
+        offered = getattr(self._f, "preconditioner", None)
+        return None if offered is None else offered(x)
+
+    def select(self, rows: Rows) -> Map | None:
+        offered = getattr(self._f, "select", None)
+        part = None if offered is None else offered(rows)
+        return None if part is None else as_map(part)
+
+    def diagnose(self) -> str:
+        offered = getattr(self._f, "diagnose", None)
+        return "" if offered is None else offered()
+
+
+def as_map(f: Callable[[Any], Any]) -> Map:
+    r"""The one place where a user's callable becomes a :class:`Map`.
+
+    :param Callable f: a map, an object with some of its methods, or any function of a state.
+    :return: ``f`` itself if it is a :class:`Map`.
+    """
+    return f if isinstance(f, Map) else _Wrapped(f)
+
+
+class AffineMap(Map):
+    r"""The map :math:`b \mapsto \ell(b) + c`, which lets a Krylov method use its two parts.
+
+    :param Callable linear: the linear part :math:`\ell`.
+    :param torch.Tensor, tuple[torch.Tensor, ...] offset: the constant :math:`c`, of the shape of the state.
+    :param Callable, None precondition: linear map of states near to :math:`(I - \ell)^{-1}`.
+    """
+
+    def __init__(
+        self, linear: Callable[[Any], Any], offset: Any, precondition: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.linear, self.offset, self._precondition = linear, offset, precondition
+
+    def __call__(self, b: Any) -> Any:
+        out = self.linear(b)
+        if isinstance(out, tuple):
+            return tuple(o + c for o, c in zip(out, self.offset, strict=True))
+        return out + self.offset
+
+    def preconditioner(self, x: Any) -> Callable[[Any], Any] | None:
+        return self._precondition
