@@ -165,6 +165,15 @@ class BoundIteration:
     def _of_samples(self) -> bool:
         return bool(self._iteration._separable.get(self._make()))
 
+    def contractive_part(self, x: State, exact: bool = False) -> tuple[State, Callable[[State], State] | None]:
+        r"""See :meth:`FixedPointIteration.contractive_part`.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
+        :param bool exact: whether the linear map that defines the norm is to be exact.
+        :return: image of the part, and that map.
+        """
+        return self._map.contractive_part(x, exact)
+
     def diagnose(self) -> str:
         r"""Why a solve of this map may have failed: compares the stepsize with the norm of the operator.
 
@@ -200,6 +209,10 @@ class _Map:
     def __call__(self, x: State) -> State:
         with _installed(self.placed), _cached(self.weights), _recorded_solves(self.physics):
             return self.iteration(x, self.physics, *self.constants)
+
+    def contractive_part(self, x: State, exact: bool = False) -> tuple[State, Callable[[State], State] | None]:
+        with _installed(self.placed), _cached(self.weights), _recorded_solves(self.physics):
+            return self.iteration.contractive_part(x, self.physics, *self.constants, exact=exact)
 
     def preconditioner(self, x: State) -> Callable[[State], State] | None:
         with _installed(self.placed):

@@ -40,6 +40,9 @@ class FixedPointIteration(nn.Module):
     :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
         :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
         normalised and the data are precise.
+    :param bool context: whether the denoiser also gets the linear reconstruction (:meth:`init`), as ``context=``. An
+        :class:`EquilibriumUNet` with ``context_channels`` always gets it. The Jacobian over :math:`x` must be a contraction, that
+        over the context need not: such a network reconstructs more at the same contraction.
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
@@ -74,6 +77,7 @@ class FixedPointIteration(nn.Module):
         sigma: float | Tensor | None = None,
         learn_stepsize: bool = False,
         data_weight: float = 1.0,
+        context: bool = False,
     ):
         super().__init__()
         if not isinstance(denoiser, nn.Module):
@@ -94,6 +98,7 @@ class FixedPointIteration(nn.Module):
         else:
             self.sigma = sigma
         self._takes_sigma = _takes_sigma(denoiser, sigma)
+        self.context = context or getattr(denoiser, "context_channels", 0) > 0
         self._fits: set[tuple[Any, ...]] = set()
         self._separable: dict[tuple[Any, ...], bool | None] = {}
         self._warned_stochastic = False
@@ -125,7 +130,7 @@ class FixedPointIteration(nn.Module):
         :return: image of shape ``(B, C, H, W)``, without gradient.
         """
         with torch.no_grad():
-            return physics.fbp(y) if hasattr(physics, "fbp") else physics.A_adjoint(y)
+            return linear_reconstruction(y, physics)
 
     def output(self, state: State) -> Tensor:
         r"""The reconstruction in a state: the state itself, or the first of several variables.
@@ -168,6 +173,8 @@ class FixedPointIteration(nn.Module):
         self._refuse_partial_gradients()
         try:
             constants = self.constants(y, physics)
+            if self.context:  # differentiable in y, unlike init
+                constants = (*constants, linear_reconstruction(y, physics))
             if isinstance(physics, LinearPhysics):
                 self._check_fit(y, physics)
         except torch.cuda.OutOfMemoryError:  # a RuntimeError, but the measurements are not to blame
@@ -179,13 +186,41 @@ class FixedPointIteration(nn.Module):
             ) from error
         return BoundIteration(self, physics, constants, y)
 
-    def denoise(self, x: Tensor) -> Tensor:
-        r"""Apply :math:`D_\theta`, with the noise level if it wants one.
+    def denoise(self, x: Tensor, *context: Tensor) -> Tensor:
+        r"""Apply :math:`D_\theta`, with the noise level and the context if it takes them.
 
         :param torch.Tensor x: image of shape ``(B, C, H, W)``.
+        :param torch.Tensor context: the linear reconstruction, where ``context`` is set.
         :return: image of the same shape.
         """
-        return self.denoiser(x, sigma=self.sigma) if self._takes_sigma else self.denoiser(x)
+        options: dict[str, Any] = {"sigma": self.sigma} if self._takes_sigma else {}
+        if context:
+            options["context"] = context[0]
+        return self.denoiser(x, **options)
+
+    def split(self, constants: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        r"""What :meth:`forward` gets besides ``x`` and ``physics``: the constants, and the context of the denoiser.
+
+        :param tuple[torch.Tensor, ...] constants: as :meth:`forward` got them.
+        :return: what :meth:`constants` returned, and one or no image.
+        """
+        return (constants[:-1], constants[-1:]) if self.context else (constants, ())
+
+    def contractive_part(
+        self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
+    ) -> tuple[State, Callable[[Any], Any] | None]:
+        r"""The part of the iteration that has to contract, at ``x``, and the norm in which it has to.
+
+        The fixed point is unique if :math:`\|P^{1/2} J P^{1/2}\| < 1` everywhere, where :math:`J` is the Jacobian of this part.
+        Default: the whole iteration, in the Euclidean norm.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: forward operator.
+        :param torch.Tensor constants: as in :meth:`forward`.
+        :param bool exact: whether :math:`P` is to be exact, which may take a linear solve, or a cheap approximation.
+        :return: image of the part, and :math:`P` as a linear map of states, ``None`` for the identity.
+        """
+        return self(x, physics, *constants), None
 
     def data_gradient(self, x: Tensor, physics: Physics, aty: Tensor) -> Tensor:
         r""":math:`\nabla \ell_{MC}(x) = \lambda A^\top (A x - y)` (eq. 6), with :math:`A^\top y` given.
@@ -283,7 +318,8 @@ class DEProx(FixedPointIteration):
         :param torch.Tensor constants: :math:`A^\top y`.
         :return: image of the same shape as ``x``.
         """
-        return self.denoise(x - self.stepsize * self.data_gradient(x, physics, *constants))
+        (aty,), context = self.split(constants)
+        return self.denoise(x - self.stepsize * self.data_gradient(x, physics, aty), *context)
 
 
 class DEGrad(FixedPointIteration):
@@ -314,7 +350,29 @@ class DEGrad(FixedPointIteration):
         :param torch.Tensor constants: :math:`A^\top y`.
         :return: image of the same shape as ``x``.
         """
-        return x - self.stepsize * (self.data_gradient(x, physics, *constants) + x - self.denoise(x))
+        (aty,), context = self.split(constants)
+        return x - self.stepsize * (self.data_gradient(x, physics, aty) + x - self.denoise(x, *context))
+
+    def contractive_part(
+        self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
+    ) -> tuple[State, Callable[[Any], Any] | None]:
+        r"""The denoiser, whose Jacobian has to stay below :math:`\lambda A^\top A + I`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: forward operator.
+        :param torch.Tensor constants: as in :meth:`forward`.
+        :param bool exact: whether :math:`P` is exact, by ``physics.prox_l2``, or a filter.
+        :return: the denoised image, and :math:`P \approx (\lambda A^\top A + I)^{-1}` where the physics is nearly a filter.
+        """
+        metric: Callable[[Any], Any] | None = None
+        if exact:
+            with torch.no_grad():
+                y = torch.zeros_like(physics.A(x))
+            metric = torch.no_grad()(lambda r: cast(Any, physics).prox_l2(r, y, gamma=self.data_weight))
+        elif (inverse := self.preconditioner(x, physics)) is not None:
+            eta = self.stepsize.detach()
+            metric = lambda r: eta * inverse(r)  # noqa: E731
+        return self.denoise(cast(Tensor, x), *self.split(constants)[1]), metric
 
     def preconditioner(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
         r"""A filter near to :math:`\frac{1}{\eta} (\lambda A^\top A + I)^{-1}`, where the physics is nearly a filter.
@@ -329,7 +387,8 @@ class DEGrad(FixedPointIteration):
         eigenvalues = spectrum(physics, x) if isinstance(x, Tensor) else None
         if eigenvalues is None:
             return None
-        return inverse_filter((self.stepsize * (self.data_weight * eigenvalues + 1)).detach())
+        response = self.stepsize * (self.data_weight * eigenvalues + 1)
+        return inverse_filter(torch.where(response.isnan(), self.stepsize, response).detach())
 
     def safe_stepsize(self, sqnorm: float) -> float:
         r"""A stepsize for which the linear part of the iteration does not diverge.
@@ -380,7 +439,8 @@ class DEHQS(_MeasurementIteration):
         :param torch.Tensor constants: the measurements.
         :return: image of the same shape as ``x``.
         """
-        return self.denoise(self.data_prox(x, physics, *constants))
+        y, context = self.split(constants)
+        return self.denoise(self.data_prox(x, physics, *y), *context)
 
 
 class DEADMM(_MeasurementIteration):
@@ -424,9 +484,20 @@ class DEADMM(_MeasurementIteration):
         :return: a pair of the same shapes.
         """
         x, u = state
-        z = self.data_prox(x - u, physics, *constants)
-        x = self.denoise(z + u)
+        y, context = self.split(constants)
+        z = self.data_prox(x - u, physics, *y)
+        x = self.denoise(z + u, *context)
         return x, u + z - x
+
+
+def linear_reconstruction(y: Any, physics: Any) -> Tensor:
+    r"""The fast linear reconstruction: filtered back-projection where there is one, else :math:`A^\top y`.
+
+    :param torch.Tensor y: measurement.
+    :param deepinv.physics.Physics physics: forward operator.
+    :return: image of shape ``(B, C, H, W)``, differentiable in ``y``.
+    """
+    return physics.fbp(y) if hasattr(physics, "fbp") else physics.A_adjoint(y)
 
 
 def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
