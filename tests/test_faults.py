@@ -546,7 +546,7 @@ def still_runs(child):
 
 def killed_runs(folder: str, kills: int, seed: int) -> None:
     r"""Train in forked processes that are killed at random times and resumed; print how it went. For a process of its own."""
-    from tests.test_training import trainer, weights
+    from tests.training.test_resuming import trainer, weights
 
     unique_folders()
     torch.set_num_threads(1)

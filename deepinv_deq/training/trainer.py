@@ -2,21 +2,20 @@ r"""A deepinv trainer whose runs can be killed at any time and resumed as if not
 
 from __future__ import annotations
 
-import os
-import random
+import io
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from deepinv import Trainer
 
 from deepinv_deq._divergence import StepGuard
-from deepinv_deq._weights import load_intact
+from deepinv_deq.files import contents_of, digest, load_intact, plain, save_intact, temporary
+from deepinv_deq.training import generators
+from deepinv_deq.training.checkpoints import all_or_nothing, check_generators, latest_checkpoint, read_checkpoint
 
 _ON_DIVERGENCE = ("ignore", "skip", "raise")
 
@@ -75,6 +74,8 @@ class ResumableTrainer(Trainer):
         if train and self.resume and self.save_path and given is None:
             self.ckpt_pretrained = self._resumed_from = latest_checkpoint(self.save_path)
         super().setup_train(train=train, **kwargs)
+        if train and self.save_path:
+            self._prepare_saving()
         if train and self.on_divergence != "ignore":
             self.scaler = self._guard = StepGuard(
                 self.model,
@@ -84,7 +85,8 @@ class ResumableTrainer(Trainer):
                 enabled=self.mixed_precision == torch.float16,
             )
         if self._scaling:
-            self.scaler.load_state_dict(self._scaling)
+            with contents_of(self._resumed_from or "", "the state of a gradient scaler"):
+                self.scaler.load_state_dict(self._scaling)
 
     def compute_loss(self, physics: Any, x: Any, y: Any, train: bool = True, **kwargs: Any) -> Any:
         r"""Compute the loss and its gradient as deepinv does, and watch the solves where a divergence matters.
@@ -109,17 +111,37 @@ class ResumableTrainer(Trainer):
         return norm if self.check_grad else None
 
     def save_model(self, filename: str | Path, epoch: int, state: dict[str, Any] | None = None) -> None:
-        r"""Save a checkpoint, atomically, with the random generators.
+        r"""Save a checkpoint with the random generators and a digest of all contents: the whole file, or none.
 
         :param str filename: checkpoint filename.
         :param int epoch: current epoch.
-        :param dict state: custom objects to save with the model.
+        :param dict state: custom tensors and plain values to save with the model.
+        :raises OSError: if the file cannot be written, such as on a full disk. Earlier checkpoints, and the model and
+            optimiser in memory, are as they were, so that the run can be resumed, or the model saved again.
+        :raises TypeError: if there is more in the checkpoint than tensors and plain values.
         """
         if not self.save_path:
             return
-        extra = {"rng": self._rng_state(), "config": dict(self.config), "scaler": self.scaler.state_dict()}
-        super().save_model(f"{filename}.part", epoch, (state or {}) | extra)
-        os.replace(Path(self.save_path) / f"{filename}.part", Path(self.save_path) / filename)
+        for history in self._histories().values():
+            history.update(plain(history))  # metrics that return NumPy scalars
+        custom = plain(state or {}, "state")
+        digest(custom, "state")
+        found, _ = self._generators()
+        rng = generators.global_states() | {
+            "generators": {
+                name: {"kind": generators.kind_of(generator), "state": generators.state_of(generator)}
+                for name, generator in found.items()
+            }
+        }
+        extra = {"rng": rng, "config": plain(self.config, "config"), "scaler": self.scaler.state_dict()}
+        path = Path(self.save_path) / filename
+        with temporary(path.absolute()) as partial:  # deepinv writes what it wants to, and then a digest is added
+            super().save_model(partial, epoch, custom | extra)
+            try:
+                content = load_intact(partial)
+            except ValueError as error:
+                raise TypeError(f"{path} cannot be saved so that it can be resumed from: {error.__cause__}.") from error
+        save_intact(content, path)
 
     def load_model(self, ckpt_pretrained: str | Path | None = None, strict: bool = True) -> dict[str, Any] | None:
         r"""Load a checkpoint; where a run is resumed from it, its random generators and histories too.
@@ -128,101 +150,97 @@ class ResumableTrainer(Trainer):
         :param bool strict: whether the weights must match exactly.
         :return: the checkpoint, or ``None`` if there was none to load.
         :raises FileNotFoundError: if there is no such file.
-        :raises ValueError: if the checkpoint is of a run with another ``config``, is broken, or has more in it than tensors
-            and plain values; nothing is loaded then.
+        :raises ValueError: if the checkpoint is of a run with another ``config`` or other random generators, is broken, does
+            not fit the model, or has more in it than tensors and plain values; nothing is loaded then.
         """
         path = ckpt_pretrained or self.ckpt_pretrained
-        resumed = path is not None and path == self._resumed_from
-        if path is not None:
-            self._check(path, _read(path), resumed)
-        checkpoint = super().load_model(ckpt_pretrained, strict)
-        if resumed and checkpoint is not None:
-            self._set_rng_state(checkpoint["rng"])
-            self._scaling = checkpoint.get("scaler", {})  # the scaler is made after the model is loaded
-            self.loss_history |= checkpoint["loss"]
-            self.train_metrics_history |= checkpoint["train_metrics"]
-            self.eval_loss_history |= checkpoint["eval_loss"]
-            self.eval_metrics_history |= checkpoint["eval_metrics"]
+        if path is None:
+            return super().load_model(None, strict)
+        content = read_checkpoint(path)
+        resumed = path == self._resumed_from
+        found = self._check(path, content) if resumed else {}
+        file = _Verified(str(path))
+        torch.save(content, file)  # what deepinv loads is what was verified, not the file once more
+        file.seek(0)
+        epoch = self.__dict__.get("epoch_start", 0)
+        with all_or_nothing(path, (self.model, self.optimizer, self.scheduler), found.values()):
+            try:
+                checkpoint = super().load_model(file, strict)
+                if resumed:
+                    generators.set_global_states(content["rng"])
+                    for name, generator in found.items():
+                        generators.set_state(generator, content["rng"]["generators"][name]["state"])
+                    for name, history in self._histories().items():
+                        history |= content[name]
+                    self._scaling = content.get("scaler", {})  # the scaler is made after the model is loaded
+            except Exception:
+                self.epoch_start = epoch
+                raise
+        if ckpt_pretrained is None:
+            self.ckpt_pretrained = None  # as deepinv does, so that it is loaded once
         return checkpoint
 
-    def _check(self, path: str | Path, checkpoint: dict[str, Any], resumed: bool) -> None:
-        if resumed and "rng" not in checkpoint:
+    def _check(self, path: str | Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        r"""The generators of the run, by path, if it can be resumed from the checkpoint."""
+        if "rng" not in checkpoint:
             raise ValueError(
                 f"{path} was not saved by a ResumableTrainer: it has no state of the random generators to resume from. "
                 "Pass it as ckpt_pretrained, with another save_path."
             )
-        found = checkpoint.get("config", {}) if resumed else {}
-        differing = {k: (found[k], v) for k, v in self.config.items() if k in found and found[k] != v}
+        saved, ours = checkpoint.get("config", {}), plain(self.config)
+        differing = {k: (saved[k], v) for k, v in ours.items() if k in saved and not _same(saved[k], v)}
         if differing:
             listed = ", ".join(f"{k} was {old}, is {new}" for k, (old, new) in differing.items())
             raise ValueError(f"{path} is of another run ({listed}). Use the same settings or another save_path.")
+        found, _ = self._generators()
+        check_generators(path, checkpoint["rng"], found)
+        return found
 
-    def _generators(self) -> Iterator[torch.Generator]:
-        r"""Every private generator of the run, in an order that depends on its structure only."""
-        owners: list[Any] = []
-        for root in (*self.losses, *self.physics, *(self.physics_generator or ()), self.model):
-            owners += list(root.modules()) if isinstance(root, torch.nn.Module) else [root]
-        for loader in self.train_dataloader:
-            owners += [loader, getattr(loader, "sampler", None)]
-        seen: set[int] = set()
-        for owner in owners:
-            for value in getattr(owner, "__dict__", {}).values():
-                if isinstance(value, torch.Generator) and id(value) not in seen:
-                    seen.add(id(value))
-                    yield value
-
-    def _rng_state(self) -> dict[str, Any]:
-        kind, keys, *rest = np.random.get_state(legacy=True)
+    def _histories(self) -> dict[str, dict[str, Any]]:
         return {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-            "python": random.getstate(),
-            "generators": [generator.get_state() for generator in self._generators()],
+            "loss": self.loss_history,
+            "train_metrics": self.train_metrics_history,
+            "eval_loss": self.eval_loss_history,
+            "eval_metrics": self.eval_metrics_history,
         }
 
-    def _set_rng_state(self, state: dict[str, Any]) -> None:
-        torch.set_rng_state(state["torch"].cpu())
-        if state["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        for generator, saved in zip(self._generators(), state["generators"], strict=True):
-            generator.set_state(saved.cpu())
+    def _generators(self) -> tuple[dict[str, Any], list[str]]:
+        r"""Every private generator of the run by path, and what has a state that cannot be saved."""
+        found, lost = generators.find(self, streams=("train_dataloader", "eval_dataloader", "physics_generator"))
+        for which in ("train_dataloader", "eval_dataloader"):
+            for i, loader in enumerate(getattr(self, which) or ()):
+                if getattr(loader, "persistent_workers", False):
+                    lost.append(
+                        f"{which}[{i}] (persistent_workers=True: its worker processes keep generators of their own)"
+                    )
+        return found, lost
+
+    def _prepare_saving(self) -> None:
+        r"""Say before training what could not be saved after it."""
+        digest(plain(self.config, "config"), "config")
+        for name in ("optimizer", "scheduler"):
+            part = getattr(self, name)
+            if part is not None:
+                digest(part.state_dict(), f"{name}.state_dict()")
+        _, lost = self._generators()
+        if lost:
+            warnings.warn(
+                f"The state of {'; '.join(lost)} cannot be saved: a run that is resumed from a checkpoint will not repeat "
+                "an uninterrupted one bit for bit. Use torch.Generator, numpy.random.default_rng or random.Random.",
+                stacklevel=3,
+            )
 
 
-def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    r"""Newest loadable checkpoint of a training run; broken ones are named in a warning and passed over.
-
-    :param str, os.PathLike folder: the ``save_path`` of the run.
-    :return: path of the checkpoint with the largest epoch, or ``None``.
-    """
-    # not ckp_best, written before the epoch's scheduler step; newest first, so that one file is read, not all of them
-    paths = Path(folder).rglob("ckp_[0-9]*.pth.tar")
-    for path in sorted(paths, key=lambda p: (int(p.name.split(".")[0].removeprefix("ckp_")), p.stat().st_mtime))[::-1]:
-        try:
-            _read(path, "epoch")
-            return str(path)
-        except ValueError as error:
-            warnings.warn(f"Passing over the broken checkpoint {path}: {error}", stacklevel=2)
-    return None
+def _same(a: Any, b: Any) -> bool:
+    return digest(a) == digest(b) or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and a == b)
 
 
-def _read(path: str | Path, *keys: str) -> dict[str, Any]:
-    r"""A checkpoint that is whole, with these keys in it."""
-    try:
-        checkpoint = load_intact(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a broken file fails in as many ways as there are bytes in it
-        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise ValueError(
-            f"{path} is no checkpoint that can be trusted: it was cut off or changed, or has more in it than tensors and "
-            f"plain values ({cause}). Use an earlier one."
-        ) from error
-    lacking = [key for key in ("state_dict", *keys) if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if lacking:
-        raise ValueError(f"{path} is no checkpoint of a Trainer: it has no {', '.join(lacking)}.")
-    return checkpoint
+class _Verified(io.BytesIO):
+    r"""A checkpoint in memory that prints as the file that it was read from."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
