@@ -69,7 +69,7 @@ def temporary(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def load_intact(path: str | os.PathLike[str], *, signed: bool = False) -> dict[str, Any]:
+def load_intact(path: str | os.PathLike[str], *, signed: bool = False) -> Any:
     r"""Read a file of :func:`save_intact` or ``torch.save``, on the CPU, without running any code in it.
 
     Every checksum and every digest in the file is verified. A file of ``torch.save`` has checksums of its records, and no
@@ -77,9 +77,9 @@ def load_intact(path: str | os.PathLike[str], *, signed: bool = False) -> dict[s
 
     :param str, os.PathLike path: file.
     :param bool signed: whether a digest is required, for files that only this package writes.
-    :return: the dictionary, without the digest. Entries that were removed from a signed file are not missed.
+    :return: what was saved, without the digest. Entries that were removed from a signed file are not missed.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if the file was cut off or changed, holds no dictionary, or more than tensors and plain values.
+    :raises ValueError: if the file was cut off or changed, or has more in it than tensors and plain values.
     """
     path = Path(path)
     if not path.exists():
@@ -96,14 +96,12 @@ def load_intact(path: str | os.PathLike[str], *, signed: bool = False) -> dict[s
         ) from error
 
 
-def _verified(data: bytes, path: Path, signed: bool) -> dict[str, Any]:
+def _verified(data: bytes, path: Path, signed: bool) -> Any:
     zipped = data[:2] == b"PK"
     if zipped:  # PyTorch itself does not look at the checksums that it wrote
         check_archive(data)
     content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not a dictionary")
-    digests = content.pop(DIGEST, None)
+    digests = content.pop(DIGEST, None) if isinstance(content, dict) else None
     if digests is None:
         if signed:
             raise ValueError("it has no digest: it was written by an older version or by another program")
@@ -130,6 +128,8 @@ def check_archive(data: bytes) -> None:
         records = archive.infolist()
         if len({record.filename for record in records}) != len(records):
             raise BadZipFile("a record is there twice")
+        if min((record.header_offset for record in records), default=0) != 0:
+            raise BadZipFile("there is something before the first record")
         for record in records:
             if record.compress_type != ZIP_STORED or record.external_attr & _DIRECTORY or record.is_dir():
                 raise BadZipFile(f"the directory entry of {record.filename} is damaged")
@@ -166,6 +166,9 @@ def read_weights(name: str | os.PathLike[str], folder: str = "") -> dict[str, An
         known = f" or one of {', '.join(sorted(shipped))}" if shipped else ""
         raise FileNotFoundError(f"No weights {str(name)!r}: give a file{known}.")
     try:
-        return load_intact(path)
+        content = load_intact(path)
     except ValueError as error:
-        raise ValueError(f"{path} holds no weights, or was cut off ({error}).") from error
+        raise ValueError(f"{path} holds no weights, or was cut off ({error.__cause__}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no weights, but a {type(content).__name__}.")
+    return content

@@ -85,7 +85,7 @@ def read_checkpoint(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
             f"{path} is no checkpoint that can be trusted: it was cut off or changed, or has more in it than tensors and "
             f"plain values ({cause}). Use an earlier one."
         ) from error
-    lacking = [key for key in ("state_dict", *keys) if key not in checkpoint]
+    lacking = [key for key in ("state_dict", *keys) if not isinstance(checkpoint, dict) or key not in checkpoint]
     if lacking:
         raise ValueError(f"{path} is no checkpoint of a Trainer: it has no {', '.join(lacking)}.")
     wrong = [key for key, fits in _TYPES.items() if key in checkpoint and not fits(checkpoint[key])]

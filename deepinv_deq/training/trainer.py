@@ -182,9 +182,11 @@ class ResumableTrainer(Trainer):
 
     def _check(self, path: str | Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
         r"""The generators of the run, by path, if it can be resumed from the checkpoint."""
-        if "rng" not in checkpoint:
+        needed = ("rng", "epoch", "optimizer", "scheduler", "scaler", *self._histories())
+        lacking = [key for key in needed if key not in checkpoint]
+        if lacking:
             raise ValueError(
-                f"{path} was not saved by a ResumableTrainer: it has no state of the random generators to resume from. "
+                f"{path} was not saved by a ResumableTrainer: it has no {', '.join(lacking)} to resume from. "
                 "Pass it as ckpt_pretrained, with another save_path."
             )
         saved, ours = checkpoint.get("config", {}), plain(self.config)
