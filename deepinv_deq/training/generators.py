@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePath
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -179,6 +179,8 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}.func", value.func), (f"{path}.args", value.args), (f"{path}.keywords", value.keywords))
     elif isinstance(value, MethodType):
         yield from ((f"{path}.__self__", value.__self__), (f"{path}.__func__", value.__func__))
+    elif isinstance(value, BuiltinMethodType):  # such as rng.normal
+        yield f"{path}.__self__", value.__self__
     elif isinstance(value, FunctionType):
         yield from _of_function(path, value)
     elif isinstance(value, type):
