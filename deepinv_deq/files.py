@@ -58,15 +58,29 @@ def temporary(path: Path) -> Iterator[Path]:
     try:
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is not a regular file")
+        partial.touch()
         yield partial
-    except (OSError, RuntimeError) as error:  # RuntimeError: how PyTorch's writer reports a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        message = f"{path} could not be written ({reason}). Free space, or make the folder writable, and save again."
-        kind = type(error) if isinstance(error, OSError) else OSError
-        raise kind(getattr(error, "errno", None) or errno.EIO, message) from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else _why_not_written(partial)
+        if cause is None:
+            raise
+        message = f"{path} could not be written ({cause.strerror or cause}). Free space, or make the folder writable, and "
+        raise type(cause)(cause.errno or errno.EIO, message + "save again.") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _why_not_written(file: Path) -> OSError | None:
+    r"""Why nothing can be added to a file: PyTorch's own writer reports a full disk as a RuntimeError about positions."""
+    try:
+        with open(file, "ab") as stream:
+            stream.write(bytes(2**16))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return error
+    return None
 
 
 def load_intact(path: str | os.PathLike[str], *, signed: bool = False) -> Any:

@@ -3,6 +3,7 @@ r"""A resumed run equals the uninterrupted one, whatever it draws from and where
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import random
 import warnings
@@ -16,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from deepinv_deq.training import ResumableTrainer, generators, latest_checkpoint
 from tests.problems import imaging
 
+pytestmark = pytest.mark.usefixtures("run_folders")
 GLOBAL = np.random.default_rng(5)
 MAKE = {
     "default_rng": lambda: np.random.default_rng(3),
@@ -140,16 +142,6 @@ CASES = [("data set", kind) for kind in MAKE] + [(place, "default_rng") for plac
 CASES += [("batch sampler", "Random"), ("loss", "torch")]
 
 
-@pytest.fixture(autouse=True)
-def unique_folders(monkeypatch):
-    r"""deepinv names the folder of a run by the second, and these are started faster."""
-    import importlib
-
-    count = itertools.count()
-    module = importlib.import_module("deepinv.training.trainer")
-    monkeypatch.setattr(module, "get_timestamp", lambda: f"24-01-01-00:00:{next(count):02d}")
-
-
 def trainer(folder, epochs, place="data set", kind="default_rng", **kwargs):
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
     GLOBAL.bit_generator.state = np.random.default_rng(5).bit_generator.state
@@ -201,7 +193,7 @@ def test_states_are_plain_and_exact(kind):
     other = MAKE[kind]()
     generators.set_state(other, state)
     assert [draw(other) for _ in range(5)] == ahead
-    torch.save(state, buffer := __import__("io").BytesIO())
+    torch.save(state, buffer := io.BytesIO())
     buffer.seek(0)
     generators.set_state(other, torch.load(buffer, weights_only=True))
     assert [draw(other) for _ in range(5)] == ahead
