@@ -76,7 +76,9 @@ def test_different_contents_have_different_digests():
     assert len({digest(v) for v in values}) == len(values)
 
 
-@pytest.mark.parametrize("value", [object(), len, torch.nn.Linear(1, 1), np.array(["a"]), torch.zeros(2, device="meta")])
+@pytest.mark.parametrize(
+    "value", [object(), len, torch.nn.Linear(1, 1), np.array(["a"]), torch.zeros(2, device="meta")]
+)
 def test_what_could_not_be_read_back_is_refused_before_writing(tmp_path, value):
     with pytest.raises(TypeError, match=r"settings\['deep'\]\[1\] is a"):
         save_intact({"settings": {"deep": [0, value]}}, tmp_path / "a.pt")

@@ -150,7 +150,9 @@ def trainer(folder, epochs, place="data set", kind="default_rng", **kwargs):
     y = physics.A(x)
     parts = {"data": Noisy(y, torch.Generator().manual_seed(9)), "loss": dinv.loss.MCLoss()}
     parts |= PLACES[place](y, MAKE[kind]())
-    order = {"batch_sampler": parts["batch_sampler"]} if "batch_sampler" in parts else {"batch_size": 2, "shuffle": True}
+    order = (
+        {"batch_sampler": parts["batch_sampler"]} if "batch_sampler" in parts else {"batch_size": 2, "shuffle": True}
+    )
     loader = DataLoader(parts["data"], collate_fn=parts.get("collate_fn"), **order)
     return ResumableTrainer(
         model, physics, torch.optim.Adam(model.parameters(), lr=1e-2), loader, epochs=epochs, losses=parts["loss"],
@@ -172,7 +174,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, place, kind):
         resumed = trainer(tmp_path / "b", 4, place, kind, resume=True)
         resumed.train()
     assert torch.equal(weights(whole.model), weights(resumed.model)) and resumed.loss_history == whole.loss_history
-    other = trainer(tmp_path / "c", 4, place, kind, ckpt_pretrained=latest_checkpoint(tmp_path / "b").replace("_3", "_1"))
+    other = trainer(
+        tmp_path / "c", 4, place, kind, ckpt_pretrained=latest_checkpoint(tmp_path / "b").replace("_3", "_1")
+    )
     assert other.resume is False
 
 
@@ -212,7 +216,10 @@ class Stream(Noisy):
     [
         (lambda y: {"dataset": Noisy(y, random.SystemRandom())}, r"train_dataloader\[0\].dataset.rng .SystemRandom"),
         (lambda y: {"dataset": Stream(y)}, r"train_dataloader\[0\].dataset.indices .an iterator, cycle"),
-        (lambda y: {"dataset": Augmented(y, lambda *, some={np.random.default_rng(0)}: len(some))}, r"\['some'\] .a set"),
+        (
+            lambda y: {"dataset": Augmented(y, lambda *, some={np.random.default_rng(0)}: len(some))},
+            r"\['some'\] .a set",
+        ),
         (
             lambda y: {"dataset": Noisy(y, None), "num_workers": 1, "persistent_workers": True},
             r"train_dataloader\[0\] .persistent_workers=True",
@@ -231,7 +238,9 @@ def test_generators_read_by_worker_processes(tmp_path, workers):
     def run(folder, epochs, **kwargs):
         made = trainer(folder, epochs, **kwargs)
         data = made.train_dataloader.dataset
-        made.train_dataloader = DataLoader(data, 2, num_workers=workers, multiprocessing_context="fork" if workers else None)
+        made.train_dataloader = DataLoader(
+            data, 2, num_workers=workers, multiprocessing_context="fork" if workers else None
+        )
         made.train()
         return weights(made.model)
 
