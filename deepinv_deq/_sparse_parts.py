@@ -1,4 +1,4 @@
-r"""Parts of a sparse operator: its product, what it keeps of the operator it stands for, and its cache."""
+r"""Parts of a sparse operator: what it keeps of the operator it stands for, and its cache."""
 
 from __future__ import annotations
 
@@ -13,22 +13,6 @@ from torch import Tensor, nn
 
 from deepinv_deq._sparse_matrices import csr
 from deepinv_deq.files import contents_of, load_intact, save_intact
-
-
-class Product(torch.autograd.Function):
-    r"""``x Mᵀ`` for a constant sparse ``M`` with a known transpose; differentiable any number of times."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Tensor, transpose: Tensor) -> Tensor:
-        ctx.matrix, ctx.transpose = matrix, transpose
-        # no sparse products in half precision; nothing of double precision is lost
-        dtype = torch.promote_types(torch.promote_types(x.dtype, matrix.dtype), torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.mm(matrix.to(dtype), x.to(dtype).t()).t().to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return Product.apply(g, ctx.transpose, ctx.matrix), None, None
 
 
 def parts_of(x: Any) -> tuple[Any, Any]:

@@ -13,13 +13,14 @@ import torch
 from deepinv.physics import LinearPhysics, Tomography
 from torch import Tensor
 
-from deepinv_deq._sparse_matrices import by_columns, check_memory, csr, from_tomography, scalar_like, transpose
-from deepinv_deq._sparse_parts import Product, parameter_names, parts_of, read_cache, without_grids, write_cache
+from deepinv_deq._sparse_matrices import by_columns, check_memory, from_tomography, scalar_like
+from deepinv_deq._sparse_parts import parameter_names, parts_of, read_cache, without_grids, write_cache
+from deepinv_deq._sparse_products import SparseProducts
 
 _TOLERANCE = 1e-5  # relative; of a probe in single precision, whose own rounding is a few 1e-7
 
 
-class SparseLinearPhysics(LinearPhysics):
+class SparseLinearPhysics(SparseProducts):
     r"""Any linear physics with :math:`A` and :math:`A^\top` as sparse matrices (CSR).
 
     The two matrices are exact transposes of each other, so the adjoint is exact whatever the original's was. The noise
@@ -47,21 +48,8 @@ class SparseLinearPhysics(LinearPhysics):
         original: LinearPhysics | None = None,
     ):
         kept = "noise_model sensor_model max_iter tol solver implicit_backward_solver".split()
-        super().__init__(
-            img_size=tuple(img_size), **{name: getattr(original, name) for name in kept if hasattr(original, name)}
-        )
-        self.img_size, self.measurement_size = tuple(img_size), tuple(measurement_size)
-        expected = (_numel(self.measurement_size), _numel(self.img_size))
-        if tuple(matrix.shape) != expected:
-            raise ValueError(f"The matrix has shape {tuple(matrix.shape)}, but the sizes ask for {expected}.")
-        if not matrix.is_floating_point():
-            raise ValueError(f"The matrix must be real, and has values of type {matrix.dtype}.")
-        matrix = csr(matrix.crow_indices(), matrix.col_indices(), matrix.values(), expected)
-        for name, m in (("forward", matrix), ("adjoint", transpose(matrix))):
-            # plain buffers, because modules can move and copy those
-            self.register_buffer(f"_{name}_rows", m.crow_indices(), persistent=False)
-            self.register_buffer(f"_{name}_columns", m.col_indices(), persistent=False)
-            self.register_buffer(f"_{name}_values", m.values(), persistent=False)
+        settings = {name: getattr(original, name) for name in kept if hasattr(original, name)}
+        super().__init__(matrix, img_size, measurement_size, **settings)
         self._names = frozenset() if original is None else frozenset(parameter_names(original))
         if hasattr(original, "fbp"):
             # in a tuple: its tensors are not those of this operator
@@ -91,31 +79,6 @@ class SparseLinearPhysics(LinearPhysics):
             belongs to another operator.
         """
         return _from_physics(cls, physics, tuple(img_size), None if cache is None else Path(cache), max_bytes)
-
-    @property
-    def matrix(self) -> Tensor:
-        r"""The matrix :math:`A`, sparse CSR of shape ``(m, n)``."""
-        return self._csr("forward")
-
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
-        r"""Measure.
-
-        :param torch.Tensor x: images of shape ``(B, *img_size)``.
-        :param kwargs: ignored.
-        :return: measurements of shape ``(B, *measurement_size)``.
-        :raises ValueError: for images of another shape.
-        """
-        return self._by_parts(lambda part: self._multiply(part, "forward"), x, self.img_size)
-
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
-        r"""Apply the exact adjoint.
-
-        :param torch.Tensor y: measurements of shape ``(B, *measurement_size)``.
-        :param kwargs: ignored.
-        :return: images of shape ``(B, *img_size)``.
-        :raises ValueError: for measurements of another shape.
-        """
-        return self._by_parts(lambda part: self._multiply(part, "adjoint"), y, self.measurement_size)
 
     def A_dagger(self, y: Tensor, fbp: bool = False, **kwargs: Any) -> Tensor:
         r"""Solve a least-squares problem, as :class:`deepinv.physics.LinearPhysics` does.
@@ -173,6 +136,7 @@ class SparseLinearPhysics(LinearPhysics):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinearPhysics:
         super()._apply(fn, recurse)
+        self._inverse = copy.deepcopy(self._inverse)  # copies of this operator share it
         for inverse in self._inverse:  # at least in single precision: there is no Fourier transform in half precision
             inverse.to(device=self._forward_values.device, dtype=self._wide)
             for module in inverse.modules():  # deepinv's filters compute in the type that they were made with
@@ -180,40 +144,11 @@ class SparseLinearPhysics(LinearPhysics):
                     module.dtype = self._wide
         return self
 
-    @property
-    def _wide(self) -> torch.dtype:
-        return torch.promote_types(torch.float32, self._forward_values.dtype)
-
-    def _csr(self, name: str) -> Tensor:
-        size = (_numel(self.measurement_size), _numel(self.img_size))
-        rows, columns, values = (getattr(self, f"_{name}_{part}") for part in ("rows", "columns", "values"))
-        return csr(rows, columns, values, size if name == "forward" else size[::-1])
-
-    def _floating(self, x: Tensor) -> Tensor:
-        return x if x.is_floating_point() or x.is_complex() else x.to(self._forward_values.dtype)
-
-    def _by_parts(self, linear: Callable[[Tensor], Tensor], x: Tensor, size: tuple[int, ...]) -> Tensor:
-        if tuple(x.shape[1:]) != size:
-            raise ValueError(f"Expected shape (B, {', '.join(map(str, size))}), got {tuple(x.shape)}.")
-        if not x.is_complex():
-            return linear(self._floating(x))
-        real, imaginary = linear(torch.cat([x.real, x.imag])).chunk(2)
-        return torch.complex(real, imaginary)
-
-    def _multiply(self, x: Tensor, name: str) -> Tensor:
-        matrix, transposed = self._csr(name), self._csr("adjoint" if name == "forward" else "forward")
-        size = self.measurement_size if name == "forward" else self.img_size
-        return Product.apply(x.flatten(1), matrix, transposed).reshape(-1, *size)
-
     def _agrees(self, x: Tensor, y: Tensor) -> bool:
         with torch.no_grad():
             error = self.A(x) - y
         largest = bool(error.abs().max() <= _TOLERANCE * y.abs().max()) if y.numel() else True
         return largest and bool(torch.linalg.vector_norm(error) <= _TOLERANCE * torch.linalg.vector_norm(y))
-
-
-def _numel(size: Sequence[int]) -> int:
-    return torch.Size(size).numel()
 
 
 def _from_physics(
