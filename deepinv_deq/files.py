@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
@@ -54,7 +55,7 @@ def temporary(path: Path) -> Iterator[Path]:
     :return: path of the temporary file.
     :raises OSError: if writing fails in the block; the message names ``path`` and says what to do.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{get_ident()}.part")
     try:
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is not a regular file")

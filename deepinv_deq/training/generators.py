@@ -84,11 +84,7 @@ def find(root: Any, streams: Collection[str] = ()) -> tuple[dict[str, Any], list
 
 
 def kind_of(value: Any) -> str | None:
-    r"""Which kind of generator an object is.
-
-    :param value: any object.
-    :return: name of the kind, or ``None``.
-    """
+    r"""The name of the kind of generator that an object is, or ``None``."""
     return next((name for name, kind in _KINDS.items() if isinstance(value, kind)), None)
 
 
@@ -205,13 +201,10 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 @functools.cache
 def _is_users_module(root: str) -> bool:
     r"""Whether a module is user code. Functions of libraries draw from global generators, or from one an object holds."""
-    file = getattr(sys.modules.get(root), "__file__", None) or ""
-    return not (
-        root in sys.stdlib_module_names
-        or root in ("deepinv", "deepinv_deq")
-        or "site-packages" in file
-        or "dist-packages" in file
-    )
+    module = sys.modules.get(root)
+    place = f"{getattr(module, '__file__', '')} {list(getattr(module, '__path__', []))}"
+    library = root in sys.stdlib_module_names or root in ("deepinv", "deepinv_deq")
+    return not (library or "site-packages" in place or "dist-packages" in place)
 
 
 def _is_users(value: Any) -> bool:
