@@ -18,7 +18,17 @@ import torch
 from deepinv_deq._digest import digest, plain
 
 DIGEST = "_digest"  # the entry of a file that holds one digest for each other entry
-__all__ = ["check_archive", "contents_of", "digest", "load_intact", "plain", "read_weights", "save_intact", "temporary"]
+__all__ = [
+    "check_archive",
+    "contents_of",
+    "digest",
+    "digests",
+    "load_intact",
+    "plain",
+    "read_weights",
+    "save_intact",
+    "temporary",
+]
 _SHIPPED = Path(__file__).parent / "weights"
 _DIRECTORY = 0x10  # attribute of MS-DOS: PyTorch reads no data of such a record, and leaves its tensor uninitialised
 
@@ -38,7 +48,7 @@ def save_intact(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
     if not isinstance(content, Mapping) or not all(type(key) is str for key in content) or DIGEST in content:
         raise TypeError(f"content must be a dictionary with string keys other than {DIGEST!r}.")
     content = {key: plain(value, key) for key, value in content.items()}
-    content[DIGEST] = {key: digest(value, key) for key, value in content.items()}
+    content[DIGEST] = digests(content)
     with temporary(path) as partial:
         with open(partial, "wb") as file:  # not its name: PyTorch's own writer hides what went wrong
             torch.save(content, file)
@@ -65,7 +75,9 @@ def temporary(path: Path) -> Iterator[Path]:
         cause = error if isinstance(error, OSError) else _why_not_written(partial)
         if cause is None:
             raise
-        message = f"{path} could not be written ({cause.strerror or cause}). Free space, or make the folder writable, and "
+        message = (
+            f"{path} could not be written ({cause.strerror or cause}). Free space, or make the folder writable, and "
+        )
         raise type(cause)(cause.errno or errno.EIO, message + "save again.") from error
     finally:
         with suppress(OSError):
@@ -116,8 +128,13 @@ def _verified(data: bytes, path: Path, signed: bool) -> Any:
     if zipped:  # PyTorch itself does not look at the checksums that it wrote
         check_archive(data)
     content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    digests = content.pop(DIGEST, None) if isinstance(content, dict) else None
-    if digests is None:
+    found = content.pop(DIGEST, None) if isinstance(content, dict) else None
+    if found is None:
+        if isinstance(content, dict) and any(
+            isinstance(value, dict) and value and value.keys() == content.keys() - {key}
+            for key, value in content.items()
+        ):
+            raise ValueError("its digest has another name")  # a changed bit in the name
         if signed:
             raise ValueError("it has no digest: it was written by an older version or by another program")
         if not zipped:
@@ -127,10 +144,21 @@ def _verified(data: bytes, path: Path, signed: bool) -> Any:
                 stacklevel=4,
             )
     else:
-        changed = [key for key, value in content.items() if digests.get(key) != digest(value, key)]
+        changed = [key for key, value in digests(content).items() if found.get(key) != value]
         if changed:
             raise ValueError(f"the digest of {', '.join(map(repr, changed))} is wrong")
     return content
+
+
+def digests(content: Mapping[str, Any]) -> dict[str, str]:
+    r"""One digest for each entry of a dictionary, of its name and its value.
+
+    :param dict content: tensors and plain values under string keys.
+    :return: the digests, under the same keys.
+    :raises TypeError: if there is anything else in it.
+    """
+    # the name too: equal strings are one object in a pickle, so that a changed bit may rename an entry and its digest
+    return {key: digest((key, digest(value, str(key)))) for key, value in content.items()}
 
 
 def check_archive(data: bytes) -> None:
