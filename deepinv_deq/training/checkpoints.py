@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from copy import deepcopy
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deepinv_deq.files import load_intact
-from deepinv_deq.training import generators
 
 _NAME = re.compile(r"ckp_([0-9]+)\.pth\.tar")  # not ckp_best, written before the epoch's scheduler step
 
@@ -113,62 +110,3 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
         for key in ("loss", "train_metrics", "eval_loss", "eval_metrics")
     },
 }
-
-
-def check_generators(path: str | os.PathLike[str], saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    r"""Verify that a checkpoint has a state for each generator of a run, and no others.
-
-    :param str, os.PathLike path: the checkpoint.
-    :param Mapping saved: its entry ``rng``.
-    :param Mapping found: the generators of the run, by path.
-    :raises ValueError: if it has not.
-    """
-    states = saved.get("generators")
-    if not isinstance(states, Mapping):
-        raise ValueError(
-            f"{path} has the states of random generators without their places in the run (deepinv-deq 0.1): the run cannot "
-            "be resumed bit for bit. Pass the checkpoint as ckpt_pretrained, with another save_path."
-        )
-    kinds = {name: state["kind"] for name, state in states.items()}
-    ours = {name: generators.kind_of(generator) for name, generator in found.items()}
-    if kinds != ours:
-        only = [sorted(a.keys() - b.keys()) for a, b in ((kinds, ours), (ours, kinds))]
-        differing = [name for name in kinds.keys() & ours.keys() if kinds[name] != ours[name]]
-        listed = [
-            f"only in the {place}: {', '.join(names)}"
-            for place, names in (("checkpoint", only[0]), ("run", only[1]), ("run of another kind", differing))
-            if names
-        ]
-        raise ValueError(
-            f"{path} has the states of {len(kinds)} random generators, and the run has {len(ours)} ({'; '.join(listed)}). "
-            "Build the run from the same parts, or pass the checkpoint as ckpt_pretrained, with another save_path."
-        )
-
-
-@contextmanager
-def all_or_nothing(path: str | os.PathLike[str], parts: Iterable[Any], found: Iterable[Any]) -> Iterator[None]:
-    r"""Put parts of a run, its generators, and the global ones back into their states if the block fails.
-
-    :param str, os.PathLike path: the checkpoint that is loaded in the block.
-    :param Iterable parts: model, optimiser and scheduler; each may be ``None``.
-    :param Iterable found: the generators of the run.
-    :raises ValueError: if the block fails because the checkpoint does not fit; the message names it.
-    """
-    parts = [part for part in parts if part is not None]
-    with torch.no_grad():
-        before = [deepcopy(part.state_dict()) for part in parts]
-    states = generators.global_states()
-    private = [(generator, generators.state_of(generator)) for generator in found]
-    try:
-        yield
-    except Exception as error:
-        for part, state in zip(parts, before, strict=True):
-            part.load_state_dict(state)
-        generators.set_global_states(states)
-        for generator, state in private:
-            generators.set_state(generator, state)
-        cause = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{path} does not fit this run ({cause}). The run is as it was before. Build the model, the optimiser and the "
-            "scheduler as they were when the checkpoint was saved."
-        ) from error

@@ -2,8 +2,6 @@ r"""A deepinv trainer whose runs can be killed at any time and resumed as if not
 
 from __future__ import annotations
 
-import io
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,15 @@ from deepinv import Trainer
 from deepinv_deq._divergence import StepGuard
 from deepinv_deq.files import contents_of, digest, load_intact, plain, save_intact, temporary
 from deepinv_deq.training import generators
-from deepinv_deq.training.checkpoints import all_or_nothing, check_generators, latest_checkpoint, read_checkpoint
+from deepinv_deq.training.checkpoints import latest_checkpoint, read_checkpoint
+from deepinv_deq.training.state import (
+    Verified,
+    all_or_nothing,
+    check_resumable,
+    generators_of,
+    histories,
+    prepare_saving,
+)
 
 _ON_DIVERGENCE = ("ignore", "skip", "raise")
 
@@ -25,8 +31,10 @@ class ResumableTrainer(Trainer):
     r"""ResumableTrainer(model, physics, optimizer, train_dataloader, ..., resume=False, config={})
     :class:`deepinv.Trainer` with atomic checkpoints that hold the state of every random generator.
 
-    A run resumed from its last checkpoint equals the uninterrupted one, bit for bit on CPU. A checkpoint is written to
-    a temporary file first, so an interrupted run never leaves a broken one.
+    A run resumed from its last checkpoint equals the uninterrupted one, bit for bit on CPU. Generators of PyTorch, NumPy
+    and Python are found in everything that the Trainer holds, such as data sets, samplers, losses and physics, and in
+    global variables that functions of user code name. A warning names those whose state cannot be saved. A checkpoint is
+    written under a temporary name first, so an interrupted run never leaves a broken one.
 
     All parameters are those of :class:`deepinv.Trainer`, and four more:
 
@@ -42,7 +50,9 @@ class ResumableTrainer(Trainer):
     The attribute ``skipped_steps`` counts the steps that were not made.
 
     :raises ValueError: if ``on_divergence`` is none of the three; in ``train``, if the checkpoint is of a run with another
-        ``config``, is broken, or has more in it than tensors and plain values.
+        ``config`` or other generators, is broken, does not fit, or has more in it than tensors and plain values.
+    :raises TypeError: in ``train``, if ``config``, the optimiser or the scheduler hold more than tensors and plain values.
+    :raises OSError: in ``train``, if a checkpoint cannot be written. Earlier ones stay as they were.
     :raises ConvergenceError: in ``train``, if ``on_divergence`` is not ``"ignore"`` and weights are NaN or Inf.
     """
 
@@ -75,7 +85,7 @@ class ResumableTrainer(Trainer):
             self.ckpt_pretrained = self._resumed_from = latest_checkpoint(self.save_path)
         super().setup_train(train=train, **kwargs)
         if train and self.save_path:
-            self._prepare_saving()
+            prepare_saving(self)
         if train and self.on_divergence != "ignore":
             self.scaler = self._guard = StepGuard(
                 self.model,
@@ -122,11 +132,11 @@ class ResumableTrainer(Trainer):
         """
         if not self.save_path:
             return
-        for history in self._histories().values():
+        for history in histories(self).values():
             history.update(plain(history))  # metrics that return NumPy scalars
         custom = plain(state or {}, "state")
         digest(custom, "state")
-        found, _ = self._generators()
+        found, _ = generators_of(self)
         rng = generators.global_states() | {
             "generators": {
                 name: {"kind": generators.kind_of(generator), "state": generators.state_of(generator)}
@@ -158,8 +168,8 @@ class ResumableTrainer(Trainer):
             return super().load_model(None, strict)
         content = read_checkpoint(path)
         resumed = path == self._resumed_from
-        found = self._check(path, content) if resumed else {}
-        file = _Verified(str(path))
+        found = check_resumable(path, content, self) if resumed else {}
+        file = Verified(str(path))
         torch.save(content, file)  # what deepinv loads is what was verified, not the file once more
         file.seek(0)
         epoch = self.__dict__.get("epoch_start", 0)
@@ -170,7 +180,7 @@ class ResumableTrainer(Trainer):
                     generators.set_global_states(content["rng"])
                     for name, generator in found.items():
                         generators.set_state(generator, content["rng"]["generators"][name]["state"])
-                    for name, history in self._histories().items():
+                    for name, history in histories(self).items():
                         history |= content[name]
                     self._scaling = content.get("scaler", {})  # the scaler is made after the model is loaded
             except Exception:
@@ -179,70 +189,3 @@ class ResumableTrainer(Trainer):
         if ckpt_pretrained is None:
             self.ckpt_pretrained = None  # as deepinv does, so that it is loaded once
         return checkpoint
-
-    def _check(self, path: str | Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        r"""The generators of the run, by path, if it can be resumed from the checkpoint."""
-        needed = ("rng", "epoch", "optimizer", "scheduler", "scaler", *self._histories())
-        lacking = [key for key in needed if key not in checkpoint]
-        if lacking:
-            raise ValueError(
-                f"{path} was not saved by a ResumableTrainer: it has no {', '.join(lacking)} to resume from. "
-                "Pass it as ckpt_pretrained, with another save_path."
-            )
-        saved, ours = checkpoint.get("config", {}), plain(self.config)
-        differing = {k: (saved[k], v) for k, v in ours.items() if k in saved and not _same(saved[k], v)}
-        if differing:
-            listed = ", ".join(f"{k} was {old}, is {new}" for k, (old, new) in differing.items())
-            raise ValueError(f"{path} is of another run ({listed}). Use the same settings or another save_path.")
-        found, _ = self._generators()
-        check_generators(path, checkpoint["rng"], found)
-        return found
-
-    def _histories(self) -> dict[str, dict[str, Any]]:
-        return {
-            "loss": self.loss_history,
-            "train_metrics": self.train_metrics_history,
-            "eval_loss": self.eval_loss_history,
-            "eval_metrics": self.eval_metrics_history,
-        }
-
-    def _generators(self) -> tuple[dict[str, Any], list[str]]:
-        r"""Every private generator of the run by path, and what has a state that cannot be saved."""
-        found, lost = generators.find(self, streams=("train_dataloader", "eval_dataloader", "physics_generator"))
-        for which in ("train_dataloader", "eval_dataloader"):
-            for i, loader in enumerate(getattr(self, which) or ()):
-                if getattr(loader, "persistent_workers", False):
-                    lost.append(
-                        f"{which}[{i}] (persistent_workers=True: its worker processes keep generators of their own)"
-                    )
-        return found, lost
-
-    def _prepare_saving(self) -> None:
-        r"""Say before training what could not be saved after it."""
-        digest(plain(self.config, "config"), "config")
-        for name in ("optimizer", "scheduler"):
-            part = getattr(self, name)
-            if part is not None:
-                digest(part.state_dict(), f"{name}.state_dict()")
-        _, lost = self._generators()
-        if lost:
-            warnings.warn(
-                f"The state of {'; '.join(lost)} cannot be saved: a run that is resumed from a checkpoint will not repeat "
-                "an uninterrupted one bit for bit. Use torch.Generator, numpy.random.default_rng or random.Random.",
-                stacklevel=3,
-            )
-
-
-def _same(a: Any, b: Any) -> bool:
-    return digest(a) == digest(b) or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and a == b)
-
-
-class _Verified(io.BytesIO):
-    r"""A checkpoint in memory that prints as the file that it was read from."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self._name = name
-
-    def __str__(self) -> str:
-        return self._name

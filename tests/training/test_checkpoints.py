@@ -250,7 +250,7 @@ def small_disk(tmp_path):
     if mounted.returncode != 0:
         pytest.skip(f"cannot mount a small tmpfs: {mounted.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)  # at once, whatever still looks at it
 
 
 @pytest.mark.skipif(not is_root or shutil.which("mount") is None, reason="needs the right to mount a tmpfs")
