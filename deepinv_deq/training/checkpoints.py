@@ -85,7 +85,9 @@ def read_checkpoint(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     lacking = [key for key in ("state_dict", *keys) if not isinstance(checkpoint, dict) or key not in checkpoint]
     if lacking:
         raise ValueError(f"{path} is no checkpoint of a Trainer: it has no {', '.join(lacking)}.")
-    wrong = [key for key, fits in _TYPES.items() if key in checkpoint and not fits(checkpoint[key])]
+    # what deepinv itself does not read may have another form in checkpoints of other versions
+    checked = tuple(_TYPES) if "rng" in checkpoint else ("state_dict", "epoch", "optimizer", "scheduler")
+    wrong = [key for key in checked if key in checkpoint and not _TYPES[key](checkpoint[key])]
     if wrong:
         raise ValueError(f"{path} is no checkpoint of a Trainer: {', '.join(wrong)} has values of a wrong type.")
     return checkpoint

@@ -157,6 +157,14 @@ def test_values_of_a_wrong_type_name_the_file(run, kind):
         assert latest_checkpoint(run).endswith("ckp_1.pth.tar")
 
 
+def test_histories_of_another_form_in_a_foreign_checkpoint_do_not_matter(run):
+    path = latest_checkpoint(run)
+    rewrite(path, lambda c: (c.pop("rng"), c.update(loss=[0.5], eval_metrics=3)))
+    tuned = trainer(None, 4, ckpt_pretrained=path)
+    tuned.train()
+    assert len(tuned.loss_history["MCLoss"]) == 1  # from the fourth epoch on
+
+
 def everything(run):
     return digest([run.model.state_dict(), run.optimizer.state_dict(), run.scheduler.state_dict(), run.loss_history])
 
