@@ -1,5 +1,6 @@
 r"""Deep equilibrium models for DeepInverse, with exact implicit gradients."""
 
+import deepinv_deq._versions
 from deepinv_deq.certificate import Certificate
 from deepinv_deq.denoisers import EquilibriumUNet
 from deepinv_deq.equivariance import IterationEquivariance, PipelineEquivariance

@@ -1,6 +1,6 @@
 r"""What goes wrong is said, and leaves nothing behind: divergence, bad numbers, lack of memory, kills, broken files.
 
-``DEEPINV_DEQ_FAULTS=full`` makes the long tests long, with 20 kills instead of 3 and a training of 10,000 steps, and writes down what was
+``DEEPINV_DEQ_FAULTS=full`` makes the long tests long, with 40 kills instead of 3 and a training of 10,000 steps, and writes down what was
 tried and survived: ``docs/faults.md`` has it.
 """
 
@@ -48,7 +48,7 @@ from tests.benchmarks.live_bytes import LiveBytes
 from tests.problems import F64, SmallDenoiser, imaging, relative_error
 
 FULL = os.environ.get("DEEPINV_DEQ_FAULTS") == "full"
-KILLS, STEPS = (20, 600) if FULL else (3, 60)
+KILLS, STEPS = (40, 600) if FULL else (3, 60)
 EXAMPLES = 300 if FULL else 40
 OutOfMemory = torch.cuda.OutOfMemoryError
 RECORD = Path(__file__).parent / "benchmarks" / "records" / "faults.json"
@@ -546,7 +546,7 @@ def still_runs(child):
 
 def killed_runs(folder: str, kills: int, seed: int) -> None:
     r"""Train in forked processes that are killed at random times and resumed; print how it went. For a process of its own."""
-    from tests.test_training import trainer, weights
+    from tests.training.test_resuming import trainer, weights
 
     unique_folders()
     torch.set_num_threads(1)

@@ -249,7 +249,7 @@ def test_deepinvs_distributed_denoiser(results):
 
 # The example ------------------------------------------------------------------------------------------------------------
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "advanced" / "ddp_train.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "advanced" / "ddp_train.py"
 
 
 def launch(*arguments, processes=None):

@@ -128,7 +128,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
 
 # The demo, as a user runs it -----------------------------------------------------------------------------------------
 
-DEMO = Path(__file__).parents[1] / "examples" / "ct" / "demo_sparse_view_ct.py"
+DEMO = Path(__file__).parents[2] / "examples" / "ct" / "demo_sparse_view_ct.py"
 TINY = ["--size", "16", "--views", "8", "--epochs", "4", "--batch-size", "8", "--device", "cpu"]
 
 
