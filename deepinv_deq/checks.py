@@ -1,0 +1,95 @@
+r"""What a user hands to a :class:`DEQReconstructor`: measurements, starting points, layers without shapes yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepinv.physics import Physics
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from deepinv_deq._states import State, as_tuple
+from deepinv_deq.iterations import FixedPointIteration
+
+Init = Tensor | tuple[Tensor, ...] | Callable[[Any, Any], Any]
+
+
+def check_finite(tensors: Any, name: str = "The measurements have", remedy: str = "before reconstructing") -> None:
+    r"""Raise if there is a NaN or Inf.
+
+    :param torch.Tensor, Sequence[torch.Tensor] tensors: measurements, or a starting point.
+    :param str name: what they are, and a verb.
+    :param str remedy: when to repair them.
+    :raises ValueError: if there is one, with how many there are.
+    """
+    for i, part in enumerate([tensors] if isinstance(tensors, Tensor) else list(tensors)):
+        if not bool(torch.isfinite(part).all()):
+            count = int((~torch.isfinite(part)).sum())
+            raise ValueError(
+                f"{name} {count} NaN or Inf values of {part.numel()}"
+                f"{'' if isinstance(tensors, Tensor) else f' in part {i}'}. Repair or mask them {remedy}."
+            )
+
+
+def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: Physics) -> State:
+    r"""The starting point that a user gave, if it fits.
+
+    :param torch.Tensor, tuple[torch.Tensor, ...], Callable init: a state, or a function of ``y`` and ``physics`` that returns one.
+    :param FixedPointIteration iteration: whose own starting point has the shapes that are expected.
+    :param torch.Tensor y: measurements.
+    :param deepinv.physics.Physics physics: forward operator.
+    :return: a copy, in the precision of ``iteration.init(y, physics)`` at least.
+    :raises TypeError: if it is no state of the iteration.
+    :raises ValueError: if its shapes, dtypes or devices do not fit, or if it has NaN or Inf.
+    """
+    name = "init"
+    if callable(init) and not isinstance(init, Tensor):
+        name, init = "init(y, physics)", init(y, physics)
+    with torch.no_grad():
+        expected = iteration.init(y, physics)
+    like = as_tuple(expected)
+    wanted = "a tensor" if isinstance(expected, Tensor) else f"a tuple of {len(like)} tensors"
+    if isinstance(init, list):
+        init = tuple(init)
+    fits = isinstance(init, Tensor) if isinstance(expected, Tensor) else isinstance(init, tuple)
+    if not fits or not all(isinstance(t, Tensor) for t in as_tuple(init)) or len(as_tuple(init)) != len(like):
+        given = type(init).__name__
+        if isinstance(init, tuple):
+            given = f"a tuple of {', '.join(type(t).__name__ for t in init) or 'nothing'}"
+        raise TypeError(f"{name} must be {wanted} of shape {_shapes(like)} for {type(iteration).__name__}, got {given}.")
+    given_tensors = as_tuple(init)
+    if [t.shape for t in given_tensors] != [t.shape for t in like]:
+        raise ValueError(
+            f"{name} has shape {_shapes(given_tensors)}, but the iterates of {type(iteration).__name__} have shape {_shapes(like)} "
+            f"for these measurements and {type(physics).__name__}: batch, channels and image size must agree."
+        )
+    for t, e in zip(given_tensors, like, strict=True):
+        if t.device != e.device:
+            raise ValueError(f"{name} is on {t.device}, but the iterates are on {e.device}: move it there.")
+        if t.is_complex() != e.is_complex() or not (t.is_floating_point() or t.is_complex()):
+            raise ValueError(f"{name} has dtype {t.dtype}, but the iterates have {e.dtype}: convert it.")
+    check_finite(init, f"{name} has", "or leave it out")
+    # a copy: a denoiser that writes into its input must not change the user's tensor
+    ours = tuple(
+        t.detach().to(torch.promote_types(t.dtype, e.dtype), copy=True)
+        for t, e in zip(given_tensors, like, strict=True)
+    )
+    return ours[0] if isinstance(expected, Tensor) else ours
+
+
+def give_lazy_layers_their_shapes(iteration: FixedPointIteration, y: Any, physics: Physics) -> None:
+    r"""Evaluate the iteration once, if it has layers that get their parameters in their first call, such as ``LazyConv2d``.
+
+    :param FixedPointIteration iteration: the iteration.
+    :param torch.Tensor y: measurements.
+    :param deepinv.physics.Physics physics: forward operator.
+    """
+    if any(is_lazy(t) for t in (*iteration.parameters(), *iteration.buffers())):
+        with torch.no_grad():
+            iteration(iteration.init(y, physics), physics, *iteration.constants(y, physics))
+
+
+def _shapes(tensors: tuple[Tensor, ...]) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tensors)

@@ -1,0 +1,51 @@
+r"""The circumstances of a backward pass: autocast, inference mode and ``torch.compile``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from deepinv_deq import compat
+
+Autocast = list[tuple[str, bool, torch.dtype]]
+
+
+def autocast_settings(device: str) -> Autocast:
+    r"""The autocast settings in force.
+
+    :param str device: type of the device of the state.
+    :return: for it and for the CPU: device type, whether autocast is enabled, its dtype.
+    """
+    return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted({"cpu", device})]
+
+
+@contextmanager
+def as_in_forward(settings: Autocast) -> Iterator[None]:
+    r"""Evaluate a map in a backward pass as in the forward pass.
+
+    A Trainer runs the backward pass outside of its autocast region. Under ``torch.inference_mode`` no graph can be built, so
+    that every gradient would be zero: the mode is left here.
+
+    :param list settings: of :func:`autocast_settings`, in the forward pass.
+    """
+    with ExitStack() as stack:
+        for device, enabled, dtype in settings:
+            if enabled or torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        stack.enter_context(compat.compiled_for_many_products())
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))  # which enables gradients, too
+            stack.enter_context(torch.no_grad())
+        yield
+
+
+def usable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    r"""Tensors that a graph may save: those made under ``torch.inference_mode`` are copied.
+
+    :param tuple[torch.Tensor, ...] tensors: cotangents.
+    :return: the same values.
+    """
+    return tuple(t.clone() if t.is_inference() else t for t in tensors)

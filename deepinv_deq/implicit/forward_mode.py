@@ -1,0 +1,218 @@
+r"""Forward mode: the tangent of a fixed point, by one linear solve with Jacobian-vector products.
+
+The tangent :math:`v` of :math:`\hat x = F(\hat x)` solves :math:`v = \frac{\partial F}{\partial x} v + t`, where :math:`t` is the
+tangent of :math:`F(\hat x)` with :math:`\hat x` held fixed. Both come from evaluations of :math:`F` with dual numbers, so
+whatever carries a tangent is included: measurements, physics, parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from deepinv_deq import compat
+from deepinv_deq._states import State, as_tuple
+from deepinv_deq.implicit.adjoint import Tensors, as_state
+from deepinv_deq.implicit.functions import Refused
+from deepinv_deq.maps import AffineMap, Map
+from deepinv_deq.solvers import Solver, SolverStat
+
+_OF_TORCH_FUNC = (
+    "torch.func.grad, vjp and jacrev, and derivatives of a torch.func.jvp, have no implicit gradient. Use torch.autograd.grad, "
+    "loss.backward() or torch.autograd.functional.jacobian for reverse mode."
+)
+_OF_TANGENT = (
+    "The tangent of a fixed point has no further derivative. For second derivatives use torch.autograd.grad(..., "
+    "create_graph=True), whose gradients have gradients of any order."
+)
+VMAP = (
+    "torch.vmap cannot run through the solve of a fixed point, which stops by the values it finds. Put the samples into the "
+    "batch dimension, where each is solved by itself; for a Jacobian use torch.func.jacfwd or "
+    "torch.autograd.functional.jacobian."
+)
+
+
+class Solved(NamedTuple):
+    r"""A tangent, and the statistic of its solve; ``None`` where nothing was solved."""
+
+    tensors: Tensors
+    stat: SolverStat | None
+
+
+@dataclass(frozen=True)
+class Tangent:
+    r"""How tangents are solved for.
+
+    :param Solver solver: solver of the linear equation.
+    :param bool exact: whether to solve it; else :math:`v = t`, the counterpart of Jacobian-free backpropagation.
+    :param bool single: whether a state is one tensor.
+    """
+
+    solver: Solver
+    exact: bool
+    single: bool
+
+    def of(self, f: Map, x: Tensors) -> Solved | None:
+        r"""The tangent of the fixed point ``x`` of ``f``.
+
+        :param Map f: the map.
+        :param tuple[torch.Tensor, ...] x: its fixed point, without tangents.
+        :return: the tangent; ``None`` where nothing that the map depends on has one.
+        :raises RuntimeError: inside of several transforms of :mod:`torch.func`, but for ``jacfwd``.
+        """
+        if "Grad" in compat.transforms():
+            raise RuntimeError(_OF_TORCH_FUNC)
+        if compat.transforms().count("Jvp") > 1:
+            raise RuntimeError(_OF_TANGENT)
+        x = tuple(t.detach() for t in x)
+        with torch.no_grad(), compat.tangents(True):
+            parts = _tangents(f(as_state(x, self.single)))
+            if all(t is None for t in parts):
+                return None
+            t = tuple(torch.zeros_like(a) if p is None else p.to(a.dtype) for a, p in zip(x, parts, strict=True))
+            return self._solve(f, x, t) if self.exact else Solved(t, None)
+
+    def _solve(self, f: Map, x: Tensors, t: Tensors) -> Solved:
+        many = _Many(t) if "Vmap" in compat.transforms() else None
+
+        def linear(v: State) -> State:
+            direction = as_tuple(v) if many is None else many.scatter(as_tuple(v))
+            with torch.no_grad(), compat.tangents(True):
+                duals = [forward_ad.make_dual(a, d.to(a.dtype)) for a, d in zip(x, direction, strict=True)]
+                parts = _tangents(f(as_state(duals, self.single)))
+            out = tuple(torch.zeros_like(b) if p is None else p.to(b.dtype) - b for b, p in zip(t, parts, strict=True))
+            return as_state(out if many is None else many.gather(out), self.single)
+
+        offset = as_state(t if many is None else many.gather(t), self.single)
+        with compat.tangents(False):
+            inverse = f.preconditioner(as_state(x, self.single)) if self.solver.precondition else None
+            if inverse is not None and many is not None:
+                inverse = many.mapped(inverse, self.single)
+            equation = AffineMap(linear, offset, inverse)
+            start = as_state([torch.zeros_like(c) for c in as_tuple(offset)], self.single)
+            v, stat = self.solver(equation, start)
+            self.solver.verify(v, equation(v), offset, stat)
+            return Solved(as_tuple(v) if many is None else many.scatter(as_tuple(v)), stat)
+
+
+@contextmanager
+def refusing_vmap() -> Iterator[None]:
+    r"""Say what to do instead where ``vmap`` fails, as it does at the first value that a solve looks at.
+
+    :raises RuntimeError: in the place of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "Vmap" in compat.transforms() and "vmap" in str(error) and VMAP not in str(error):
+            raise RuntimeError(VMAP) from error
+        raise
+
+
+def without_tangents(x: Tensors) -> Tensors:
+    r"""The same tensors, with their autograd graphs, without their tangents."""
+    return tuple(forward_ad.unpack_dual(t).primal for t in x)
+
+
+def refuse_tangents(tensors: Sequence[Tensor]) -> None:
+    r"""Raise if a tensor has a tangent: in a backward pass, that asks for forward-over-reverse derivatives."""
+    if compat.forward_mode() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(_OF_TANGENT)
+
+
+def attach(f: Map, x_hat: Tensors, tangent: Solved) -> Tensors:
+    r"""Fixed point and tangent as dual tensors.
+
+    :param Map f: the map.
+    :param tuple[torch.Tensor, ...] x_hat: its fixed point, without tangents.
+    :param Solved tangent: its tangent.
+    :return: the same values, with tangents.
+    """
+    v = tangent.tensors
+    if any(x.requires_grad for x in x_hat):
+        with compat.tangents(False):
+            v = Refused.apply(_OF_TANGENT, len(v), *v, *x_hat)
+    return tuple(forward_ad.make_dual(x, d) for x, d in zip(x_hat, v, strict=True))
+
+
+def refuse_reverse(x_star: Tensors, inputs: Tensors, transforms: Sequence[str]) -> Tensors:
+    r"""The fixed point inside of a transform of :mod:`torch.func`: its reverse derivatives are an error.
+
+    :param tuple[torch.Tensor, ...] x_star: the fixed point.
+    :param tuple[torch.Tensor, ...] inputs: what it depends on.
+    :param Sequence[str] transforms: those in force.
+    :return: the same values.
+    :raises RuntimeError: at once, if reverse derivatives are what the transform takes.
+    """
+    if "Grad" in transforms:
+        raise RuntimeError(_OF_TORCH_FUNC)
+    with compat.tangents(False):
+        return Refused.apply(_OF_TORCH_FUNC, len(x_star), *x_star, *inputs)
+
+
+def _tangents(image: Any) -> list[Tensor | None]:
+    return [forward_ad.unpack_dual(t).tangent for t in as_tuple(image)]
+
+
+# Many tangents at once: jacfwd maps over them with vmap ---------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    r"""All tensors over which ``vmap`` maps, stacked along a new first dimension, as one tensor that is not mapped."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x[None].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor) -> tuple[Tensor, None]:
+        (dim,) = in_dims
+        return (x[None] if dim is None else x.movedim(dim, 0)).clone(), None
+
+
+class _Scatter(torch.autograd.Function):
+    r"""The inverse of :class:`_Gather`: ``like`` is a tensor that was gathered."""
+
+    @staticmethod
+    def forward(x: Tensor, like: Tensor) -> Tensor:
+        return x[0].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, like: Tensor) -> tuple[Tensor, int | None]:
+        return (x.clone(), 0) if in_dims[1] is not None else (x[0].clone(), None)
+
+
+class _Many:
+    r"""Tensors mapped by ``vmap``, as states whose samples are all samples of all of them.
+
+    Solvers look at values, which ``vmap`` forbids of mapped tensors.
+    """
+
+    def __init__(self, like: Tensors):
+        self._like = like
+
+    def gather(self, tensors: Tensors) -> Tensors:
+        together = (_Gather.apply(t) for t in tensors)
+        return tuple(all_ if s.ndim < 2 else all_.flatten(0, 1) for all_, s in zip(together, self._like, strict=True))
+
+    def scatter(self, tensors: Tensors) -> Tensors:
+        pairs = zip(tensors, self._like, strict=True)
+        return tuple(_Scatter.apply(t.reshape(-1, *s.shape), s) for t, s in pairs)
+
+    def mapped(self, function: Callable[[Any], Any], single: bool) -> Callable[[Any], Any]:
+        r"""A function of states as one of gathered states."""
+        return lambda r: as_state(self.gather(as_tuple(function(as_state(self.scatter(as_tuple(r)), single)))), single)
