@@ -58,7 +58,9 @@ def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: 
         given = type(init).__name__
         if isinstance(init, tuple):
             given = f"a tuple of {', '.join(type(t).__name__ for t in init) or 'nothing'}"
-        raise TypeError(f"{name} must be {wanted} of shape {_shapes(like)} for {type(iteration).__name__}, got {given}.")
+        raise TypeError(
+            f"{name} must be {wanted} of shape {_shapes(like)} for {type(iteration).__name__}, got {given}."
+        )
     given_tensors = as_tuple(init)
     if [t.shape for t in given_tensors] != [t.shape for t in like]:
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -127,6 +128,31 @@ def transforms() -> list[str]:
     """
     stack = find("torch._C._functorch.get_interpreter_stack")
     return [level.key().name for level in (stack() or ())] if stack else []
+
+
+def is_mapped(t: Tensor) -> bool:
+    r"""Whether the older ``vmap`` inside of :mod:`torch.autograd` (``vectorize=True``, ``is_grads_batched=True``) maps over it.
+
+    Without the name: no, so that ``vectorize=True`` ends in an error.
+    """
+    known = find("torch._C._functorch.is_legacy_batchedtensor")
+    return known is not None and bool(known(t))
+
+
+def gather(t: Tensor) -> Tensor:
+    r"""All tensors over which the older ``vmap`` maps, along a new first dimension."""
+    return torch._remove_batch_dim(t, _level(), 1, 0)
+
+
+def scatter(t: Tensor) -> Tensor:
+    r"""The inverse of :func:`gather`."""
+    return torch._add_batch_dim(t, 0, _level())
+
+
+def _level() -> int:
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return max(level, 1)  # threads of the autograd engine do not count
 
 
 # TorchDEQ -----------------------------------------------------------------------------------------------------------

@@ -75,12 +75,16 @@ def load(cls: type[DEQReconstructor], name: str | os.PathLike[str], **settings: 
         )
     kind = ITERATIONS.get(saved["iteration"])
     if kind is None:
-        raise ValueError(f"{str(name)!r} has the iteration {saved['iteration']!r}, this version {', '.join(ITERATIONS)}.")
+        raise ValueError(
+            f"{str(name)!r} has the iteration {saved['iteration']!r}, this version {', '.join(ITERATIONS)}."
+        )
     # version 0.1 kept one setting only, under its own name
     of_iteration = saved.get("settings", {"learn_stepsize": saved.get("learn_stepsize", False)})
     unknown = [key for key in of_iteration if key not in inspect.signature(kind.__init__).parameters]
     if unknown:
-        raise ValueError(f"{str(name)!r} was saved by a later version: {kind.__name__} has no {', '.join(unknown)} here.")
+        raise ValueError(
+            f"{str(name)!r} was saved by a later version: {kind.__name__} has no {', '.join(unknown)} here."
+        )
     hook = ModularIDHook(Solver(**saved["hook"]["solver"]), mode=saved["hook"]["mode"])
     parts: dict[str, Any] = {"solver": Solver(**saved["solver"]), "hook": hook}
     model = cls(kind(EquilibriumUNet(**saved["denoiser"]), **of_iteration), **(parts | settings))

@@ -61,7 +61,9 @@ class Adjoint:
             self.report(self.solver.joined(stats))
         return total
 
-    def differentiable_gradient(self, f: Map, x_hat: Tensors, inputs: Tensors, g: Tensors, fixed_point: Any) -> Gradients:
+    def differentiable_gradient(
+        self, f: Map, x_hat: Tensors, inputs: Tensors, g: Tensors, fixed_point: Any
+    ) -> Gradients:
         r"""The same product with a graph, as a function of ``inputs`` and of ``g``.
 
         :param Map f: the map, with ``inputs``.

@@ -7,7 +7,7 @@ whatever carries a tangent is included: measurements, physics, parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,22 +19,14 @@ from torch import Tensor
 from deepinv_deq import compat
 from deepinv_deq._states import State, as_tuple
 from deepinv_deq.implicit.adjoint import Tensors, as_state
-from deepinv_deq.implicit.functions import Refused
+from deepinv_deq.implicit.functions import TANGENT, Refused
+from deepinv_deq.implicit.mapped import VMAP, Mapped
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import Solver, SolverStat
 
 _OF_TORCH_FUNC = (
     "torch.func.grad, vjp and jacrev, and derivatives of a torch.func.jvp, have no implicit gradient. Use torch.autograd.grad, "
     "loss.backward() or torch.autograd.functional.jacobian for reverse mode."
-)
-_OF_TANGENT = (
-    "The tangent of a fixed point has no further derivative. For second derivatives use torch.autograd.grad(..., "
-    "create_graph=True), whose gradients have gradients of any order."
-)
-VMAP = (
-    "torch.vmap cannot run through the solve of a fixed point, which stops by the values it finds. Put the samples into the "
-    "batch dimension, where each is solved by itself; for a Jacobian use torch.func.jacfwd or "
-    "torch.autograd.functional.jacobian."
 )
 
 
@@ -69,7 +61,7 @@ class Tangent:
         if "Grad" in compat.transforms():
             raise RuntimeError(_OF_TORCH_FUNC)
         if compat.transforms().count("Jvp") > 1:
-            raise RuntimeError(_OF_TANGENT)
+            raise RuntimeError(TANGENT)
         x = tuple(t.detach() for t in x)
         with torch.no_grad(), compat.tangents(True):
             parts = _tangents(f(as_state(x, self.single)))
@@ -79,26 +71,26 @@ class Tangent:
             return self._solve(f, x, t) if self.exact else Solved(t, None)
 
     def _solve(self, f: Map, x: Tensors, t: Tensors) -> Solved:
-        many = _Many(t) if "Vmap" in compat.transforms() else None
+        many = Mapped.of(t)
 
         def linear(v: State) -> State:
-            direction = as_tuple(v) if many is None else many.scatter(as_tuple(v))
+            direction = as_tuple(v) if many is None else many.apart(as_tuple(v))
             with torch.no_grad(), compat.tangents(True):
                 duals = [forward_ad.make_dual(a, d.to(a.dtype)) for a, d in zip(x, direction, strict=True)]
                 parts = _tangents(f(as_state(duals, self.single)))
             out = tuple(torch.zeros_like(b) if p is None else p.to(b.dtype) - b for b, p in zip(t, parts, strict=True))
-            return as_state(out if many is None else many.gather(out), self.single)
+            return as_state(out if many is None else many.states(out), self.single)
 
-        offset = as_state(t if many is None else many.gather(t), self.single)
+        offset = as_state(t if many is None else many.states(t), self.single)
         with compat.tangents(False):
             inverse = f.preconditioner(as_state(x, self.single)) if self.solver.precondition else None
             if inverse is not None and many is not None:
-                inverse = many.mapped(inverse, self.single)
+                inverse = many.on_states(inverse, self.single)
             equation = AffineMap(linear, offset, inverse)
             start = as_state([torch.zeros_like(c) for c in as_tuple(offset)], self.single)
             v, stat = self.solver(equation, start)
             self.solver.verify(v, equation(v), offset, stat)
-            return Solved(as_tuple(v) if many is None else many.scatter(as_tuple(v)), stat)
+            return Solved(as_tuple(v) if many is None else many.apart(as_tuple(v)), stat)
 
 
 @contextmanager
@@ -110,7 +102,8 @@ def refusing_vmap() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "Vmap" in compat.transforms() and "vmap" in str(error) and VMAP not in str(error):
+        mapped = "Vmap" in compat.transforms() and "vmap" in str(error) or "Batching rule not implemented" in str(error)
+        if mapped and VMAP not in str(error):
             raise RuntimeError(VMAP) from error
         raise
 
@@ -118,12 +111,6 @@ def refusing_vmap() -> Iterator[None]:
 def without_tangents(x: Tensors) -> Tensors:
     r"""The same tensors, with their autograd graphs, without their tangents."""
     return tuple(forward_ad.unpack_dual(t).primal for t in x)
-
-
-def refuse_tangents(tensors: Sequence[Tensor]) -> None:
-    r"""Raise if a tensor has a tangent: in a backward pass, that asks for forward-over-reverse derivatives."""
-    if compat.forward_mode() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(_OF_TANGENT)
 
 
 def attach(f: Map, x_hat: Tensors, tangent: Solved) -> Tensors:
@@ -137,7 +124,7 @@ def attach(f: Map, x_hat: Tensors, tangent: Solved) -> Tensors:
     v = tangent.tensors
     if any(x.requires_grad for x in x_hat):
         with compat.tangents(False):
-            v = Refused.apply(_OF_TANGENT, len(v), *v, *x_hat)
+            v = Refused.apply(TANGENT, len(v), *v, *x_hat)
     return tuple(forward_ad.make_dual(x, d) for x, d in zip(x_hat, v, strict=True))
 
 
@@ -158,61 +145,3 @@ def refuse_reverse(x_star: Tensors, inputs: Tensors, transforms: Sequence[str]) 
 
 def _tangents(image: Any) -> list[Tensor | None]:
     return [forward_ad.unpack_dual(t).tangent for t in as_tuple(image)]
-
-
-# Many tangents at once: jacfwd maps over them with vmap ---------------------------------------------------------------
-
-
-class _Gather(torch.autograd.Function):
-    r"""All tensors over which ``vmap`` maps, stacked along a new first dimension, as one tensor that is not mapped."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x[None].clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor) -> tuple[Tensor, None]:
-        (dim,) = in_dims
-        return (x[None] if dim is None else x.movedim(dim, 0)).clone(), None
-
-
-class _Scatter(torch.autograd.Function):
-    r"""The inverse of :class:`_Gather`: ``like`` is a tensor that was gathered."""
-
-    @staticmethod
-    def forward(x: Tensor, like: Tensor) -> Tensor:
-        return x[0].clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, like: Tensor) -> tuple[Tensor, int | None]:
-        return (x.clone(), 0) if in_dims[1] is not None else (x[0].clone(), None)
-
-
-class _Many:
-    r"""Tensors mapped by ``vmap``, as states whose samples are all samples of all of them.
-
-    Solvers look at values, which ``vmap`` forbids of mapped tensors.
-    """
-
-    def __init__(self, like: Tensors):
-        self._like = like
-
-    def gather(self, tensors: Tensors) -> Tensors:
-        together = (_Gather.apply(t) for t in tensors)
-        return tuple(all_ if s.ndim < 2 else all_.flatten(0, 1) for all_, s in zip(together, self._like, strict=True))
-
-    def scatter(self, tensors: Tensors) -> Tensors:
-        pairs = zip(tensors, self._like, strict=True)
-        return tuple(_Scatter.apply(t.reshape(-1, *s.shape), s) for t, s in pairs)
-
-    def mapped(self, function: Callable[[Any], Any], single: bool) -> Callable[[Any], Any]:
-        r"""A function of states as one of gathered states."""
-        return lambda r: as_state(self.gather(as_tuple(function(as_state(self.scatter(as_tuple(r)), single)))), single)

@@ -6,13 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from deepinv_deq import compat
 from deepinv_deq._states import as_tuple
 from deepinv_deq.implicit.adjoint import Adjoint, Gradients, Tensors, as_state
 from deepinv_deq.implicit.context import as_in_forward, autocast_settings, usable
+from deepinv_deq.implicit.mapped import VMAP, Mapped
 from deepinv_deq.maps import Map
 
+TANGENT = (
+    "The tangent of a fixed point has no further derivative. For second derivatives use torch.autograd.grad(..., "
+    "create_graph=True), whose gradients have gradients of any order."
+)
 SECOND_ORDER = (
     "Second-order gradients were asked for (create_graph=True) where there are none: the result of mode='jfb' is not the "
     "gradient of any function, and nobody can see what a callable depends on that is no DifferentiableMap. Use "
@@ -36,8 +43,12 @@ class FixedPoint(torch.autograd.Function):
         x_star, inputs = saved[: ctx.n], saved[ctx.n :]
         adjoint, f = ctx.adjoint, ctx.f
         create_graph = torch.is_grad_enabled()  # in a backward pass under create_graph=True only
+        mapped = Mapped.of(g)
+        refuse_tangents(g)
         with as_in_forward(ctx.autocast):
-            if create_graph and adjoint.exact:
+            if mapped is not None:
+                grads = _one_by_one(adjoint, f, x_star, inputs, g, mapped)
+            elif create_graph and adjoint.exact:
                 x_hat = FixedPoint.apply(adjoint, f, ctx.n, *saved)
 
                 def fixed_point(of: Map, b: Tensors, given: Tensors) -> Tensors:
@@ -48,6 +59,19 @@ class FixedPoint(torch.autograd.Function):
                 grads = adjoint.gradient(f, x_star, inputs, usable(g))
                 grads = refuse_second_order(grads, (*g, *saved)) if create_graph else grads
         return (None,) * (3 + ctx.n) + grads
+
+
+def _one_by_one(adjoint: Adjoint, f: Map, x_star: Tensors, inputs: Tensors, g: Tensors, mapped: Mapped) -> Gradients:
+    r"""The gradients for cotangents over which ``vmap`` maps, each by a solve of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(VMAP)
+    cotangents = zip(*mapped.gather(g), strict=True)
+    each = [adjoint.gradient(f, x_star, inputs, usable(tuple(parts))) for parts in cotangents]
+    grads: list[Tensor | None] = []
+    for parts, t in zip(zip(*each, strict=True), inputs, strict=True):
+        there = [torch.zeros_like(t) if p is None else p for p in parts]
+        grads += [None] if all(p is None for p in parts) else [mapped.scatter((torch.stack(there),))[0]]
+    return tuple(grads)
 
 
 class BareAdjoint(torch.autograd.Function):
@@ -64,6 +88,9 @@ class BareAdjoint(torch.autograd.Function):
     def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
         saved, adjoint = ctx.saved_tensors, ctx.adjoint
         create_graph, b = torch.is_grad_enabled(), g
+        if Mapped.of(g) is not None:
+            raise RuntimeError(VMAP)
+        refuse_tangents(g)
         if adjoint.exact:
             with as_in_forward(ctx.autocast):
                 x = tuple(t.detach().requires_grad_() for t in saved[: ctx.n])
@@ -103,3 +130,9 @@ def refuse_second_order(grads: Gradients, outer: Tensors) -> Gradients:
     there = [t for t in grads if t is not None]
     tied = iter(Refused.apply(SECOND_ORDER, len(there), *there, *outer) if there else ())
     return tuple(None if t is None else next(tied) for t in grads)
+
+
+def refuse_tangents(g: Tensors) -> None:
+    r"""Raise if a cotangent has a tangent, which asks for derivatives of the gradient in forward mode."""
+    if compat.forward_mode() and any(forward_ad.unpack_dual(t).tangent is not None for t in g):
+        raise RuntimeError(TANGENT)
