@@ -3,7 +3,7 @@ r"""The circumstances of a backward pass: autocast, inference mode and ``torch.c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -31,14 +31,21 @@ def as_in_forward(settings: Autocast) -> Iterator[None]:
 
     :param list settings: of :func:`autocast_settings`, in the forward pass.
     """
+    create_graph = torch.is_grad_enabled()
     with ExitStack() as stack:
         for device, enabled, dtype in settings:
             if enabled or torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
         stack.enter_context(compat.compiled_for_many_products())
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))  # which enables gradients, too
-            stack.enter_context(torch.no_grad())
+        stack.enter_context(outside_of_inference_mode())
+        stack.enter_context(torch.set_grad_enabled(create_graph))
+        yield
+
+
+@contextmanager
+def outside_of_inference_mode() -> Iterator[None]:
+    r"""Leave ``torch.inference_mode``, and enable gradients where it was on."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
         yield
 
 

@@ -113,16 +113,16 @@ def without_tangents(x: Tensors) -> Tensors:
     return tuple(forward_ad.unpack_dual(t).primal for t in x)
 
 
-def attach(f: Map, x_hat: Tensors, tangent: Solved) -> Tensors:
+def attach(x_hat: Tensors, tangent: Solved, graph: bool) -> Tensors:
     r"""Fixed point and tangent as dual tensors.
 
-    :param Map f: the map.
-    :param tuple[torch.Tensor, ...] x_hat: its fixed point, without tangents.
+    :param tuple[torch.Tensor, ...] x_hat: the fixed point, without tangents.
     :param Solved tangent: its tangent.
+    :param bool graph: whether the fixed point is in an autograd graph, where derivatives of the tangent are an error.
     :return: the same values, with tangents.
     """
     v = tangent.tensors
-    if any(x.requires_grad for x in x_hat):
+    if graph:
         with compat.tangents(False):
             v = Refused.apply(TANGENT, len(v), *v, *x_hat)
     return tuple(forward_ad.make_dual(x, d) for x, d in zip(x_hat, v, strict=True))

@@ -3,6 +3,7 @@ r"""The entry of implicit differentiation: a fixed point with its gradient."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from deepinv_deq import compat
 from deepinv_deq._states import as_tuple
 from deepinv_deq.implicit.adjoint import Adjoint, Tensors, as_state
+from deepinv_deq.implicit.context import outside_of_inference_mode
 from deepinv_deq.implicit.forward_mode import Tangent, attach, refuse_reverse, without_tangents
 from deepinv_deq.implicit.functions import BareAdjoint, FixedPoint
 from deepinv_deq.maps import Map, as_map
@@ -121,7 +123,7 @@ class ModularIDHook:
         if torch.is_grad_enabled():
             x_hat = self._with_gradient(f, state, Adjoint(self.solver, exact, single, _Report(self, on_solve)))
         if tangent is not None:
-            x_hat = attach(f, x_hat, tangent)
+            x_hat = attach(x_hat, tangent, graph=x_hat is not state)
         return x_star if x_hat is state else as_state(x_hat, single)
 
     def _with_gradient(self, f: Map, state: Tensors, adjoint: Adjoint) -> Tensors:
@@ -130,7 +132,12 @@ class ModularIDHook:
         transforms = compat.transforms()
         if f.inputs is None:
             with torch.enable_grad():
-                image = checkpoint(lambda *x: as_tuple(f(as_state(x, adjoint.single))), *x_star, use_reentrant=False)
+                image = checkpoint(
+                    lambda *x: as_tuple(f(as_state(x, adjoint.single))),
+                    *x_star,
+                    use_reentrant=False,
+                    context_fn=lambda: (nullcontext(), outside_of_inference_mode()),
+                )
             depends = any(t.requires_grad for t in image)
             x_hat = lambda: BareAdjoint.apply(adjoint, f, len(x_star), *x_star, *image)  # noqa: E731
         else:
