@@ -3,7 +3,7 @@ r"""What a user hands to a :class:`DEQReconstructor`: measurements, starting poi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepinv.physics import Physics
@@ -44,9 +44,9 @@ def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: 
     :raises TypeError: if it is no state of the iteration.
     :raises ValueError: if its shapes, dtypes or devices do not fit, or if it has NaN or Inf.
     """
-    name = "init"
-    if callable(init) and not isinstance(init, Tensor):
-        name, init = "init(y, physics)", init(y, physics)
+    name, given = "init", cast(Any, init)
+    if callable(given) and not isinstance(given, Tensor):
+        name, given = "init(y, physics)", given(y, physics)
     with torch.no_grad():
         expected = iteration.init(y, physics)
     like = as_tuple(expected)
@@ -72,7 +72,7 @@ def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: 
             raise ValueError(f"{name} is on {t.device}, but the iterates are on {e.device}: move it there.")
         if t.is_complex() != e.is_complex() or not (t.is_floating_point() or t.is_complex()):
             raise ValueError(f"{name} has dtype {t.dtype}, but the iterates have {e.dtype}: convert it.")
-    check_finite(init, f"{name} has", "or leave it out")
+    check_finite(given, f"{name} has", "or leave it out")
     # a copy: a denoiser that writes into its input must not change the user's tensor
     ours = tuple(
         t.detach().to(torch.promote_types(t.dtype, e.dtype), copy=True)

@@ -49,8 +49,8 @@ class Adjoint:
         """
         total: Gradients = ()
         stats: list[SolverStat] = []
-        rows: Any
-        for rows in self.solver.chunks(f, as_state(x_star, self.single)) or [None]:
+        whole: list[Any] = [None]
+        for rows in self.solver.chunks(f, as_state(x_star, self.single)) or whole:
             part = f if rows is None else f.select(rows)
             assert part is not None  # chunks() has asked
             x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
