@@ -51,17 +51,14 @@ def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: 
         expected = iteration.init(y, physics)
     like = as_tuple(expected)
     wanted = "a tensor" if isinstance(expected, Tensor) else f"a tuple of {len(like)} tensors"
-    if isinstance(init, list):
-        init = tuple(init)
-    fits = isinstance(init, Tensor) if isinstance(expected, Tensor) else isinstance(init, tuple)
-    if not fits or not all(isinstance(t, Tensor) for t in as_tuple(init)) or len(as_tuple(init)) != len(like):
-        given = type(init).__name__
-        if isinstance(init, tuple):
-            given = f"a tuple of {', '.join(type(t).__name__ for t in init) or 'nothing'}"
-        raise TypeError(
-            f"{name} must be {wanted} of shape {_shapes(like)} for {type(iteration).__name__}, got {given}."
-        )
-    given_tensors = as_tuple(init)
+    given = tuple(given) if isinstance(given, list) else given
+    fits = isinstance(given, Tensor) if isinstance(expected, Tensor) else isinstance(given, tuple)
+    if not fits or not all(isinstance(t, Tensor) for t in as_tuple(given)) or len(as_tuple(given)) != len(like):
+        what = type(given).__name__
+        if isinstance(given, tuple):
+            what = f"a tuple of {', '.join(type(t).__name__ for t in given) or 'nothing'}"
+        raise TypeError(f"{name} must be {wanted} of shape {_shapes(like)} for {type(iteration).__name__}, got {what}.")
+    given_tensors = as_tuple(given)
     if [t.shape for t in given_tensors] != [t.shape for t in like]:
         raise ValueError(
             f"{name} has shape {_shapes(given_tensors)}, but the iterates of {type(iteration).__name__} have shape {_shapes(like)} "

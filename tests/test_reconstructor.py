@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from deepinv_deq import (
+    ConvergenceError,
     DEGrad,
     DEProx,
     DEQReconstructor,
