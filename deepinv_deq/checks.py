@@ -16,20 +16,18 @@ from deepinv_deq.iterations import FixedPointIteration
 Init = Tensor | tuple[Tensor, ...] | Callable[[Any, Any], Any]
 
 
-def check_finite(tensors: Any, name: str = "The measurements have", remedy: str = "before reconstructing") -> None:
-    r"""Raise if there is a NaN or Inf.
+def check_finite(y: Any) -> None:
+    r"""Raise if measurements have a NaN or Inf.
 
-    :param torch.Tensor, Sequence[torch.Tensor] tensors: measurements, or a starting point.
-    :param str name: what they are, and a verb.
-    :param str remedy: when to repair them.
-    :raises ValueError: if there is one, with how many there are.
+    :param torch.Tensor, Sequence[torch.Tensor] y: measurements.
+    :raises ValueError: with the number of such values.
     """
-    for i, part in enumerate([tensors] if isinstance(tensors, Tensor) else list(tensors)):
+    for i, part in enumerate([y] if isinstance(y, Tensor) else list(y)):
         if not bool(torch.isfinite(part).all()):
             count = int((~torch.isfinite(part)).sum())
             raise ValueError(
-                f"{name} {count} NaN or Inf values of {part.numel()}"
-                f"{'' if isinstance(tensors, Tensor) else f' in part {i}'}. Repair or mask them {remedy}."
+                f"The measurements have {count} NaN or Inf values of {part.numel()}"
+                f"{'' if isinstance(y, Tensor) else f' in part {i}'}. Repair or mask them before reconstructing."
             )
 
 
@@ -42,12 +40,12 @@ def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: 
     :param deepinv.physics.Physics physics: forward operator.
     :return: a copy, in the precision of ``iteration.init(y, physics)`` at least.
     :raises TypeError: if it is no state of the iteration.
-    :raises ValueError: if its shapes, dtypes or devices do not fit, or if it has NaN or Inf.
+    :raises ValueError: if its shapes, dtypes or devices do not fit.
     """
     name, given = "init", cast(Any, init)
-    if callable(given) and not isinstance(given, Tensor):
-        name, given = "init(y, physics)", given(y, physics)
     with torch.no_grad():
+        if callable(given) and not isinstance(given, Tensor):
+            name, given = "init(y, physics)", given(y, physics)
         expected = iteration.init(y, physics)
     like = as_tuple(expected)
     wanted = "a tensor" if isinstance(expected, Tensor) else f"a tuple of {len(like)} tensors"
@@ -69,7 +67,6 @@ def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: 
             raise ValueError(f"{name} is on {t.device}, but the iterates are on {e.device}: move it there.")
         if t.is_complex() != e.is_complex() or not (t.is_floating_point() or t.is_complex()):
             raise ValueError(f"{name} has dtype {t.dtype}, but the iterates have {e.dtype}: convert it.")
-    check_finite(given, f"{name} has", "or leave it out")
     # a copy: a denoiser that writes into its input must not change the user's tensor
     ours = tuple(
         t.detach().to(torch.promote_types(t.dtype, e.dtype), copy=True)

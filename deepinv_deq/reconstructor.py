@@ -41,10 +41,9 @@ class DEQReconstructor(Reconstructor):
     :param Solver, None solver: forward solver; default ``Solver("anderson", max_iter=50, tol=1e-4)``.
     :param ModularIDHook, None hook: how the fixed point is differentiated; default implicit, with GMRES.
     :param int warm_starts: in training, keep the fixed points of as many samples and start from them when the same
-        measurements come again, one epoch later: fewer evaluations, the same solution to the same tolerance. It takes
-        effect in the third epoch (of measurements that were seen once a digest is kept, no more), costs one image of
-        memory per sample, and is forgotten by copies and checkpoints: a resumed run repeats an uninterrupted one to the
-        tolerance of the solves, not to the bit. ``0``, the default, keeps nothing.
+        measurements come again, from the third epoch on: fewer evaluations, the same solution to the same tolerance. Costs
+        one image of memory per sample. Copies and checkpoints do not keep them, so a resumed run matches an uninterrupted
+        one to solver tolerance, not bitwise. ``0``, the default, keeps nothing.
 
     :raises TypeError: if a part is not of its class.
     :raises ValueError: if ``warm_starts`` is no number of samples.
@@ -53,9 +52,8 @@ class DEQReconstructor(Reconstructor):
     :meth:`on_solve` tells of every one.
 
     Losses that divide a difference of two reconstructions by a small :math:`\tau`, as :class:`deepinv.loss.SureGaussianLoss`
-    does, divide the errors of both solves by it too: give ``solver`` and ``hook`` tolerances below :math:`\tau` times the
-    relative accuracy wanted of the gradient. Two solves from cold starts make nearly the same error, so that most of it
-    cancels; with ``warm_starts`` it does not.
+    does, divide solver errors by :math:`\tau`, too: give ``solver`` and ``hook`` tolerances below :math:`\tau` times the relative
+    accuracy wanted of the gradient. Without ``warm_starts`` most of the error cancels in the difference.
 
     |sep|
 
@@ -82,38 +80,21 @@ class DEQReconstructor(Reconstructor):
         super().__init__()
         solver = Solver("anderson", max_iter=50, tol=1e-4) if solver is None else solver
         hook = ModularIDHook() if hook is None else hook
-        for name, part, kind in (
-            ("iteration", iteration, FixedPointIteration),
-            ("solver", solver, Solver),
-            ("hook", hook, ModularIDHook),
-        ):
-            if not isinstance(part, kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {type(part).__name__}.")
         self.iteration, self.solver, self.hook = iteration, solver, hook
+        for name, kind in {"iteration": FixedPointIteration, "solver": Solver, "hook": ModularIDHook}.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}.")
         self.forward_stat: SolverStat | None = None
         self._warm_starts = WarmStarts(warm_starts)
         self._callbacks = _Callbacks()
 
     def on_solve(self, callback: OnSolve) -> RemovableHandle:
-        r"""Be told of every solve of this model.
+        r"""Call a function after every solve of this model, as for logging.
 
         :param Callable callback: called as ``callback(which, stat)`` with ``"forward"``, ``"backward"`` (an adjoint solve) or
             ``"tangent"`` (forward mode) and the :class:`SolverStat`, in the thread of the solve, also where the solve raises a
             :class:`ConvergenceError`. What it raises ends the solve. Copies and saved models begin without callbacks.
         :return: a handle; ``handle.remove()`` ends it.
-
-        |sep|
-
-        :Example:
-
-        >>> import torch
-        >>> from deepinv.physics import Denoising
-        >>> from deepinv_deq import DEProx, DEQReconstructor
-        >>> model = DEQReconstructor(DEProx(torch.nn.Conv2d(1, 1, 1), stepsize=0.5))
-        >>> handle = model.on_solve(lambda which, stat: print(which, bool(stat.converged.all())))
-        >>> x_hat = model(torch.ones(1, 1, 4, 4), Denoising())
-        forward True
-        >>> handle.remove()
         """
         return self._callbacks.add(callback)
 
@@ -124,9 +105,8 @@ class DEQReconstructor(Reconstructor):
         r"""A trained model, in one line.
 
         :param str, os.PathLike name: ``"ct-ei"`` (sparse-view CT, 64×64 pixels, 30 views) or ``"mri-ei"`` (8x accelerated MRI,
-            96×96 pixels, noise 0.05 in k-space), which ship with the package: the best of those trained without ground truth in
-            ``examples/paper`` (equivariant imaging with fixed targets, and with turned operators for CT, with SURE for MRI); or a file written by
-            :meth:`save_pretrained`.
+            96×96 pixels, noise 0.05 in k-space), which ship with the package and were trained without ground truth in
+            ``examples/paper``; or a file written by :meth:`save_pretrained`.
         :param str, torch.device device: where to put it.
         :param settings: ``solver=``, ``hook=`` or ``warm_starts=`` in the place of the saved ones.
         :return: the model, in evaluation mode.
@@ -160,9 +140,8 @@ class DEQReconstructor(Reconstructor):
 
         :param torch.Tensor y: measurements, of the shape ``physics.A`` returns, batch first.
         :param deepinv.physics.Physics physics: forward operator.
-        :param torch.Tensor, tuple[torch.Tensor, ...], Callable, None init: first point, of shape ``(B, C, H, W)`` (for iterations of
-            several variables, a tuple), or a function of ``y`` and ``physics`` that returns one; default
-            ``iteration.init(y, physics)``, or what ``warm_starts`` remembers.
+        :param torch.Tensor, tuple[torch.Tensor, ...], Callable, None init: first point, of shape ``(B, C, H, W)`` (a tuple for several
+            variables), or a function of ``y`` and ``physics``; default ``iteration.init``, or what ``warm_starts`` remembers.
         :param torch.Tensor, None x_gt: ground truth of shape ``(B, C, H, W)``, for the PSNR of the iterates.
         :param bool compute_metrics: whether to return the course of the solve too, as deepinv's optimisation models do.
         :param kwargs: ignored, as deepinv's models must.
@@ -187,18 +166,15 @@ class DEQReconstructor(Reconstructor):
         keys = self._warm_starts.keys(y) if init is None and self.training else []
         try:
             with compat.tangents(False):
-                x0 = (
-                    self._warm_starts.start(keys, self.iteration.init(y, physics))
-                    if init is None
-                    else starting_point(init, self.iteration, y, physics)
-                )
+                given = None if init is None else starting_point(init, self.iteration, y, physics)
+                x0 = self._warm_starts.start(keys, self.iteration.init(y, physics)) if given is None else given
                 x_star, stat = self.solver(f, x0)
         except ConvergenceError as error:
             if error.stat is not None:
                 self._callbacks("forward", error.stat)
             raise
-        self.forward_stat = stat
         self._warm_starts.keep(keys, x_star, stat.residual)
+        self.forward_stat = stat
         self._callbacks("forward", stat)
         return x_star, stat
 

@@ -74,7 +74,7 @@ class Mapped:
         :return: ``None`` where nothing is mapped.
         """
         if "Vmap" in compat.transforms():
-            return Mapped(tensors, True)
+            return Mapped(_all_mapped(tensors), True)
         return Mapped(tensors, False) if any(compat.is_mapped(t) for t in tensors) else None
 
     def gather(self, tensors: Tensors) -> Tensors:
@@ -84,7 +84,7 @@ class Mapped:
         :return: ordinary tensors with one more dimension, the first.
         """
         if self._functional:
-            return tuple(_Gather.apply(t) for t in tensors)
+            return tuple(_Gather.apply(t) for t in _all_mapped(tensors))
         together = [compat.gather(t) if compat.is_mapped(t) else None for t in tensors]
         count = next(len(t) for t in together if t is not None)
         pairs = zip(together, tensors, strict=True)
@@ -117,3 +117,11 @@ class Mapped:
         :return: function of a state.
         """
         return lambda r: as_state(self.states(as_tuple(function(as_state(self.apart(as_tuple(r)), single)))), single)
+
+
+def _all_mapped(tensors: Tensors) -> Tensors:
+    r"""The same values, all of them mapped if one is: a variable may be constant where another is not."""
+    if len(tensors) == 1:
+        return tensors
+    zero = torch.stack([torch.zeros_like(t).abs().sum() for t in tensors]).sum()
+    return tuple(t + zero.to(t.real.dtype) for t in tensors)
