@@ -3,7 +3,8 @@ r"""The circumstances of a backward pass: autocast, inference mode and ``torch.c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,20 @@ def as_in_forward(settings: Autocast) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def outside_of_inference_mode() -> Iterator[None]:
-    r"""Leave ``torch.inference_mode``, and enable gradients where it was on."""
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        yield
+class outside_of_inference_mode:
+    r"""Leave ``torch.inference_mode``, and enable gradients where it was on. It may be entered again and again, as
+    ``torch.utils.checkpoint`` does."""
+
+    def __init__(self) -> None:
+        self._entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        mode = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        mode.__enter__()
+        self._entered.append(mode)
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 def usable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
