@@ -46,33 +46,46 @@ def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: 
     with torch.no_grad():
         if callable(given) and not isinstance(given, Tensor):
             name, given = "init(y, physics)", given(y, physics)
-        expected = iteration.init(y, physics)
-    like = as_tuple(expected)
-    wanted = "a tensor" if isinstance(expected, Tensor) else f"a tuple of {len(like)} tensors"
+        expected = _own_start(iteration, y, physics)
     given = tuple(given) if isinstance(given, list) else given
-    fits = isinstance(given, Tensor) if isinstance(expected, Tensor) else isinstance(given, tuple)
-    if not fits or not all(isinstance(t, Tensor) for t in as_tuple(given)) or len(as_tuple(given)) != len(like):
+    tensors = as_tuple(given) if isinstance(given, (Tensor, tuple)) else ()
+    like = tensors if expected is None else as_tuple(expected)
+    one = isinstance(given if expected is None else expected, Tensor)
+    if not (tensors and all(isinstance(t, Tensor) for t in tensors)) or (isinstance(given, Tensor), len(tensors)) != (
+        one,
+        len(like),
+    ):
         what = type(given).__name__
         if isinstance(given, tuple):
             what = f"a tuple of {', '.join(type(t).__name__ for t in given) or 'nothing'}"
-        raise TypeError(f"{name} must be {wanted} of shape {_shapes(like)} for {type(iteration).__name__}, got {what}.")
-    given_tensors = as_tuple(given)
-    if [t.shape for t in given_tensors] != [t.shape for t in like]:
+        wanted = "a tensor" if one or not like else f"a tuple of {len(like)} tensors"
+        wanted += "" if expected is None else f" of shape {_shapes(like)}"
+        raise TypeError(f"{name} must be {wanted} for {type(iteration).__name__}, got {what}.")
+    if [t.shape for t in tensors] != [t.shape for t in like]:
         raise ValueError(
-            f"{name} has shape {_shapes(given_tensors)}, but the iterates of {type(iteration).__name__} have shape {_shapes(like)} "
+            f"{name} has shape {_shapes(tensors)}, but the iterates of {type(iteration).__name__} have shape {_shapes(like)} "
             f"for these measurements and {type(physics).__name__}: batch, channels and image size must agree."
         )
-    for t, e in zip(given_tensors, like, strict=True):
+    for t, e in zip(tensors, like, strict=True):
         if t.device != e.device:
             raise ValueError(f"{name} is on {t.device}, but the iterates are on {e.device}: move it there.")
         if t.is_complex() != e.is_complex() or not (t.is_floating_point() or t.is_complex()):
             raise ValueError(f"{name} has dtype {t.dtype}, but the iterates have {e.dtype}: convert it.")
     # a copy: a denoiser that writes into its input must not change the user's tensor
     ours = tuple(
-        t.detach().to(torch.promote_types(t.dtype, e.dtype), copy=True)
-        for t, e in zip(given_tensors, like, strict=True)
+        t.detach().to(torch.promote_types(t.dtype, e.dtype), copy=True) for t, e in zip(tensors, like, strict=True)
     )
-    return ours[0] if isinstance(expected, Tensor) else ours
+    return ours[0] if one else ours
+
+
+def _own_start(iteration: FixedPointIteration, y: Any, physics: Physics) -> State | None:
+    r"""The iteration's own starting point; ``None`` where it has none, and there is nothing to compare a given one with."""
+    try:
+        return iteration.init(y, physics)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception:
+        return None
 
 
 def give_lazy_layers_their_shapes(iteration: FixedPointIteration, y: Any, physics: Physics) -> None:

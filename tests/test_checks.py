@@ -71,3 +71,16 @@ def test_init_is_not_written_to():
     model = DEQReconstructor(DEProx(nn.Sequential(Writes()), stepsize=1.0))
     model(torch.rand(1, 1, 4, 4), Denoising(), init=init)
     assert torch.equal(init, torch.ones(1, 1, 4, 4))
+
+
+def test_init_is_all_there_is_where_an_iteration_has_none():
+    class Startless(DEProx):
+        def init(self, y, physics):
+            raise NotImplementedError("give init=")
+
+    model, physics, _, y = imaging(Startless)
+    torch.testing.assert_close(model(y, physics, init=GOOD), imaging()[0](y, physics))
+    with pytest.raises(TypeError, match="init must be a tensor"):
+        model(y, physics, init="zeros")
+    with pytest.raises(NotImplementedError, match="give init="):
+        model(y, physics)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from deepinv_deq import Solver
 from tests.implicit.common import ei_loss, gradients, sup_loss
 from tests.problems import (
     imaging,
@@ -105,6 +106,8 @@ def test_dtype_changes_and_reload():
     model, physics, _, y = imaging()
     expected = gradients(ei_loss(model, y, physics), model, [])
     model.float()
+    model.solver = Solver("anderson", max_iter=300, tol=1e-6)
+    model.hook.solver = Solver("gmres", max_iter=200, tol=1e-6)
     single = gradients(ei_loss(model, y.float(), copy.deepcopy(physics).float()), model, [])
     assert single[0].dtype == torch.float32 and relative_error(single, expected) <= 1e-3
     other, *_ = imaging(seed=5)
