@@ -1,7 +1,7 @@
-r"""Private names of PyTorch, TorchDEQ and deepinv, all of them, and what happens where a version lacks one.
+r"""All private names of PyTorch, TorchDEQ and deepinv that the package uses.
 
-Every function here looks its name up when it is called. A missing name costs the feature that the function's docstring
-names, and neither ``import deepinv_deq`` nor a training step. To use another private name, add a function here.
+Each function looks its name up when it is called. If a version of a library lacks the name, the feature in the docstring of
+the function is lost; ``import deepinv_deq`` and training go on. To use another private name, add a function here.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _patches = _Patches()
 def compiled_for_many_products() -> Iterator[None]:
     r"""Compile graphs whose backward pass runs several times, each for one batch size.
 
-    By default the first backward pass gives buffers away that the next one needs (``donated_buffer``). Gradients of graphs
+    The compiled backward runs several times, so buffer donation must be off (``donated_buffer``). Gradients of graphs
     for any batch size were measured to be wrong (``automatic_dynamic_shapes``; PyTorch 2.14, CPU). Without these settings
     compiled denoisers may fail in the backward pass.
     """
@@ -79,7 +79,7 @@ def compiled_for_many_products() -> Iterator[None]:
 
 
 def outside_of_compiled_graphs(function: _Function) -> _Function:
-    r"""Decorator: ``torch.compile`` runs the function as it is, between two graphs.
+    r"""Decorator: ``torch.compile`` does not trace the function, but calls it between two graphs.
 
     Without ``torch.compiler.disable``, ``torch.compile(model)`` may fail.
     """
@@ -97,9 +97,9 @@ def outside_of_compiled_graphs(function: _Function) -> _Function:
 
 
 def forward_mode() -> bool:
-    r"""Whether tangents may be about: inside of ``forward_ad.dual_level()`` or ``torch.func.jvp``.
+    r"""Whether forward mode is active: inside of ``forward_ad.dual_level()`` or ``torch.func.jvp``.
 
-    Without the name, a dual tensor is tried, with the same answer.
+    Without the name, the function tries to make a dual tensor, with the same result.
     """
     level = getattr(forward_ad, "_current_level", None)
     if level is not None:
@@ -113,18 +113,18 @@ def forward_mode() -> bool:
 
 
 def tangents(enabled: bool) -> AbstractContextManager[Any]:
-    r"""Whether operations pass tangents on, which ``torch.no_grad`` does not decide.
+    r"""Enable or disable forward mode for the operations in a block. ``torch.no_grad`` does not disable it.
 
-    Without the name they always do: a forward-mode derivative then costs more, and is the same.
+    Without the name forward mode stays enabled: derivatives are the same and cost more.
     """
     switch = getattr(forward_ad, "_set_fwd_grad_enabled", None)
     return nullcontext() if switch is None else switch(enabled)
 
 
 def transforms() -> list[str]:
-    r"""The transforms of :mod:`torch.func` in force, from outside to inside: ``"Vmap"``, ``"Grad"``, ``"Jvp"``.
+    r"""The active transforms of :mod:`torch.func`, from outside to inside: ``"Vmap"``, ``"Grad"``, ``"Jvp"``.
 
-    Without the name: an empty list, so that transforms that do not work end in PyTorch's own errors.
+    Without the name: an empty list. Unsupported transforms then raise PyTorch's own errors.
     """
     stack = find("torch._C._functorch.get_interpreter_stack")
     return [level.key().name for level in (stack() or ())] if stack else []
@@ -133,7 +133,7 @@ def transforms() -> list[str]:
 def is_mapped(t: Tensor) -> bool:
     r"""Whether the older ``vmap`` inside of :mod:`torch.autograd` (``vectorize=True``, ``is_grads_batched=True``) maps over it.
 
-    Without the name: no, so that ``vectorize=True`` ends in an error.
+    Without the name: ``False``, and ``vectorize=True`` raises an error.
     """
     known = find("torch._C._functorch.is_legacy_batchedtensor")
     return known is not None and bool(known(t))
@@ -159,7 +159,7 @@ def _level() -> int:
 
 
 def registered_solvers() -> Mapping[str, Callable[..., Any]]:
-    r"""TorchDEQ's table of solvers by name. Without it: empty, and only names that are known otherwise can be listed."""
+    r"""TorchDEQ's table of solvers by name. Without it: an empty table, and TorchDEQ's own solvers are not listed."""
     return find("torchdeq.solver._solvers") or {}
 
 

@@ -49,7 +49,7 @@ class DEQReconstructor(Reconstructor):
     :raises ValueError: if ``warm_starts`` is no number of samples.
 
     The attributes ``forward_stat`` and ``hook.stat`` hold the :class:`SolverStat` of the last forward and backward solve;
-    :meth:`on_solve` tells of every one.
+    :meth:`on_solve` gives access to all of them.
 
     Losses that divide a difference of two reconstructions by a small :math:`\tau`, as :class:`deepinv.loss.SureGaussianLoss`
     does, divide solver errors by :math:`\tau`, too: give ``solver`` and ``hook`` tolerances below :math:`\tau` times the relative
@@ -93,7 +93,7 @@ class DEQReconstructor(Reconstructor):
 
         :param Callable callback: called as ``callback(which, stat)`` with ``"forward"``, ``"backward"`` (an adjoint solve) or
             ``"tangent"`` (forward mode) and the :class:`SolverStat`, in the thread of the solve, also where the solve raises a
-            :class:`ConvergenceError`. What it raises ends the solve. Copies and saved models begin without callbacks.
+            :class:`ConvergenceError`. An exception in the callback is not caught. Copies and saved models begin without callbacks.
         :return: a handle; ``handle.remove()`` ends it.
         """
         return self._callbacks.add(callback)
@@ -180,7 +180,7 @@ class DEQReconstructor(Reconstructor):
 
 
 class _Callbacks:
-    r"""Functions that are told of solves. They are no state of the model: copies start with none, and nothing is saved."""
+    r"""Functions that are called after every solve. They are not part of the model's state: copies have none."""
 
     def __init__(self) -> None:
         self._functions: OrderedDict[int, OnSolve] = OrderedDict()
@@ -190,7 +190,7 @@ class _Callbacks:
 
     def add(self, callback: OnSolve) -> RemovableHandle:
         if not callable(callback):
-            raise TypeError(f"on_solve needs a function of a word and a statistic, got {type(callback).__name__}.")
+            raise TypeError(f"on_solve needs a function callback(which, stat), got {type(callback).__name__}.")
         handle = RemovableHandle(self._functions)
         self._functions[handle.id] = callback
         return handle

@@ -321,7 +321,7 @@ def test_every_solve_is_told():
         model.on_solve("print")
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", "backward", "tangent"])
 def test_solves_that_raise_are_told_first(where):
     model, physics, _, y = imaging()
     failing = {"max_iter": 2, "tol": 1e-12, "on_failure": "raise"}
@@ -332,6 +332,8 @@ def test_solves_that_raise_are_told_first(where):
     told = []
     model.on_solve(lambda which, stat: told.append((which, bool(stat.converged.any()))))
     with pytest.raises(ConvergenceError):
+        if where == "tangent":
+            torch.func.jvp(lambda y: model(y, physics), (y,), (y,))
         model(y, physics).sum().backward()
     assert told[-1] == (where, False)
 

@@ -24,12 +24,12 @@ def as_state(tensors: Sequence[Tensor], single: bool) -> State:
 
 @dataclass(frozen=True)
 class Adjoint:
-    r"""How adjoint equations are solved, and who is told.
+    r"""Settings of adjoint solves, and the function that receives their statistics.
 
     :param Solver solver: their solver.
     :param bool exact: whether to solve them; else :math:`b = g` (Jacobian-free backpropagation).
     :param bool single: whether a state is one tensor.
-    :param Callable report: called with the statistic of every solve.
+    :param Callable report: called with the :class:`SolverStat` of every solve.
     """
 
     solver: Solver
@@ -107,17 +107,17 @@ class Adjoint:
         start = as_state([torch.zeros_like(t) for t in g], self.single)
         try:
             solution, stat = self.solver(adjoint, start)
+            b = as_tuple(solution)
+            # the last product also gives b dF/dx, and with it the true residual of the adjoint equation
+            products = vjp(image, (*x, *inputs), b)
+            of_x = zeros_for_none(products[: len(x)], x)
+            measured = as_state([p + t for p, t in zip(of_x, g, strict=True)], self.single)
+            # a NaN cotangent gives a NaN gradient, as everywhere in PyTorch; GradScaler relies on it
+            self.solver.verify(solution, measured, adjoint.offset, stat)
         except ConvergenceError as error:
             if error.stat is not None:
                 self.report(error.stat)
             raise
-        b = as_tuple(solution)
-        # the last product also gives b dF/dx: the true residual of the adjoint equation, for next to nothing
-        products = vjp(image, (*x, *inputs), b)
-        of_x = zeros_for_none(products[: len(x)], x)
-        measured = as_state([p + t for p, t in zip(of_x, g, strict=True)], self.single)
-        # a NaN cotangent has given NaN, as everywhere in PyTorch (GradScaler relies on it): nothing to verify there
-        self.solver.verify(solution, measured, adjoint.offset, stat)
         return b, products[len(x) :], stat
 
     def _of_one_graph(
@@ -134,9 +134,9 @@ class Adjoint:
 
 
 class AdjointMap(Map):
-    r"""The map :math:`b \mapsto b \, \partial F / \partial x + g` of eq. 10 as one that can be differentiated, again and again.
+    r"""The map :math:`b \mapsto b \, \partial F / \partial x + g` of eq. 10, which can be differentiated any number of times.
 
-    Its inputs are all that the Jacobian depends on, the fixed point among them, and :math:`g`.
+    Its inputs are the tensors on which the Jacobian depends (the fixed point and the inputs of :math:`F`) and :math:`g`.
 
     :param Map f: the map :math:`F`.
     :param tuple[torch.Tensor, ...] x: its fixed point.
@@ -163,7 +163,7 @@ class AdjointMap(Map):
 
     def _product(self, b: Tensors, of_x: bool) -> Gradients:
         with torch.enable_grad():
-            # views, since partial derivatives are meant: the fixed point depends on the inputs
+            # views, to get partial derivatives: the fixed point itself depends on the inputs
             x, inputs = (tuple(t.view_as(t) for t in tensors) for tensors in (self._x, self._of_f))
             image = as_tuple(self._f.rebind(inputs)(as_state(x, self._single)))
             return vjp(image, x if of_x else inputs, b, graph=True)
@@ -175,7 +175,7 @@ def vjp(outputs: Tensors, inputs: Tensors, cotangent: Tensors, keep: bool = Fals
     :param tuple[torch.Tensor, ...] outputs: tensors with a graph.
     :param tuple[torch.Tensor, ...] inputs: tensors of that graph.
     :param tuple[torch.Tensor, ...] cotangent: one tensor for each of ``outputs``.
-    :param bool keep: whether the graph of ``outputs`` serves again.
+    :param bool keep: whether the graph of ``outputs`` is used again.
     :param bool graph: whether the product gets a graph of its own; if so, that of ``outputs`` is kept, too.
     :return: one tensor for each of ``inputs``, ``None`` where there is no dependence.
     """

@@ -1,16 +1,16 @@
 r"""Forward mode: the tangent of a fixed point, by one linear solve with Jacobian-vector products.
 
 The tangent :math:`v` of :math:`\hat x = F(\hat x)` solves :math:`v = \frac{\partial F}{\partial x} v + t`, where :math:`t` is the
-tangent of :math:`F(\hat x)` with :math:`\hat x` held fixed. Both come from evaluations of :math:`F` with dual numbers, so
-whatever carries a tangent is included: measurements, physics, parameters.
+tangent of :math:`F(\hat x)` with :math:`\hat x` held fixed. Both come from evaluations of :math:`F` with dual tensors, so every
+tensor that has a tangent is included: measurements, physics, parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -22,7 +22,7 @@ from deepinv_deq.implicit.adjoint import Tensors, as_state
 from deepinv_deq.implicit.functions import TANGENT, Refused
 from deepinv_deq.implicit.mapped import VMAP, Mapped
 from deepinv_deq.maps import AffineMap, Map
-from deepinv_deq.solvers import Solver, SolverStat
+from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
 
 _OF_TORCH_FUNC = (
     "torch.func.grad, vjp and jacrev, and derivatives of a torch.func.jvp, have no implicit gradient. Use torch.autograd.grad, "
@@ -30,27 +30,22 @@ _OF_TORCH_FUNC = (
 )
 
 
-class Solved(NamedTuple):
-    r"""A tangent, and the statistic of its solve; ``None`` where nothing was solved."""
-
-    tensors: Tensors
-    stat: SolverStat | None
-
-
 @dataclass(frozen=True)
 class Tangent:
-    r"""How tangents are solved for.
+    r"""Settings of the solve for a tangent.
 
     :param Solver solver: solver of the linear equation.
     :param bool exact: whether to solve it; else :math:`v = t`, the counterpart of Jacobian-free backpropagation.
     :param bool single: whether a state is one tensor.
+    :param Callable report: called with the :class:`SolverStat` of the solve.
     """
 
     solver: Solver
     exact: bool
     single: bool
+    report: Callable[[SolverStat], None]
 
-    def of(self, f: Map, x: Tensors) -> Solved | None:
+    def of(self, f: Map, x: Tensors) -> Tensors | None:
         r"""The tangent of the fixed point ``x`` of ``f``.
 
         :param Map f: the map.
@@ -68,9 +63,9 @@ class Tangent:
             if all(t is None for t in parts):
                 return None
             t = tuple(torch.zeros_like(a) if p is None else p.to(a.dtype) for a, p in zip(x, parts, strict=True))
-            return self._solve(f, x, t) if self.exact else Solved(t, None)
+            return self._solve(f, x, t) if self.exact else t
 
-    def _solve(self, f: Map, x: Tensors, t: Tensors) -> Solved:
+    def _solve(self, f: Map, x: Tensors, t: Tensors) -> Tensors:
         many = Mapped.of(t)
 
         def linear(v: State) -> State:
@@ -88,14 +83,20 @@ class Tangent:
                 inverse = many.on_states(inverse, self.single)
             equation = AffineMap(linear, offset, inverse)
             start = as_state([torch.zeros_like(c) for c in as_tuple(offset)], self.single)
-            v, stat = self.solver(equation, start)
-            self.solver.verify(v, equation(v), offset, stat)
-            return Solved(as_tuple(v) if many is None else many.apart(as_tuple(v)), stat)
+            try:
+                v, stat = self.solver(equation, start)
+                self.solver.verify(v, equation(v), offset, stat)
+            except ConvergenceError as error:
+                if error.stat is not None:
+                    self.report(error.stat)
+                raise
+            self.report(stat)
+            return as_tuple(v) if many is None else many.apart(as_tuple(v))
 
 
 @contextmanager
 def refusing_vmap() -> Iterator[None]:
-    r"""Say what to do instead where ``vmap`` fails, as it does at the first value that a solve looks at.
+    r"""Replace the error of ``vmap``, which fails where a solve reads a value, by one that names the alternative.
 
     :raises RuntimeError: in the place of PyTorch's error.
     """
@@ -113,19 +114,18 @@ def without_tangents(x: Tensors) -> Tensors:
     return tuple(forward_ad.unpack_dual(t).primal for t in x)
 
 
-def attach(x_hat: Tensors, tangent: Solved, graph: bool) -> Tensors:
+def attach(x_hat: Tensors, tangent: Tensors, graph: bool) -> Tensors:
     r"""Fixed point and tangent as dual tensors.
 
     :param tuple[torch.Tensor, ...] x_hat: the fixed point, without tangents.
-    :param Solved tangent: its tangent.
+    :param tuple[torch.Tensor, ...] tangent: its tangent.
     :param bool graph: whether the fixed point is in an autograd graph, where derivatives of the tangent are an error.
     :return: the same values, with tangents.
     """
-    v = tangent.tensors
     if graph:
         with compat.tangents(False):
-            v = Refused.apply(TANGENT, len(v), *v, *x_hat)
-    return tuple(forward_ad.make_dual(x, d) for x, d in zip(x_hat, v, strict=True))
+            tangent = Refused.apply(TANGENT, len(tangent), *tangent, *x_hat)
+    return tuple(forward_ad.make_dual(x, d) for x, d in zip(x_hat, tangent, strict=True))
 
 
 def refuse_reverse(x_star: Tensors, inputs: Tensors, transforms: Sequence[str]) -> Tensors:

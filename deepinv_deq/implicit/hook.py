@@ -116,9 +116,9 @@ class ModularIDHook:
         state = without_tangents(as_tuple(x_star)) if forward_mode else as_tuple(x_star)
         exact = self.mode == "implicit"
         if forward_mode:
-            tangent = Tangent(self.solver, exact, single).of(f, state)
-            if tangent is not None and tangent.stat is not None and on_solve is not None:
-                on_solve("tangent", tangent.stat)
+            tangent = Tangent(self.solver, exact, single, lambda stat: on_solve and on_solve("tangent", stat)).of(
+                f, state
+            )
         x_hat = state
         if torch.is_grad_enabled():
             x_hat = self._with_gradient(f, state, Adjoint(self.solver, exact, single, _Report(self, on_solve)))
@@ -150,7 +150,7 @@ class ModularIDHook:
 
 
 class _Report:
-    r"""Keeps the statistic of an adjoint solve on the hook, and tells others."""
+    r"""Stores the statistic of an adjoint solve on the hook, and calls ``on_solve``."""
 
     def __init__(self, hook: ModularIDHook, on_solve: OnSolve | None):
         self._hook, self._on_solve = hook, on_solve
