@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from deepinv_deq.implicit import fixed_point_nodes
 from deepinv_deq.reconstructor import DEQReconstructor
 from deepinv_deq.solvers import ConvergenceError, ConvergenceWarning, SolverStat
 
@@ -34,25 +33,16 @@ class StepGuard(GradScaler):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        r"""Look at the statistic of every solve that is made in the block, and of its adjoint, whenever that is solved."""
+        r"""Look at the statistic of every solve that is made in the block, forward and adjoint."""
         models = [module for module in self._model.modules() if isinstance(module, DEQReconstructor)]
-        handles = [model.register_forward_hook(self._after_forward) for model in models]
+        handles = [model.on_solve(self._judge) for model in models]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _after_forward(self, model: DEQReconstructor, _: Any, output: Any) -> None:
-        self._judge("forward", model.forward_stat)
-        x_hat = output[0] if isinstance(output, tuple) else output
-        if model.hook.mode == "implicit":
-            for node in fixed_point_nodes(x_hat):
-                node.register_hook(lambda *_: self._judge("backward", model.hook.stat))
-
-    def _judge(self, which: str, stat: SolverStat | None) -> None:
-        if stat is None:
-            return
+    def _judge(self, which: str, stat: SolverStat) -> None:
         bad = ~(stat.residual <= self._limit) & ~stat.converged
         if which == "backward" and self.is_enabled():  # a scaled loss may overflow, and a lower scale puts it right
             bad &= torch.isfinite(stat.residual)

@@ -3,37 +3,12 @@ r"""Maps as solvers see them: of ``(B, N)`` matrices, counted, restricted to som
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from deepinv_deq._states import WORTH, Layout, Rows, State
-
-
-@dataclass(frozen=True)
-class AffineMap:
-    r"""The map :math:`b \mapsto \ell(b) + c`, which lets a Krylov method use its two parts.
-
-    :param Callable linear: the linear part :math:`\ell`.
-    :param torch.Tensor, tuple[torch.Tensor, ...] offset: the constant :math:`c`, of the shape of the state.
-    :param Callable, None precondition: linear map of states near to :math:`(I - \ell)^{-1}`, which a solver may use.
-    """
-
-    linear: Callable[[Any], Any]
-    offset: Any
-    precondition: Callable[[Any], Any] | None = None
-
-    def __call__(self, b: Any) -> Any:
-        r"""Evaluate the map.
-
-        :param torch.Tensor, tuple[torch.Tensor, ...] b: a state.
-        :return: :math:`\ell(b) + c`.
-        """
-        out = self.linear(b)
-        if isinstance(out, tuple):
-            return tuple(o + c for o, c in zip(out, self.offset, strict=True))
-        return out + self.offset
+from deepinv_deq.maps import AffineMap
 
 
 @runtime_checkable
@@ -49,8 +24,6 @@ class SeparableMap(Protocol):
 
 def preconditioner(f: Any, x: State) -> Callable[[Any], Any] | None:
     r"""What a map offers as an approximate inverse of the identity minus its Jacobian, for states like ``x``."""
-    if isinstance(f, AffineMap):
-        return f.precondition
     offered = getattr(f, "preconditioner", None)
     return None if offered is None else offered(x)
 

@@ -86,8 +86,10 @@ class _Wrapped(Map):
 
     def __init__(self, f: Callable[[Any], Any]):
         self._f = f
-        if hasattr(f, "inputs") and hasattr(f, "rebind"):
-            self.inputs = f.inputs
+
+    @property
+    def inputs(self) -> Tensors | None:  # type: ignore[override]
+        return getattr(self._f, "inputs", None) if hasattr(self._f, "rebind") else None
 
     def __call__(self, x: Any) -> Any:
         return self._f(x)
@@ -103,6 +105,10 @@ class _Wrapped(Map):
         offered = getattr(self._f, "select", None)
         part = None if offered is None else offered(rows)
         return None if part is None else as_map(part)
+
+    def separable(self, x: Any, fx: Any = None) -> bool:
+        offered = getattr(self._f, "separable", None)
+        return False if offered is None else offered(x, fx)
 
     def diagnose(self) -> str:
         offered = getattr(self._f, "diagnose", None)
