@@ -15,7 +15,7 @@ from torchdeq.solver import register_solver
 from torchdeq.solver.anderson import anderson_solver
 
 from deepinv_deq import ConvergenceError, ConvergenceWarning, Solver, SolverStat
-from deepinv_deq._maps import AffineMap
+from deepinv_deq.maps import AffineMap
 from deepinv_deq.solvers import available_methods
 from tests.problems import F64, Batch, affine, relative_error
 
