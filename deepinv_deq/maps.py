@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepinv_deq.states import Rows, State, as_tuple
+from deepinv_deq.states import Rows, as_tuple
 
 Tensors = tuple[Tensor, ...]
 
@@ -86,8 +86,10 @@ class _Wrapped(Map):
 
     def __init__(self, f: Callable[[Any], Any]):
         self._f = f
-        if hasattr(f, "inputs") and hasattr(f, "rebind"):
-            self.inputs = f.inputs
+
+    @property
+    def inputs(self) -> Tensors | None:  # type: ignore[override]
+        return getattr(self._f, "inputs", None) if hasattr(self._f, "rebind") else None
 
     def __call__(self, x: Any) -> Any:
         return self._f(x)

@@ -25,7 +25,9 @@ def _function(method: str) -> Callable[..., tuple[Tensor, list[Tensor], SolverSt
     ) -> tuple[Tensor, list[Tensor], SolverStat]:
         r"""Solve for the fixed point of a map of ``(B, N)`` matrices; the settings are those of :class:`Solver`."""
         settings: dict[str, Any] = {"max_iter": max_iter, "tol": tol, "history": history, "damping": damping}
-        x, stat = Solver(method, **settings, sync_every=sync_every, on_failure="ignore", chunk_size=max(1, len(x0)))(func, x0)
+        x, stat = Solver(method, **settings, sync_every=sync_every, on_failure="ignore", chunk_size=max(1, len(x0)))(
+            func, x0
+        )
         return x, [], stat
 
     solve.__name__ = solve.__qualname__ = method

@@ -36,10 +36,9 @@ class GMRES(Method):
         tol, max_iter, every = self.settings.tol, self.settings.max_iter, self.settings.sync_every
         linear, x, step = self._start(problem, x0)
         now = problem.measure(x, x + step, step)
-        floor = torch.finfo(x.dtype).eps * now.size.nan_to_num(0.0, 0.0)  # for a solution at zero
         absolute, relative, plain, traces = now.absolute, now.relative, now.plain, ([now.absolute], [now.relative])
         nstep = torch.full_like(absolute, problem.evaluations)
-        active = torch.isfinite(absolute) & (relative > tol) & (absolute > floor)
+        active = torch.isfinite(absolute) & (relative > tol)
         at_floor, singular = torch.zeros_like(active).repeat(2, 1)
         check = 0 if problem.affine else 1  # only its true residual tells whether this map is affine
 
@@ -47,11 +46,12 @@ class GMRES(Method):
             tried, length = active, min(self.depth, max_iter - problem.evaluations - check)
             cycle = Cycle(problem, linear, x, step, now, tried, length)
             for j in range(1, length + 1):
-                cycle.advance(tol, floor)
+                cycle.advance(tol)
                 for trace, value in zip(traces, (cycle.absolute, cycle.relative), strict=True):
                     trace.append(torch.where(tried, value, trace[-1]))
                 if j % every == 0 and not bool(cycle.active.any()):
                     break
+            cycle.settle()
             nstep = nstep + cycle.used
             at_floor = at_floor | cycle.at_floor
             again = cycle.active if problem.affine else tried
@@ -63,7 +63,10 @@ class GMRES(Method):
             singular = singular | cycle.singular
             new, left = cycle.solution()
             x = where_rows(claimed, new, x)
-            absolute, relative = torch.where(claimed, cycle.absolute, absolute), torch.where(claimed, cycle.relative, relative)
+            absolute, relative = (
+                torch.where(claimed, cycle.absolute, absolute),
+                torch.where(claimed, cycle.relative, relative),
+            )
             plain = torch.where(claimed, problem.measure(new, new + left, left).plain, plain)
             if spent or not bool(again.any()):
                 break
@@ -77,14 +80,14 @@ class GMRES(Method):
                 torch.where(better, a, b)
                 for a, b in ((true.absolute, absolute), (true.relative, relative), (true.plain, plain))
             )
-            active = fell & ~cycle.at_floor & ~cycle.singular & (relative > tol) & (absolute > floor)
+            active = fell & ~cycle.at_floor & ~cycle.singular & (relative > tol)
             stuck = again & ~fell & ~(relative <= tol)
             rounding = stuck & (relative <= ROUNDING * true.rounding)
             at_floor = at_floor | rounding
             singular = singular | (stuck & ~rounding & (cycle.size >= STALL))
             now = true
 
-        converged = torch.isfinite(relative) & ((relative <= tol) | (absolute <= floor))
+        converged = torch.isfinite(relative) & (relative <= tol)
         found = {"x": x, "absolute": absolute, "relative": relative, "plain": plain, "nstep": nstep}
         found |= {"converged": converged, "at_floor": at_floor & ~converged}
         found["singular"] = singular & ~converged & ~at_floor & torch.tensor(problem.affine, device=x.device)

@@ -10,7 +10,8 @@ from deepinv_deq.solvers.problem import Evaluation, Linear, Problem
 from deepinv_deq.states import norms, where_rows
 
 _PIVOT = 8.0  # roundings of a product: a pivot below is noise
-_FALL = 0.999  # a solution replaces the one before if its residual is this much smaller
+# Where the residual stops falling, the null space of a singular system makes ever larger solutions of it.
+_FALL = 0.99  # a solution replaces the one before if its residual is this much smaller
 _CONDITION = 1e4  # of a system whose residual stopped falling: such a map does not contract
 
 
@@ -43,9 +44,11 @@ class Cycle:
         r"""Number of products so far."""
         return len(self._lefts)
 
-    def advance(self, tol: float, floor: Tensor) -> None:
+    def advance(self, tol: float) -> None:
         r"""One more product, and the least residual over the space with it."""
-        direction = self._basis.last if self._problem.precondition is None else self._problem.precondition(self._basis.last)
+        direction = (
+            self._basis.last if self._problem.precondition is None else self._problem.precondition(self._basis.last)
+        )
         w = direction - self._linear(direction)
         go = self.active & torch.isfinite(w).all(dim=1)
         w = where_rows(go, w, torch.zeros_like(w))
@@ -57,23 +60,33 @@ class Cycle:
         doubt = noise * grown  # rounding of the products with the solution
         absolute, scale = self._measure(left, y, rho)
         relative = torch.where(absolute == 0, absolute, absolute / scale)
-        met = (relative <= tol) | (absolute <= floor)
-        at_floor = go & (left <= doubt) & (doubt > tol * scale) & ~(absolute <= floor)
-        done = go & met & ~at_floor
+        at_floor = go & (left <= doubt) & (doubt > tol * scale)
+        done = go & (relative <= tol) & ~at_floor
         claim = torch.hypot(absolute, doubt)
-        take = done | (go & (claim < _FALL * self._claim))
-        j = self.size + 1
-        self._weights[:, :j] = torch.where(take[:, None], y, self._weights[:, :j])
-        self._rest[:, : j + 1] = torch.where(take[:, None], rho, self._rest[:, : j + 1])
-        self._claim = torch.where(take, claim, self._claim)
-        self.absolute = torch.where(take, torch.where(at_floor, claim, absolute), self.absolute)
-        self.relative = torch.where(take, torch.where(at_floor, claim / scale, relative), self.relative)
+        worth = torch.where(at_floor, claim, absolute), torch.where(at_floor, claim / scale, relative), claim
+        self._latest = y, rho, *worth
+        self._take(done | (go & (claim < _FALL * self._claim)))
         self.used = self.used + self.active
         self._lefts.append(left)
         hopeless = (length == 0) | (self.stagnates() & (self._size * grown > _CONDITION * self._beta))
         self.at_floor = self.at_floor | at_floor
         self.singular = self.singular | (go & hopeless & ~done & ~at_floor)
         self.active = go & ~done & ~at_floor & ~self.singular
+
+    def _take(self, rows: Tensor) -> None:
+        y, rho, absolute, relative, claim = self._latest
+        j = y.shape[1]
+        self._weights[:, :j] = torch.where(rows[:, None], y, self._weights[:, :j])
+        self._rest[:, : j + 1] = torch.where(rows[:, None], rho, self._rest[:, : j + 1])
+        self.absolute, self.relative = (
+            torch.where(rows, absolute, self.absolute),
+            torch.where(rows, relative, self.relative),
+        )
+        self._claim = torch.where(rows, claim, self._claim)
+
+    def settle(self) -> None:
+        r"""Take the last solution of the samples that want more products, unless their residual stopped falling."""
+        self._take(self.active & ~self.stagnates() & (self._latest[-1] < self._claim))
 
     def stagnates(self) -> Tensor:
         r"""Whether the last products brought the residual down by less than a hundredth."""

@@ -105,9 +105,9 @@ def iterate(method: Method, problem: Problem, x0: Tensor) -> tuple[Tensor, dict[
     for k in range(1, max_iter + 1):
         now = problem.evaluate(x)
         fx = now.image
-        if k == 1:  # a fixed point at zero has no relative accuracy: it is reached at the rounding of the first image
-            floor = eps * now.size.nan_to_num(0.0, 0.0)
-        done = (now.relative <= tol) | (now.absolute <= floor)
+        if k == 1:  # a fixed point at zero has no relative accuracy: it is reached far below the rounding of the start
+            floor = eps**2 * now.size.nan_to_num(0.0, 0.0)
+        done = (now.relative <= tol) | ((now.absolute <= floor) & (now.size <= floor))
         better = active & ((now.absolute < best.absolute) | done)
         accepted = now.absolute <= method.growth * 2**rejections * best.absolute
         restart = active & ~better & ~(accepted & torch.isfinite(now.absolute))

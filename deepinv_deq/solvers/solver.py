@@ -14,11 +14,10 @@ from deepinv_deq.solvers.loop import Settings
 from deepinv_deq.solvers.methods import METHODS, available_methods, foreign
 from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.stat import SolverStat, report
-from deepinv_deq.states import Layout, State, chunks, join, norms, take
+from deepinv_deq.states import Layout, State, chunks, join, take
 
 _FAILURE = ("warn", "raise", "ignore")
 _SYNC_EVERY = 4  # on accelerators: a few extra evaluations are cheaper than a host-device synchronisation
-_DRIFT = 100.0  # roundings by which the recurrence of a Krylov method may differ from the measured residual
 
 
 class _Options(dict[str, Any]):
@@ -27,7 +26,7 @@ class _Options(dict[str, Any]):
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("The options of a Solver cannot be changed: make another with dataclasses.replace.")
 
-    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Options, (dict(self),)
@@ -48,7 +47,7 @@ class Solver:
     a change of the state: so a tolerance means the same for any stepsize. Without it, this is the plain residual. For an affine map
     :math:`b \mapsto \ell(b) + c`, such as the adjoint equation, the criterion is :math:`\|\ell(b) + c - b\|_2 / \|c\|_2`, as is usual
     for GMRES. A fixed point at zero has no relative error: it is reached at the rounding of the first image. The point returned is
-    the best one evaluated, and the residual in the statistic is that of this point. A state with at most one dimension is one sample.
+    the best one evaluated, with its residual in the statistic. A state with at most one dimension is one sample.
 
     :param str method: ``"anderson"`` (:footcite:t:`walker2011anderson`), ``"broyden"`` (:footcite:t:`broyden1965class`),
         ``"fixed_point_iter"`` (Picard), ``"gmres"`` (:footcite:t:`saad1986gmres`, for affine maps such as eq. 10 of the
@@ -157,27 +156,9 @@ class Solver:
         :param SolverStat stat: statistic of the solve, changed in place.
         :raises ConvergenceError: if the solve claimed to have converged, has not, and ``on_failure="raise"``.
         """
-        layout = Layout(x, self.batched)
-        point, image, c = (norms(layout.pack(t)) for t in (x, fx, offset))
-        absolute = norms(layout.pack(fx) - layout.pack(x))
-        relative, plain = (torch.where(absolute == 0, absolute, absolute / size) for size in (c, image))
-        finite = torch.isfinite(relative)
-        for key, value in (("abs_lowest", absolute), ("rel_lowest", relative), ("plain_residual", plain)):
-            stat[key] = torch.where(finite, value, torch.inf).to(layout.dtype)
-        drift = _DRIFT * torch.finfo(layout.dtype).eps * torch.maximum(point, image) / c
-        doubted = stat.converged & ~(relative <= torch.clamp_min(drift.nan_to_num(0.0, 0.0), 2 * self.tol))
-        stat["converged"] = stat.converged & ~doubted
-        stat.judge(self.method, self.tol)
-        if bool(doubted.any()):
-            device = absolute.device.type
-            cause = (
-                f"products in {str(torch.get_autocast_dtype(device)).removeprefix('torch.')} cannot reach {self.tol:.1e}."
-                if torch.is_autocast_enabled(device)
-                else "the map is not deterministic, or couples the samples of the batch (then use Solver(..., "
-                "batched=False))."
-            )
-            worst = stat.residual.max().item()
-            stat["outcome"] = f"{self.method} reported convergence, but the measured residual is {worst:.1e}: {cause}"
+        worst = stat.verify(Layout(x, self.batched), x, fx, offset, self.method, self.tol)
+        if worst is not None:
+            stat["outcome"] = _contradicted(self, worst, stat.residual.device.type)
             self.report(stat)
 
     def _parts(self, f: Map, x0: State) -> list[tuple[Map, State]]:
@@ -186,9 +167,8 @@ class Solver:
         return chosen if parts and len(chosen) == len(parts) else [(f, x0)]
 
     def _solve(self, f: Map, x0: State) -> tuple[State, SolverStat]:
-        layout = Layout(x0, self.batched)
+        layout, method = Layout(x0, self.batched), METHODS.get(self.method)
         start = layout.pack(x0)
-        method = METHODS.get(self.method)
         precondition = self.precondition and self.batched and method is not None and method.preconditioned
         problem = Problem(f, layout, start, precondition)
         start = problem.enter(start)
@@ -203,6 +183,14 @@ class Solver:
         stat["evaluations"], stat["work"] = problem.evaluations, problem.samples / max(1, len(x))
         stat.judge(self.method, self.tol)
         return layout.unpack(x), stat
+
+
+def _contradicted(solver: Solver, worst: float, device: str) -> str:
+    cause = "the map is not deterministic, or couples the samples of the batch (then use Solver(..., batched=False))."
+    if torch.is_autocast_enabled(device):
+        precision = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        cause = f"products in {precision} cannot reach {solver.tol:.1e}."
+    return f"{solver.method} reported convergence, but the measured residual is {worst:.1e}: {cause}"
 
 
 def _run_foreign(solver: Solver, problem: Problem, start: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torchdeq.solver.stat import SolverStat as _TorchDEQStat
 
+from deepinv_deq.states import Layout, State, norms
+
+_DRIFT = 100.0  # roundings by which the recurrence of a Krylov method may differ from the measured residual
 _PER_SAMPLE = ("abs_lowest", "rel_lowest", "plain_residual", "nstep", "converged", "at_floor", "singular")
 _SINGULAR = (
     "The linear equation is singular or nearly so in {n} of {of} samples: F does not contract along some direction (1 is an "
@@ -138,6 +141,29 @@ class SolverStat(_TorchDEQStat):
         if bool(self["singular"].any()):
             said.append(_SINGULAR.format(n=int(self["singular"].sum()), of=len(converged)))
         self["outcome"] = " ".join(said)
+
+    def verify(self, layout: Layout, x: State, fx: State, offset: State, method: str, tol: float) -> float | None:
+        r"""Take the measured residual of the solution of an affine map.
+
+        :param Layout layout: of the states.
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: the point.
+        :param torch.Tensor, tuple[torch.Tensor, ...] fx: its image.
+        :param torch.Tensor, tuple[torch.Tensor, ...] offset: the constant of the map.
+        :param str method: name of the method.
+        :param float tol: its tolerance.
+        :return: the largest residual, if a sample that was said to have converged has not; else ``None``.
+        """
+        point, image, c = (norms(layout.pack(t)) for t in (x, fx, offset))
+        absolute = norms(layout.pack(fx) - layout.pack(x))
+        relative, plain = (torch.where(absolute == 0, absolute, absolute / size) for size in (c, image))
+        finite = torch.isfinite(relative)
+        for key, value in (("abs_lowest", absolute), ("rel_lowest", relative), ("plain_residual", plain)):
+            self[key] = torch.where(finite, value, torch.inf).to(layout.dtype)
+        drift = (_DRIFT * torch.finfo(layout.dtype).eps * torch.maximum(point, image) / c).nan_to_num(0.0, 0.0)
+        honest = ~self.converged | (relative <= drift.clamp_min(2 * tol))
+        self["converged"] = self.converged & honest
+        self.judge(method, tol)
+        return None if bool(honest.all()) else self.residual.max().item()
 
     def cause(self) -> str | None:
         r"""Why the tolerance was missed: a key of the remedies, or ``None`` if it was not."""
