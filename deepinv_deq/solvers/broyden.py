@@ -24,7 +24,7 @@ class Broyden(Method):
 
     def update(self, x: Tensor, fx: Tensor, restart: Tensor) -> Tensor:
         r"""Take the last step into the inverse, and make a quasi-Newton step."""
-        g = fx - x
+        g = self.residual
         if self.used == self.depth:
             self.u.zero_(), self.v.zero_()
             self.used, self.previous = 0, None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.solvers.krylov import Cycle
-from deepinv_deq.solvers.loop import ROUNDING, STALL, Method, information
+from deepinv_deq.solvers.loop import ROUNDING, STALL, Method, Settings, information
 from deepinv_deq.solvers.problem import Linear, Problem
 from deepinv_deq.states import unit_size, where_rows
 
@@ -26,14 +26,15 @@ class GMRES(Method):
 
     history = 30
 
-    def solve(self, problem: Problem, x0: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def solve(self, problem: Problem, x0: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
         r"""Solve from ``x0``.
 
         :param Problem problem: the problem.
         :param torch.Tensor x0: first point, of shape ``(B, N)``.
+        :param Settings settings: settings of the solver.
         :return: the best point, and the keys of its :class:`SolverStat <deepinv_deq.SolverStat>`.
         """
-        tol, max_iter, every = self.settings.tol, self.settings.max_iter, self.settings.sync_every
+        tol, max_iter, every = settings.tol, settings.max_iter, settings.sync_every
         linear, x, step = self._start(problem, x0)
         now = problem.measure(x, x + step, step)
         absolute, relative, plain, traces = now.absolute, now.relative, now.plain, ([now.absolute], [now.relative])

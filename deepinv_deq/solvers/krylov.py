@@ -27,7 +27,7 @@ class Cycle:
         self, problem: Problem, linear: Linear, x: Tensor, step: Tensor, now: Evaluation, active: Tensor, columns: int
     ):
         self._problem, self._linear, self._x, self._floating = problem, linear, x, torch.finfo(x.dtype)
-        self._beta = norms(step)
+        self._beta, self._start = norms(step), norms(x)
         first = where_rows(active, step / self._beta[:, None].to(x.dtype), torch.zeros_like(x))
         self._basis = _Basis(min(columns, 15) + 1, first, problem.precondition is not None)
         self._least = _LeastSquares(self._beta, columns)
@@ -57,7 +57,7 @@ class Cycle:
         length, column = self._basis.append(w, direction, _PIVOT * noise)
         y, rho = self._least.append(column, length, _PIVOT * noise)
         left, grown = rho.norm(dim=1), y.norm(dim=1)
-        doubt = noise * grown  # rounding of the products with the solution
+        doubt = noise * (grown + self._start)  # rounding of the products with the solution
         absolute, scale = self._measure(left, y, rho)
         relative = torch.where(absolute == 0, absolute, absolute / scale)
         at_floor = go & (left <= doubt) & (doubt > tol * scale)

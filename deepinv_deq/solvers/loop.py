@@ -14,8 +14,9 @@ from torch import Tensor
 from deepinv_deq.solvers.problem import Evaluation, Problem
 from deepinv_deq.states import where_rows
 
-STALL = 10  # evaluations without a better point, after which a residual of the size of rounding is taken for the floor
-ROUNDING = 32.0  # largest residual at the floor, in units of the estimated rounding of one evaluation
+STALL = 10  # evaluations without a smaller residual, after which one of the size of rounding is taken for the floor
+FALL = 0.95  # what counts as smaller
+ROUNDING = 16.0  # largest residual at the floor, in units of the estimated rounding of one evaluation
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Method:
     :param Settings settings: settings of the solver.
     """
 
+    #: The residual ``F(x) - x`` at the point that :meth:`update` is given; it may have digits that ``fx - x`` has lost.
+    residual: Tensor
     #: A residual above this multiple of the best one rejects the point: the loop restarts the sample from the best point.
     growth: float = 10.0
     #: Whether the method may be given ``x + P(F(x) - x)`` in the place of ``F(x)``, where the map has a preconditioner ``P``.
@@ -53,13 +56,9 @@ class Method:
     history: int | None = None
 
     def __init__(self, x0: Tensor, settings: Settings):
-        self.settings = settings
-
-    @property
-    def depth(self) -> int:
-        r"""Number of past points to keep in this solve."""
-        s = self.settings
-        return min(s.history or self.history or s.max_iter, s.max_iter)
+        self.damping = settings.damping
+        #: Number of past points to keep in this solve.
+        self.depth = min(settings.history or self.history or settings.max_iter, settings.max_iter)
 
     def update(self, x: Tensor, fx: Tensor, restart: Tensor) -> Tensor:
         r"""Propose the next point of every sample.
@@ -77,17 +76,18 @@ class Method:
         :param torch.Tensor rows: indices of the samples that go on.
         """
 
-    def solve(self, problem: Problem, x0: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def solve(self, problem: Problem, x0: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
         r"""Solve from ``x0``.
 
         :param Problem problem: the problem.
         :param torch.Tensor x0: first point, of shape ``(B, N)``.
+        :param Settings settings: settings of the solver.
         :return: the best point, and the keys of its :class:`SolverStat <deepinv_deq.SolverStat>`.
         """
-        return iterate(self, problem, x0)
+        return iterate(self, problem, x0, settings)
 
 
-def iterate(method: Method, problem: Problem, x0: Tensor) -> tuple[Tensor, dict[str, Any]]:
+def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
     r"""Run ``x <- update(x, F(x), restart)`` for each sample until its relative error is below the tolerance.
 
     A point whose residual is more than ``growth`` times the best one, or not finite, is rejected: the method forgets its
@@ -97,28 +97,30 @@ def iterate(method: Method, problem: Problem, x0: Tensor) -> tuple[Tensor, dict[
     A sample that is done is frozen on the device at once. The host checks every ``sync_every`` evaluations. When at least
     half of the samples are done, and the map can be restricted to the others, it is.
     """
-    tol, max_iter, eps = method.settings.tol, method.settings.max_iter, torch.finfo(x0.dtype).eps
+    tol, max_iter, eps = settings.tol, settings.max_iter, torch.finfo(x0.dtype).eps
     x, best = x0, Best(x0)
     rejections, age, floor = torch.zeros_like(best.absolute).repeat(3, 1)
+    mark = best.absolute
     active = torch.ones_like(best.converged)
 
     for k in range(1, max_iter + 1):
         now = problem.evaluate(x)
-        fx = now.image
+        fx, step = now.image, now.step
         if k == 1:  # a fixed point at zero has no relative accuracy: it is reached far below the rounding of the start
             floor = eps**2 * now.size.nan_to_num(0.0, 0.0)
         done = (now.relative <= tol) | ((now.absolute <= floor) & (now.size <= floor))
         better = active & ((now.absolute < best.absolute) | done)
         accepted = now.absolute <= method.growth * 2**rejections * best.absolute
         restart = active & ~better & ~(accepted & torch.isfinite(now.absolute))
-        age = torch.where(better, 0.0, age + 1)
+        fell = better & (now.absolute < FALL * mark)
+        age, mark = torch.where(fell, 0.0, age + 1), torch.where(fell, now.absolute, mark)
         best.update(k, x, now, better, active, done)
-        stalled = active & ~done & (age >= max(STALL, k // 4)) & (best.relative <= ROUNDING * now.rounding)
+        stalled = active & ~done & (age >= max(STALL, k // 3)) & (best.relative <= ROUNDING * now.rounding)
         best.at_floor = best.at_floor | stalled
         active = active & ~done & ~stalled & torch.isfinite(best.absolute)
         if k == max_iter:
             break
-        if k % method.settings.sync_every == 0:
+        if k % settings.sync_every == 0:
             left = int(active.sum())
             if left == 0:
                 break
@@ -128,13 +130,14 @@ def iterate(method: Method, problem: Problem, x0: Tensor) -> tuple[Tensor, dict[
                 problem = fewer
                 method.keep(rows)
                 best.keep(rows)
-                x, fx, restart, rejections, age, active, floor, better = (
-                    t[rows] for t in (x, fx, restart, rejections, age, active, floor, better)
+                x, fx, step, restart, rejections, age, mark, active, floor, better = (
+                    t[rows] for t in (x, fx, step, restart, rejections, age, mark, active, floor, better)
                 )
         rejections = torch.where(better, 0.0, rejections + restart)
-        fallback = best.x + (0.5**rejections)[:, None].to(x.dtype) * (best.fx - best.x)
+        fallback = best.x + (0.5**rejections)[:, None].to(x.dtype) * best.step
         rejected = restart | ~active
-        x_next = method.update(where_rows(rejected, best.x, x), where_rows(rejected, best.fx, fx), restart)
+        method.residual = where_rows(rejected, best.step, step)
+        x_next = method.update(where_rows(rejected, best.x, x), where_rows(rejected, best.x + best.step, fx), restart)
         x = where_rows(active, where_rows(restart | ~torch.isfinite(x_next).all(dim=1), fallback, x_next), best.x)
 
     return best.result()
@@ -144,7 +147,7 @@ class Best:
     r"""The best point of every sample, its residuals and their course, while ever fewer samples are worked on."""
 
     def __init__(self, x0: Tensor):
-        self.x = self.fx = x0
+        self.x, self.step = x0, torch.zeros_like(x0)
         self.absolute = torch.full((x0.shape[0],), torch.inf, dtype=torch.float64, device=x0.device)
         self.relative, self.plain = self.absolute.clone(), self.absolute.clone()
         self.nstep = torch.zeros_like(self.absolute)
@@ -155,7 +158,7 @@ class Best:
 
     def update(self, k: int, x: Tensor, now: Evaluation, better: Tensor, active: Tensor, done: Tensor) -> None:
         r"""Take in the ``k``-th evaluated point of each sample."""
-        self.x, self.fx = where_rows(better, x, self.x), where_rows(better, now.image, self.fx)
+        self.x, self.step = where_rows(better, x, self.x), where_rows(better, now.step, self.step)
         self.plain = torch.where(better, now.plain, self.plain)
         self.absolute = torch.where(better, now.absolute, self.absolute)
         self.relative = torch.where(better, now.relative, self.relative)
@@ -170,7 +173,7 @@ class Best:
         r"""Work on these samples only."""
         self._all = self._merged()
         self._rows = rows if self._rows is None else self._rows[rows]
-        self.fx = self.fx[rows]
+        self.step = self.step[rows]
         for name in self._all:
             setattr(self, name, getattr(self, name)[rows])
 

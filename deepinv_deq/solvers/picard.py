@@ -16,4 +16,4 @@ class Picard(Method):
 
     def update(self, x: Tensor, fx: Tensor, restart: Tensor) -> Tensor:
         r"""A step along the residual."""
-        return fx if self.settings.damping == 1.0 else x + self.settings.damping * (fx - x)
+        return fx if self.damping == 1.0 else x + self.damping * self.residual

@@ -12,17 +12,20 @@ from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.states import WORTH, Layout, norms, unit_size
 
 Linear = Callable[[Tensor], Tensor]
+_CANCELLED = 0.1  # roundings: where F(x) - x is enlarged by the change of units, a smaller value of it says nothing
 
 
 class Evaluation(NamedTuple):
-    r"""What one evaluation says of a point; all but ``image`` has one number per sample, in double precision.
+    r"""What one evaluation says of a point; all but the first two have one number per sample, in double precision.
 
     ``absolute`` is :math:`\|N (F(x) - x)\|`, ``relative`` the criterion, ``plain`` is :math:`\|F(x) - x\| / \|F(x)\|`, ``size``
     is :math:`\|F(x)\|`, and ``rounding`` estimates what the rounding of :math:`F(x)` adds to ``relative``. The first three are
-    Inf where the image is not finite. ``image`` is what a method works with: :math:`F(x)`, or :math:`x + P (F(x) - x)`.
+    Inf where the image is not finite. ``image`` is what a method works with: :math:`F(x)`, or :math:`x + P (F(x) - x)`; ``step``
+    is its difference to :math:`x`.
     """
 
     image: Tensor
+    step: Tensor
     absolute: Tensor
     relative: Tensor
     plain: Tensor
@@ -122,15 +125,20 @@ class Problem:
         absolute, size, plain = norms(change), norms(image), norms(step)
         scale = norms(self.offset if self.affine else x)
         scale = torch.where(scale > 0, scale, absolute)  # at x = 0 any step is a relative change of 1
-        if self._amplification is None:
-            self._amplification = self._amplify(image)
         finite = torch.isfinite(absolute) & torch.isfinite(size)
         relative, plain = (torch.where(a == 0, a, a / s) for a, s in ((absolute, scale), (plain, size)))
         absolute, relative, plain = (torch.where(finite, t, torch.inf) for t in (absolute, relative, plain))
+        if self._amplification is None:
+            gain = self._amplify(image)
+            # without a difference that cancels digits, rounding is that of the terms of the step, of the size of the first one
+            self._amplification = torch.minimum(gain, relative.clamp_min(1.0)) if self._steps else gain
         rounding = torch.finfo(self.precision).eps * self._amplification * size / scale
+        if self.natural is not None and not self._steps:
+            relative = torch.maximum(relative, _CANCELLED * rounding)
         if self.precondition is not None:
-            image = x + (change if self.precondition is self.natural else self.precondition(step))
-        return Evaluation(image, absolute, relative, plain, size, rounding)
+            step = change if self.precondition is self.natural else self.precondition(step)
+            image = x + step
+        return Evaluation(image, step, absolute, relative, plain, size, rounding)
 
     def subset(self, rows: Tensor, x: Tensor) -> Problem | None:
         r"""The problem of some samples, or ``None`` where that is not possible or not worth it; ``x`` is a point of all."""

@@ -177,7 +177,7 @@ class Solver:
         else:
             sync_every = self.sync_every or (1 if start.device.type == "cpu" else _SYNC_EVERY)
             settings = Settings(self.max_iter, self.tol, self.history, self.damping, sync_every)
-            x, info = method(start, settings).solve(problem, start)
+            x, info = method(start, settings).solve(problem, start, settings)
         x, info = problem.leave(x, info)
         stat = SolverStat(**info, precision=problem.precision)
         stat["evaluations"], stat["work"] = problem.evaluations, problem.samples / max(1, len(x))

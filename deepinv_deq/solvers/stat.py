@@ -155,12 +155,13 @@ class SolverStat(_TorchDEQStat):
         """
         point, image, c = (norms(layout.pack(t)) for t in (x, fx, offset))
         absolute = norms(layout.pack(fx) - layout.pack(x))
-        relative, plain = (torch.where(absolute == 0, absolute, absolute / size) for size in (c, image))
+        scale = torch.where(c > 0, c, point)  # without a constant, the solution is zero
+        relative, plain = (torch.where(absolute == 0, absolute, absolute / size) for size in (scale, image))
         finite = torch.isfinite(relative)
         for key, value in (("abs_lowest", absolute), ("rel_lowest", relative), ("plain_residual", plain)):
             self[key] = torch.where(finite, value, torch.inf).to(layout.dtype)
         drift = (_DRIFT * torch.finfo(layout.dtype).eps * torch.maximum(point, image) / c).nan_to_num(0.0, 0.0)
-        honest = ~self.converged | (relative <= drift.clamp_min(2 * tol))
+        honest = ~self.converged | (c == 0) | (relative <= drift.clamp_min(2 * tol))
         self["converged"] = self.converged & honest
         self.judge(method, tol)
         return None if bool(honest.all()) else self.residual.max().item()

