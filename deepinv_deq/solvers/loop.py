@@ -120,8 +120,9 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
         active = active & ~done & ~stalled & torch.isfinite(best.absolute)
         if k == max_iter:
             break
+        as_they_are = False  # whether it is certain that no sample is done or rejected: then nothing needs selecting
         if k % settings.sync_every == 0:
-            left = int(active.sum())
+            left, restarted = divmod(int(2 * active.sum() + restart.any()), 2)  # one synchronisation
             if left == 0:
                 break
             rows = torch.nonzero(active)[:, 0] if 2 * left <= len(active) else None
@@ -133,12 +134,17 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
                 x, fx, step, restart, rejections, age, mark, active, floor, better = (
                     t[rows] for t in (x, fx, step, restart, rejections, age, mark, active, floor, better)
                 )
+            as_they_are = not restarted and left == len(active)
         rejections = torch.where(better, 0.0, rejections + restart)
         fallback = best.x + (0.5**rejections)[:, None].to(x.dtype) * best.step
         rejected = restart | ~active
-        method.residual = where_rows(rejected, best.step, step)
-        x_next = method.update(where_rows(rejected, best.x, x), where_rows(rejected, best.x + best.step, fx), restart)
-        x = where_rows(active, where_rows(restart | ~torch.isfinite(x_next).all(dim=1), fallback, x_next), best.x)
+        if not as_they_are:
+            x, step = where_rows(rejected, best.x, x), where_rows(rejected, best.step, step)
+            fx = where_rows(rejected, best.x + best.step, fx)
+        method.residual = step
+        x_next = method.update(x, fx, restart)
+        x = where_rows(restart | ~torch.isfinite(x_next).all(dim=1), fallback, x_next)
+        x = x if as_they_are else where_rows(active, x, best.x)
 
     return best.result()
 

@@ -122,7 +122,8 @@ class Problem:
     def measure(self, x: Tensor, image: Tensor, step: Tensor) -> Evaluation:
         r"""Measure a point whose image and whose residual ``step`` are known."""
         change = step if self.natural is None else self.natural(step)
-        absolute, size, plain = norms(change), norms(image), norms(step)
+        absolute, size = norms(change), norms(image)
+        plain = absolute if change is step else norms(step)
         scale = norms(self.offset if self.affine else x)
         scale = torch.where(scale > 0, scale, absolute)  # at x = 0 any step is a relative change of 1
         finite = torch.isfinite(absolute) & torch.isfinite(size)
