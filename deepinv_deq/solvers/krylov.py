@@ -10,8 +10,9 @@ from deepinv_deq.solvers.problem import Evaluation, Linear, Problem
 from deepinv_deq.states import norms, where_rows
 
 _PIVOT = 8.0  # roundings of a product: a pivot below is noise
-# Where the residual stops falling, the null space of a singular system makes ever larger solutions of it.
-_FALL = 0.99  # a solution replaces the one before if its residual is this much smaller
+# Where the residual stops falling, the null space of a singular system makes ever larger solutions of it. So one that is
+# neither accurate nor still improving must be worth its size: this much of that counts as residual.
+_SIZE = 1e-3
 _CONDITION = 1e4  # of a system whose residual stopped falling: such a map does not contract
 
 
@@ -35,7 +36,8 @@ class Cycle:
         self._rest = torch.nn.functional.pad(self._beta[:, None], (0, columns))
         self._size = torch.zeros_like(self._beta)  # of the linear system, seen from its products
         self._lefts: list[Tensor] = []
-        self.absolute, self.relative, self._claim = now.absolute, now.relative, now.absolute
+        self.absolute, self.relative = now.absolute, now.relative
+        self._worth = self._first = now.absolute
         self.active, self.used = active, torch.zeros_like(self._beta)
         self.at_floor, self.singular = torch.zeros_like(active).repeat(2, 1)
 
@@ -63,9 +65,10 @@ class Cycle:
         at_floor = go & (left <= doubt) & (doubt > tol * scale)
         done = go & (relative <= tol) & ~at_floor
         claim = torch.hypot(absolute, doubt)
-        worth = torch.where(at_floor, claim, absolute), torch.where(at_floor, claim / scale, relative), claim
-        self._latest = y, rho, *worth
-        self._take(done | (go & (claim < _FALL * self._claim)))
+        worth = torch.hypot(claim, _SIZE * self._size * grown)
+        known = torch.where(at_floor, claim, absolute), torch.where(at_floor, claim / scale, relative)
+        self._latest = y, rho, *known, worth
+        self._take(done | (go & (worth < self._worth)))
         self.used = self.used + self.active
         self._lefts.append(left)
         hopeless = (length == 0) | (self.stagnates() & (self._size * grown > _CONDITION * self._beta))
@@ -74,7 +77,7 @@ class Cycle:
         self.active = go & ~done & ~at_floor & ~self.singular
 
     def _take(self, rows: Tensor) -> None:
-        y, rho, absolute, relative, claim = self._latest
+        y, rho, absolute, relative, worth = self._latest
         j = y.shape[1]
         self._weights[:, :j] = torch.where(rows[:, None], y, self._weights[:, :j])
         self._rest[:, : j + 1] = torch.where(rows[:, None], rho, self._rest[:, : j + 1])
@@ -82,11 +85,12 @@ class Cycle:
             torch.where(rows, absolute, self.absolute),
             torch.where(rows, relative, self.relative),
         )
-        self._claim = torch.where(rows, claim, self._claim)
+        self._worth = torch.where(rows, worth, self._worth)
 
     def settle(self) -> None:
-        r"""Take the last solution of the samples that want more products, unless their residual stopped falling."""
-        self._take(self.active & ~self.stagnates() & (self._latest[-1] < self._claim))
+        r"""Take the last solution of the samples that want more products, if their residual fell by half and goes on falling."""
+        left = self._latest[2]
+        self._take(self.active & ~self.stagnates() & (left < torch.minimum(self.absolute, 0.5 * self._first)))
 
     def stagnates(self) -> Tensor:
         r"""Whether the last products brought the residual down by less than a hundredth."""
