@@ -57,12 +57,12 @@ class Solver:
     :param int, None history: number of past points kept: Anderson's depth (default 8), Broyden's rank (default: all),
         GMRES' restart length (default 30).
     :param float damping: step :math:`\beta` along the residual in Picard and Anderson steps, in :math:`(0, 1]`.
-    :param str on_failure: ``"warn"`` (once per solver and cause), ``"raise"`` or ``"ignore"`` where the tolerance is missed.
+    :param str on_failure: ``"warn"`` (once per solver and cause, and again where it is ten times worse), ``"raise"`` or
+        ``"ignore"`` where the tolerance is missed.
     :param bool batched: ``False`` treats the whole state as one sample, for maps that couple the samples of a batch.
-    :param int, None chunk_size: number of samples that are solved at a time, for maps that can be restricted to samples
-        (those of :meth:`FixedPointIteration.bind <deepinv_deq.FixedPointIteration.bind>` can). A sample's result does not
-        depend on it; time and memory do. ``None`` is the whole batch on accelerators, and on CPU as many samples as have
-        :math:`2^{15}` numbers, which fit the cache.
+    :param int, None chunk_size: number of samples that are solved at a time, for maps that can be restricted to samples.
+        A sample's result does not depend on it; time and memory do. ``None`` is the whole batch on accelerators, and on CPU
+        as many samples as have :math:`2^{15}` numbers, which fit the cache.
     :param int, None sync_every: number of evaluations after which the host checks whether all samples are done. A larger number
         keeps an accelerator busy, at the cost of up to ``sync_every - 1`` unnecessary evaluations. ``None`` is 4 on
         accelerators, 1 on CPU.
@@ -100,7 +100,7 @@ class Solver:
     def __post_init__(self) -> None:
         _check(self)
         object.__setattr__(self, "options", _Options(self.options))
-        object.__setattr__(self, "_warned", set())  # no field: it is no setting
+        object.__setattr__(self, "_warned", {})  # no field: it is no setting
 
     @torch.no_grad()
     def __call__(self, f: Callable[[Any], Any], x0: Any) -> tuple[Any, SolverStat]:

@@ -12,6 +12,7 @@ from torchdeq.solver.stat import SolverStat as _TorchDEQStat
 from deepinv_deq.states import Layout, State, norms
 
 _DRIFT = 100.0  # roundings by which the recurrence of a Krylov method may differ from the measured residual
+_WORSE = 10.0  # a missed tolerance is warned of again if the residual is this many times as large as before
 _PER_SAMPLE = ("abs_lowest", "rel_lowest", "plain_residual", "nstep", "converged", "at_floor", "singular")
 _SINGULAR = (
     "The linear equation is singular or nearly so in {n} of {of} samples: F does not contract along some direction (1 is an "
@@ -179,22 +180,29 @@ class SolverStat(_TorchDEQStat):
 
 
 def report(
-    stat: SolverStat, on_failure: str, warned: set[str], diagnose: Callable[[], str] | None = None, stacklevel: int = 5
+    stat: SolverStat,
+    on_failure: str,
+    warned: dict[str, float],
+    diagnose: Callable[[], str] | None = None,
+    stacklevel: int = 5,
 ) -> None:
     r"""Warn or raise, as configured, if a statistic says that the tolerance was missed.
 
     :param SolverStat stat: statistic of a solve.
     :param str on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``.
-    :param set[str] warned: causes that were warned of; the present one is added.
+    :param dict[str, float] warned: causes that were warned of, with the largest residual then; the present one is added.
     :param Callable, None diagnose: asked for one more sentence about the map.
     :param int stacklevel: of the warning.
     :raises ConvergenceError: if a sample missed the tolerance and ``on_failure="raise"``.
     """
     cause = None if on_failure == "ignore" else stat.cause()
-    if cause is None or (on_failure == "warn" and cause in warned):
+    if cause is None:
+        return
+    worst = stat.residual.max().item()
+    if on_failure == "warn" and cause in warned and not worst > _WORSE * warned[cause]:
         return
     message = " ".join(filter(None, (stat.outcome, diagnose() if diagnose else "", _REMEDY[cause])))
     if on_failure == "raise":
         raise ConvergenceError(message, stat)
-    warned.add(cause)
+    warned[cause] = worst
     warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)

@@ -3,6 +3,7 @@ r"""What a statistic says, and when a solver warns or raises."""
 from __future__ import annotations
 
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -19,6 +20,18 @@ def test_a_missed_tolerance_warns_once_with_the_residual():
     with pytest.warns(ConvergenceWarning, match=r"0 of 3 samples .* in 5 evaluations \(largest residual \d"):
         solver(f, torch.zeros_like(exact))
     solver(f, torch.zeros_like(exact))  # pyproject.toml turns a second warning into an error
+
+
+def test_a_missed_tolerance_is_warned_of_again_when_it_is_ten_times_worse():
+    solver = Solver("fixed_point_iter", max_iter=2, tol=1e-10)
+    f = lambda rate: lambda x: rate * x.roll(1, 1) + torch.arange(3.0)  # noqa: E731
+    residuals = []
+    for rate, warns in ((0.01, True), (0.02, False), (0.5, True), (0.6, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            residuals.append(float(solver(f(rate), torch.ones(1, 3))[1].residual))
+        assert bool(caught) == warns, residuals
+    assert residuals[1] < 10 * residuals[0] and residuals[2] > 10 * residuals[0]
 
 
 def test_raise_keeps_the_statistic():
