@@ -138,6 +138,22 @@ def test_the_gradient_of_a_map_that_does_not_contract_is_no_noise():
     assert hook.stat.converged.all() and torch.allclose(a.grad, 4 * mask, rtol=1e-3)
 
 
+@pytest.mark.parametrize("eta", [1.0, 1e-1, 1e-3])
+def test_small_steps_do_not_loosen_the_tolerance(eta):
+    r"""The gradient of a slow map: the residual is relative to the cotangent, so its bound holds for the equation."""
+    q = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(0), dtype=F64))[0]
+    w = q @ torch.diag(1 - torch.logspace(-2, 0, 40, dtype=F64)) @ q.T
+    x_star = torch.ones(2, 40, dtype=F64)
+    c = (x_star - x_star @ w.T).requires_grad_()
+    hook = ModularIDHook(Solver("gmres", max_iter=100, tol=1e-3))
+    (gradient,) = torch.autograd.grad(hook(lambda x: x + eta * (x @ w.T + c - x), x_star).sum(), c)
+    exact = torch.linalg.solve(torch.eye(40, dtype=F64) - w.T, torch.ones(40, dtype=F64)).expand(2, 40)
+    # the gradient is eta b, and its error at most that of b (1 - w) = 1, over the smallest eigenvalue
+    assert hook.stat.converged.all() and hook.stat.residual.max() <= 2e-3
+    assert norm(gradient - exact).max() <= 1e-3 / 1e-2 * 40**0.5
+    torch.testing.assert_close(norm(gradient @ (torch.eye(40, dtype=F64) - w) - 1) / 40**0.5, hook.stat.residual)
+
+
 def test_slow_contractions_are_not_called_singular():
     rates = torch.linspace(0.9, 0.999, 200, dtype=F64)
     c = torch.ones(1, 200, dtype=F64)
