@@ -15,7 +15,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from deepinv_deq._states import Rows, State, as_tuple, take
+from deepinv_deq.states import Rows, State, as_tuple, take
 
 if TYPE_CHECKING:
     from deepinv_deq.iterations import FixedPointIteration

@@ -10,7 +10,7 @@ import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor, nn
 
-from deepinv_deq._states import State, as_tuple
+from deepinv_deq.states import State, as_tuple
 from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.solvers import Solver
 

@@ -10,7 +10,7 @@ from deepinv.physics import Physics
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from deepinv_deq._states import State, as_tuple
+from deepinv_deq.states import State, as_tuple
 from deepinv_deq.iterations import FixedPointIteration
 
 Init = Tensor | tuple[Tensor, ...] | Callable[[Any, Any], Any]

@@ -9,7 +9,7 @@ import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor
 
-from deepinv_deq._states import Rows, State
+from deepinv_deq.states import Rows, State
 from deepinv_deq.maps import Map
 
 

@@ -12,7 +12,7 @@ from deepinv.optim.optim_iterators import OptimIterator
 from deepinv.physics import Physics
 from torch import Tensor, nn
 
-from deepinv_deq._states import State, as_tuple
+from deepinv_deq.states import State, as_tuple
 from deepinv_deq.iterations import _MeasurementIteration, measurement
 
 

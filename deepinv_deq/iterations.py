@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deepinv_deq._binding import BoundIteration
 from deepinv_deq._precondition import inverse_filter, spectrum
-from deepinv_deq._states import State, as_tuple
+from deepinv_deq.states import State, as_tuple
 
 
 class FixedPointIteration(nn.Module):

@@ -13,7 +13,7 @@ from deepinv.physics.functional import RampFilter
 from deepinv.transform import Rotate
 from torch import Tensor, nn
 
-from deepinv_deq._states import State, as_tuple
+from deepinv_deq.states import State, as_tuple
 from deepinv_deq.metrics import solving_model
 
 

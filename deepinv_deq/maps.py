@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepinv_deq._states import Rows, as_tuple
+from deepinv_deq.states import Rows, as_tuple
 
 Tensors = tuple[Tensor, ...]
 
@@ -102,13 +102,10 @@ class _Wrapped(Map):
         return None if offered is None else offered(x)
 
     def select(self, rows: Rows) -> Map | None:
-        offered = getattr(self._f, "select", None)
+        # an object with the old method ``separable`` restricts itself only after that method said so: solve it whole
+        offered = None if hasattr(self._f, "separable") else getattr(self._f, "select", None)
         part = None if offered is None else offered(rows)
         return None if part is None else as_map(part)
-
-    def separable(self, x: Any, fx: Any = None) -> bool:
-        offered = getattr(self._f, "separable", None)
-        return False if offered is None else offered(x, fx)
 
     def diagnose(self) -> str:
         offered = getattr(self._f, "diagnose", None)

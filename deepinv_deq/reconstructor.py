@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from deepinv_deq import compat, pretrained
-from deepinv_deq._states import State
+from deepinv_deq.states import State
 from deepinv_deq.certificate import Certificate, certify
 from deepinv_deq.checks import Init, check_finite, give_lazy_layers_their_shapes, starting_point
 from deepinv_deq.course import Course

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq._states import State, as_tuple, join, take
+from deepinv_deq.states import State, as_tuple, join, take
 
 _SEEN = 16  # digests remembered for every fixed point kept: 64 bytes each
 

@@ -17,7 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from deepinv_deq import compat
-from deepinv_deq._states import State, as_tuple
+from deepinv_deq.states import State, as_tuple
 from deepinv_deq.implicit.adjoint import Tensors, as_state
 from deepinv_deq.implicit.functions import TANGENT, Refused
 from deepinv_deq.implicit.mapped import VMAP, Mapped

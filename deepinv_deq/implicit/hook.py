@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deepinv_deq import compat
-from deepinv_deq._states import as_tuple
+from deepinv_deq.states import as_tuple
 from deepinv_deq.implicit.adjoint import Adjoint, Tensors, as_state
 from deepinv_deq.implicit.context import outside_of_inference_mode
 from deepinv_deq.implicit.forward_mode import Tangent, attach, refuse_reverse, without_tangents

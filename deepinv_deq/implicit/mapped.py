@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deq import compat
-from deepinv_deq._states import as_tuple
+from deepinv_deq.states import as_tuple
 from deepinv_deq.implicit.adjoint import Tensors, as_state
 
 VMAP = (
