@@ -1,0 +1,134 @@
+r"""Gradient-based iterations: DE-Grad and DE-Prox."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepinv.physics import Physics
+from torch import Tensor
+
+from deepinv_deq._states import State
+from deepinv_deq.iterations.base import FixedPointIteration
+from deepinv_deq.iterations.circulant import inverse_filter, spectrum
+
+
+class DEProx(FixedPointIteration):
+    r"""DE-Prox: proximal gradient descent with a learned proximal map (eq. 5-6, :footcite:t:`gilton2021deep`).
+
+    .. math::
+
+        F_\theta(x; y) = D_\theta(x - \eta A^\top (A x - y))
+
+    For denoising (:math:`A = I`) with :math:`\eta \lambda = 1`, the right-hand side is :math:`D_\theta(y)` for every :math:`x`: a
+    solve then takes two evaluations and the implicit gradient is that of a plain network. Use a smaller stepsize if the
+    iteration shall do more than that.
+
+    :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
+    :param float stepsize: step :math:`\eta > 0`; the gradient step does not diverge for
+        :math:`\eta < 2 / (\lambda \|A\|^2)`.
+    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
+    :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
+        :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
+        normalised and the data are precise.
+
+    :raises TypeError: if ``denoiser`` is not a module.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+    """
+
+    def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
+        r"""Evaluate :math:`F_\theta(x; y)`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor constants: :math:`A^\top y`.
+        :return: image of the same shape as ``x``.
+        """
+        return self.denoise(x - self.stepsize * self.data_gradient(x, physics, *constants))
+
+
+class DEGrad(FixedPointIteration):
+    r"""DE-Grad: gradient descent on data term plus RED (eq. 11, :footcite:t:`gilton2021deep,romano2017little`).
+
+    .. math::
+
+        F_\theta(x; y) = x - \eta A^\top (A x - y) - \eta (x - D_\theta(x))
+
+    :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
+    :param float stepsize: step :math:`\eta > 0`; for a firmly non-expansive residual :math:`x - D_\theta(x)` the iteration
+        does not diverge for :math:`\eta < 2 / (\lambda \|A\|^2 + 1)`.
+    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
+    :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
+        :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
+        normalised and the data are precise.
+
+    :raises TypeError: if ``denoiser`` is not a module.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+    """
+
+    def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
+        r"""Evaluate :math:`F_\theta(x; y)`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor constants: :math:`A^\top y`.
+        :return: image of the same shape as ``x``.
+        """
+        return x + self._change(x, physics, *constants)
+
+    def step(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
+        r"""The residual :math:`F_\theta(x; y) - x`, without the cancellation of a small step from :math:`x` to :math:`x`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor constants: :math:`A^\top y`.
+        :return: image of the same shape as ``x``.
+        """
+        return self._change(x, physics, *constants)
+
+    def _change(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
+        return -self.stepsize * (self.data_gradient(x, physics, *constants) + x - self.denoise(x))
+
+    def preconditioner(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
+        r"""A filter near to :math:`\frac{1}{\eta} (\lambda A^\top A + I)^{-1}`, where the physics is nearly a filter.
+
+        It is :math:`(I - \partial F_\theta / \partial x)^{-1}` for a denoiser that removes everything, and an upper bound
+        for one that keeps something.
+
+        :param torch.Tensor x: a state, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: a linear, self-adjoint map of states, or ``None`` where :math:`A^\top A` is far from any filter.
+        """
+        response = self._response(x, physics)
+        return None if response is None else inverse_filter(response.nan_to_num(1.0))
+
+    def natural(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
+        r"""The preconditioner; division by :math:`\eta` for samples that have none.
+
+        Applied to :meth:`step`, the result does not depend on :math:`\eta`.
+
+        :param torch.Tensor x: a state, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: a linear map of states.
+        """
+        if type(self).preconditioner is not DEGrad.preconditioner:
+            return self.preconditioner(x, physics)
+        eta, response = self.stepsize.detach(), self._response(x, physics)
+        if response is None:
+            return lambda r: r / eta
+        return inverse_filter(torch.where(response.isnan(), eta, response))
+
+    def _response(self, x: State, physics: Physics) -> Tensor | None:
+        eigenvalues = spectrum(physics, x) if isinstance(x, Tensor) else None
+        return None if eigenvalues is None else (self.stepsize * (self.data_weight * eigenvalues + 1)).detach()
+
+    def safe_stepsize(self, sqnorm: float) -> float:
+        r"""A stepsize for which the linear part of the iteration does not diverge.
+
+        :param float sqnorm: :math:`\|A\|^2`.
+        :return: :math:`\eta`.
+        """
+        return 1.0 / (float(self.data_weight) * sqnorm + 1.0)
