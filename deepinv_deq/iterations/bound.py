@@ -99,7 +99,8 @@ class BoundIteration(Map):
         shows which of them the map depends on."""
         with torch.enable_grad():
             leaves = {id(t): t.detach().requires_grad_() for t in doubtful}
-            iteration, physics = self._pristine.again(self._private() | leaves).roots
+            replica = self._pristine.again(self._private() | leaves)
+            iteration, physics = replica.roots
             image = iteration(iteration.init(y, physics), physics, *(c.detach() for c in self._constants))
         used, todo, seen = set[int](), [t.grad_fn for t in as_tuple(image)], set[Any]()
         while todo:
@@ -137,6 +138,7 @@ class BoundIteration(Map):
         return super().step(x) if hooked else self._evaluate(iteration.step, x)
 
     def _evaluate(self, function: Callable[..., State], x: State) -> State:
+        self._remember(x)
         first = self._writes.writes is None  # a copy, so that the caller's point survives an iteration that writes to it
         point = tuple(t.clone() for t in as_tuple(x)) if first else as_tuple(x)
         before = [version(t) for t in point]
@@ -198,8 +200,12 @@ class BoundIteration(Map):
         :param torch.Tensor, tuple[torch.Tensor, ...], None fx: not used.
         :return: the answer.
         """
-        self._shapes = self._shapes or [(t.shape, t.dtype, t.device) for t in as_tuple(x)]
+        self._remember(x)
         return self._verdicts.separable(self)
+
+    def _remember(self, x: State) -> None:
+        if self._shapes is None and self._rows is None:
+            self._shapes = [(t.shape, t.dtype, t.device) for t in as_tuple(x)]
 
     def _with(self, put: Mapping[int, Tensor], rows: Rows | None) -> BoundIteration:
         r"""The same map with other tensors in some places, of some samples."""
@@ -229,7 +235,8 @@ class BoundIteration(Map):
             y = self._y()
             if y is None:
                 return None
-            iteration, physics = self._pristine.again(self._private()).roots
+            replica = self._pristine.again(self._private())
+            iteration, physics = replica.roots
             self._shapes = [(t.shape, t.dtype, t.device) for t in as_tuple(iteration.init(y, physics))]
         return self._shapes
 
@@ -248,6 +255,7 @@ class BoundIteration(Map):
         :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
         :return: a linear map of states, or ``None``.
         """
+        self._remember(x)
         return self._replica.roots[0].preconditioner(x, self._replica.roots[1])
 
     def natural(self, x: State) -> Callable[[State], State] | None:
@@ -263,7 +271,8 @@ class BoundIteration(Map):
 
         :return: a sentence with the stepsize that would do, or an empty string.
         """
-        iteration, physics = self._pristine.again(self._private()).roots
+        replica = self._pristine.again(self._private())
+        iteration, physics = replica.roots
         eta = float(iteration.stepsize.detach().max())
         try:
             # the power method draws its start: not from the generators that a resumed run must find as they were

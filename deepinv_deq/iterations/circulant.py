@@ -75,7 +75,8 @@ def spectrum(physics: Physics, x: Tensor) -> Tensor | None:
         measured = None if key is None else _known.get(key)
     if measured is None or measured[1] != shape or not _same(measured[0], state):
         with torch.inference_mode(False):
-            measured = state, shape, _measure(whole.again().roots[origin.root], shape, x)
+            replica = whole.again()
+            measured = state, shape, _measure(replica.roots[origin.root], shape, x)
         if key is not None:
             with _lock:
                 _known[key] = measured

@@ -97,8 +97,8 @@ class Replica:
         r"""A replica of this one, with other tensors in some places."""
         return Replica(self.roots, put)
 
-    def release(self) -> None:
-        r"""Drop the functions that deepinv keeps on a module and that refer to the module: such a cycle would keep a graph."""
+    def __del__(self) -> None:
+        # functions that deepinv keeps on a module and that refer to the module: such a cycle would keep a graph
         for module in (m for root in self.modules for m in root):
             forget(module)
 
@@ -131,6 +131,8 @@ class Replica:
             twin[:] = [self._copy(item) for item in value]
             return twin
         if isinstance(value, tuple):
+            if all(type(item) in _SHARED for item in value):
+                return value
             items = [self._copy(item) for item in value]
             if all(a is b for a, b in zip(items, value, strict=True)):
                 return value
@@ -160,7 +162,7 @@ class Replica:
 
     def _object(self, value: Any) -> Any:
         kind = type(value)
-        twin = self._keep(value, object.__new__(kind))
+        twin = self._keep(value, kind.__new__(kind))
         for name in slots(kind):
             if hasattr(value, name):
                 object.__setattr__(twin, name, self._copy(getattr(value, name)))
