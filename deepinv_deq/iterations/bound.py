@@ -52,7 +52,8 @@ class BoundIteration(Map):
         self._pristine.roots[1].__dict__["_origin"] = origin
         self._networks, self._writes = OwnInput(), OwnInput()
         self._rows: Rows | None = None
-        self._replica = self._pristine.again(self._private())
+        self._copies = self._copy_inference_tensors()
+        self._replica = self._pristine.again(self._copies)
         self._constants = self._compute_constants(physics, y)
         self._whole_constants = self._constants
         self._watch = Watch(self._pristine.found.values(), self._constants)
@@ -61,12 +62,12 @@ class BoundIteration(Map):
         self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] | None = None
         self._install()
 
-    def _private(self) -> Put:
-        r"""Copies of inference tensors, which do not count changes in place; autograd refuses those that are to be trained."""
-        found = self._pristine.found.values() if not torch.is_inference_mode_enabled() else ()
-        return {
-            id(f.tensor): f.tensor.clone() for f in found if f.tensor.is_inference() and not f.tensor.requires_grad
-        }
+    def _copy_inference_tensors(self) -> Put:
+        # they do not count changes in place; those that are to be trained are left for autograd to refuse
+        if torch.is_inference_mode_enabled():
+            return {}
+        tensors = [f.tensor for f in self._pristine.found.values()]
+        return {id(t): t.clone() for t in tensors if t.is_inference() and not t.requires_grad}
 
     def _compute_constants(self, user_physics: Physics, y: Any) -> tuple[Tensor, ...]:
         iteration, physics = self._replica.roots
@@ -99,7 +100,7 @@ class BoundIteration(Map):
         shows which of them the map depends on."""
         with torch.enable_grad():
             leaves = {id(t): t.detach().requires_grad_() for t in doubtful}
-            replica = self._pristine.again(self._private() | leaves)
+            replica = self._pristine.again(self._copies | leaves)
             iteration, physics = replica.roots
             image = iteration(iteration.init(y, physics), physics, *(c.detach() for c in self._constants))
         used, todo, seen = set[int](), [t.grad_fn for t in as_tuple(image)], set[Any]()
@@ -211,7 +212,7 @@ class BoundIteration(Map):
         r"""The same map with other tensors in some places, of some samples."""
         other = copy.copy(self)
         constants = tuple(put.get(id(c), c) for c in self._whole_constants)
-        places = self._private() | dict(put)
+        places = self._copies | dict(put)
         other._rows = rows
         if rows is not None:
             samples = self._sample_tensors()
@@ -235,7 +236,7 @@ class BoundIteration(Map):
             y = self._y()
             if y is None:
                 return None
-            replica = self._pristine.again(self._private())
+            replica = self._pristine.again(self._copies)
             iteration, physics = replica.roots
             self._shapes = [(t.shape, t.dtype, t.device) for t in as_tuple(iteration.init(y, physics))]
         return self._shapes
@@ -271,7 +272,7 @@ class BoundIteration(Map):
 
         :return: a sentence with the stepsize that would do, or an empty string.
         """
-        replica = self._pristine.again(self._private())
+        replica = self._pristine.again(self._copies)
         iteration, physics = replica.roots
         eta = float(iteration.stepsize.detach().max())
         try:

@@ -36,7 +36,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from deepinv_deq.iterations.objects import compile_again, contents, forget, is_plain, shallow, slots
+from deepinv_deq.iterations.objects import compile_again, contents, is_plain, renew, shallow, slots
 
 _SHARED = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
@@ -96,11 +96,6 @@ class Replica:
     def again(self, put: Mapping[int, Tensor] | None = None) -> Replica:
         r"""A replica of this one, with other tensors in some places."""
         return Replica(self.roots, put)
-
-    def __del__(self) -> None:
-        # functions that deepinv keeps on a module and that refer to the module: such a cycle would keep a graph
-        for module in (m for root in self.modules for m in root):
-            forget(module)
 
     def _copy(self, value: Any) -> Any:
         kind = type(value)
@@ -208,7 +203,7 @@ class Replica:
                 inside[name] = self._tensor(value, "computed", twin)
             elif type(value) not in _SHARED and name not in stores and name not in _HOOKS:
                 inside[name] = self._copy(value)
-        forget(twin)
+        renew(twin)
         if inside.get("implicit_backward_solver") is True and isinstance(twin, Physics):
             # deepinv's own backward of prox_l2 solves with the physics as it is then, and adds to the ``grad`` of its tensors
             inside["implicit_backward_solver"] = False

@@ -39,7 +39,8 @@ _OTHER_SHAPES = (dinv.MultiCoilMRI, dinv.CompressedSensing, SparseLinearPhysics)
 # not used by A and its adjoint, or no tensors
 _NUMBERS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _OF_MODULES = set(nn.Module().__dict__)
-_UNUSED = {"noise_model", "sensor_model", "_device_holder", "rng", "gen", "physics_list", "_original", "fbp", "samples"}
+_UNUSED = {"noise_model", "sensor_model", "_device_holder", "rng", "gen", "physics_list", "_original", "fbp", "samples", "_origin"}
+_UNUSED |= {"_auto_grad_adjoint_fn", "_auto_grad_adjoint_input_shape"}
 
 
 @dataclass
