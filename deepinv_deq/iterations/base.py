@@ -77,7 +77,9 @@ class FixedPointIteration(nn.Module):
             raise TypeError(f"denoiser must be a torch.nn.Module, got {type(denoiser).__name__}.")
         eta = positive("stepsize", stepsize)
         if eta.numel() > 1 and not self.per_channel:
-            raise ValueError(f"{type(self).__name__} needs one stepsize for all channels, got shape {tuple(eta.shape)}.")
+            raise ValueError(
+                f"{type(self).__name__} needs one stepsize for all channels, got shape {tuple(eta.shape)}."
+            )
         weight = positive("data_weight", float(data_weight))
         self.denoiser = denoiser
         if learn_stepsize:

@@ -140,7 +140,9 @@ class BoundIteration(Map):
 
     def _evaluate(self, function: Callable[..., State], x: State) -> State:
         self._remember(x)
-        first = self._writes.writes is None  # a copy, so that the caller's point survives an iteration that writes to it
+        first = (
+            self._writes.writes is None
+        )  # a copy, so that the caller's point survives an iteration that writes to it
         point = tuple(t.clone() for t in as_tuple(x)) if first else as_tuple(x)
         before = [version(t) for t in point]
         out = function(point[0] if isinstance(x, Tensor) else point, self._replica.roots[1], *self._constants)

@@ -16,7 +16,6 @@ from deepinv_deq._states import State, as_tuple
 from deepinv_deq.iterations.base import measurement
 from deepinv_deq.iterations.splitting import MeasurementIteration
 
-
 _ALIASES = {"sigma_denoiser": "g_param", "lambda_reg": "lambda"}  # names of deepinv's constructors
 
 

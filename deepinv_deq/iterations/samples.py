@@ -39,7 +39,18 @@ _OTHER_SHAPES = (dinv.MultiCoilMRI, dinv.CompressedSensing, SparseLinearPhysics)
 # not used by A and its adjoint, or no tensors
 _NUMBERS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _OF_MODULES = set(nn.Module().__dict__)
-_UNUSED = {"noise_model", "sensor_model", "_device_holder", "rng", "gen", "physics_list", "_original", "fbp", "samples", "_origin"}
+_UNUSED = {
+    "noise_model",
+    "sensor_model",
+    "_device_holder",
+    "rng",
+    "gen",
+    "physics_list",
+    "_original",
+    "fbp",
+    "samples",
+    "_origin",
+}
 _UNUSED |= {"_auto_grad_adjoint_fn", "_auto_grad_adjoint_input_shape"}
 
 
@@ -70,7 +81,9 @@ def sample_tensors(physics: nn.Module, batch: int, ndim: int) -> Samples | None:
 def _collect(physics: nn.Module, batch: int, ndim: int, samples: Samples) -> bool:
     kind = type(physics)
     if kind not in _STACKED and kind not in _COMPOSED:
-        return _by_table(physics, _KNOWN[kind], batch, ndim, samples) if kind in _KNOWN else _own(physics, batch, samples)
+        return (
+            _by_table(physics, _KNOWN[kind], batch, ndim, samples) if kind in _KNOWN else _own(physics, batch, samples)
+        )
     parts: Any = list(physics.physics_list)  # type: ignore[arg-type]
     if kind in _COMPOSED and any(type(p) in _OTHER_SHAPES for p in parts[:-1]):
         return False
@@ -108,9 +121,13 @@ def _own(module: nn.Module, batch: int, samples: Samples) -> bool:
         elif isinstance(value, (list, tuple, dict, set)) and (not value or len(value) % batch):
             if not _is_plain(value, type(module), name):
                 return False
-        elif not isinstance(value, (*_NUMBERS, torch.Size)) and not (callable(value) and _is_plain(value, type(module), name)):
+        elif not isinstance(value, (*_NUMBERS, torch.Size)) and not (
+            callable(value) and _is_plain(value, type(module), name)
+        ):
             return False
-    children = [m for name, m in inside["_modules"].items() if m is not None and name not in ("noise_model", "sensor_model")]
+    children = [
+        m for name, m in inside["_modules"].items() if m is not None and name not in ("noise_model", "sensor_model")
+    ]
     return all(_own(child, batch, samples) for child in children)
 
 

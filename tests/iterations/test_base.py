@@ -7,11 +7,12 @@ import weakref
 import pytest
 import torch
 from deepinv.models import DnCNN
-from deepinv.physics import MRI, BlurFFT, Inpainting, LinearPhysics, Physics, Tomography
+from deepinv.physics import MRI, Denoising, Inpainting, LinearPhysics, Physics, Tomography
 from torch import nn
-from torch.nn.utils import parametrizations
 
 from deepinv_deq import (
+    DEADMM,
+    DEHQS,
     ConvergenceWarning,
     DEGrad,
     DEProx,
@@ -20,9 +21,7 @@ from deepinv_deq import (
     FixedPointIteration,
     Solver,
 )
-from deepinv_deq.iterations.circulant import spectrum
-from deepinv_deq.physics import SparseLinearPhysics
-from tests.problems import F64, TEMPLATES, MatrixPhysics, imaging, relative_error
+from tests.problems import F64, TEMPLATES, MatrixPhysics, imaging
 
 
 def test_formulas():
@@ -87,6 +86,43 @@ def test_sigma_is_handed_to_denoisers_that_want_it():
     assert DEProx(DnCNN(1, 1, depth=2, nf=4, pretrained=None), sigma=0.1).bind(y, physics)(x).shape == x.shape
 
 
+def test_a_stepsize_for_each_channel():
+    physics, x = Inpainting((3, 4, 4), mask=torch.ones(3, 4, 4)), torch.rand(2, 3, 4, 4)
+    eta = torch.tensor([0.1, 0.5, 0.9]).reshape(3, 1, 1)
+    y = physics.A(x.flip(0))
+    for template in (DEProx, DEGrad):
+        f = template(nn.Tanh(), stepsize=eta, learn_stepsize=True).bind(y, physics)
+        for c in range(3):
+            one = template(nn.Tanh(), stepsize=float(eta[c])).bind(y, physics)
+            torch.testing.assert_close(f(x)[:, c], one(x)[:, c])
+    for template in (DEHQS, DEADMM):
+        with pytest.raises(ValueError, match=r"needs one stepsize for all channels, got shape \(3, 1, 1\)"):
+            template(nn.Tanh(), stepsize=eta)
+    for shape in [(3,), (2, 1, 1, 1), (3, 4, 4)]:
+        with pytest.raises(ValueError, match="must be one number, or one per channel"):
+            DEProx(nn.Tanh(), stepsize=torch.ones(shape))
+    with pytest.raises(ValueError, match="stepsize must be positive"):
+        DEProx(nn.Tanh(), stepsize=eta - 0.2)
+
+
+def test_a_learned_stepsize_that_training_made_negative_is_an_error():
+    iteration = DEProx(nn.Identity(), stepsize=0.3, learn_stepsize=True)
+    physics = Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
+    iteration.stepsize.data.fill_(-0.1)
+    with pytest.raises(ValueError, match=r"learned stepsize has become -0.1.*, and must stay positive.*clamp"):
+        iteration.bind(torch.ones(1, 1, 4, 4), physics)
+    iteration.load_state_dict(DEProx(nn.Identity(), stepsize=0.2).state_dict())
+    assert float(iteration.stepsize.detach()) == pytest.approx(0.2)
+    iteration.bind(torch.ones(1, 1, 4, 4), physics)
+
+
+def test_denoising_with_a_stepsize_of_one_is_one_pass_of_the_denoiser():
+    physics, y = Denoising(), torch.rand(1, 1, 4, 4)
+    model = DEQReconstructor(DEProx(nn.Tanh(), stepsize=1.0))
+    torch.testing.assert_close(model(y, physics), torch.tanh(y))
+    assert model.forward_stat.evaluations <= 2 and "plain network" in DEProx.__doc__
+
+
 # Bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +139,9 @@ def test_bad_construction():
 
 
 def test_a_physics_without_adjoint():
-    with pytest.raises(TypeError, match="which Physics is not. Use a deepinv.physics.LinearPhysics"):
+    with pytest.raises(
+        TypeError, match="which Physics is not. Use a deepinv.physics.LinearPhysics, or deepinv_deq.FromOptim"
+    ):
         DEProx(nn.Identity()).bind(torch.zeros(1, 1, 4, 4), Physics(A=torch.sin))
 
 

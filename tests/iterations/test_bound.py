@@ -69,7 +69,13 @@ def test_step_of_de_grad_does_not_cancel_digits():
     double = copy.deepcopy(iteration).double()
     exact = double.bind(physics.double().A(x.flip(-1).double()), physics).step(x.double())
     assert relative_error(step, exact) < 1e-5
-    assert relative_error(iteration.double()(x.double(), physics, physics.A_adjoint(physics.A(x.flip(-1).double()))).float() - x, exact) > 1e-3
+    assert (
+        relative_error(
+            iteration.double()(x.double(), physics, physics.A_adjoint(physics.A(x.flip(-1).double()))).float() - x,
+            exact,
+        )
+        > 1e-3
+    )
 
 
 def test_a_subclass_that_overrides_one_of_forward_and_step_gets_the_other():
@@ -106,8 +112,12 @@ def test_a_subclass_that_overrides_one_of_forward_and_step_gets_the_other():
     for kind in (Relaxed, Stepping, Mixed, Child, Both):
         f = kind(SmallDenoiser(), stepsize=0.5).to(F64).bind(y, physics)
         torch.testing.assert_close(f.step(x), f(x) - x)
-    torch.testing.assert_close(Relaxed(SmallDenoiser(), stepsize=0.5).to(F64).bind(y, physics).step(x), 1.5 * plain.step(x))
-    torch.testing.assert_close(Stepping(SmallDenoiser(), stepsize=0.5).to(F64).bind(y, physics)(x), x + 2 * plain.step(x))
+    torch.testing.assert_close(
+        Relaxed(SmallDenoiser(), stepsize=0.5).to(F64).bind(y, physics).step(x), 1.5 * plain.step(x)
+    )
+    torch.testing.assert_close(
+        Stepping(SmallDenoiser(), stepsize=0.5).to(F64).bind(y, physics)(x), x + 2 * plain.step(x)
+    )
 
 
 def test_hooks_on_the_iteration_count_for_steps():
@@ -240,7 +250,9 @@ def test_tensors_changed_in_place_are_an_error(what):
             "part of a stack": part.mask,
             "closure": gain,
         }[what].mul_(0.5)
-    message = "modified by an inplace operation" if what == "parameter" else "changed in place between forward and backward"
+    message = (
+        "modified by an inplace operation" if what == "parameter" else "changed in place between forward and backward"
+    )
     with pytest.raises(RuntimeError, match=message):
         loss.backward()
 
@@ -326,7 +338,9 @@ def test_exceptions_leave_every_module_as_it_was(when):
     expected = model(y, physics)
 
     def state():
-        return [(id(m), type(m), {k: id(v) for k, v in m.__dict__.items()}) for m in (*model.modules(), *physics.modules())]
+        return [
+            (id(m), type(m), {k: id(v) for k, v in m.__dict__.items()}) for m in (*model.modules(), *physics.modules())
+        ]
 
     def fail(*_):
         calls.append(1)
@@ -341,7 +355,11 @@ def test_exceptions_leave_every_module_as_it_was(when):
     after = state()
     skip = {"forward_stat"}
     for (a, ka, da), (b, kb, db) in zip(before, after, strict=True):
-        assert a == b and ka is kb and {k: v for k, v in da.items() if k not in skip} == {k: v for k, v in db.items() if k not in skip}
+        assert (
+            a == b
+            and ka is kb
+            and {k: v for k, v in da.items() if k not in skip} == {k: v for k, v in db.items() if k not in skip}
+        )
     handle.remove()
     assert torch.equal(model(y, physics), expected)
 

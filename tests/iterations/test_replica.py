@@ -72,7 +72,10 @@ GAIN = {
     "partial": (lambda m, t: setattr(m, "gain", functools.partial(torch.mul, t)), lambda m: m.gain(torch.ones(()))),
     "parameter": (lambda m, t: setattr(m, "gain", nn.Parameter(t.detach())), lambda m: m.gain),
     "parameter list": (lambda m, t: setattr(m, "gain", nn.ParameterList([t.detach()])), lambda m: m.gain[0]),
-    "parameter dictionary": (lambda m, t: setattr(m, "gain", nn.ParameterDict({"a": t.detach()})), lambda m: m.gain["a"]),
+    "parameter dictionary": (
+        lambda m, t: setattr(m, "gain", nn.ParameterDict({"a": t.detach()})),
+        lambda m: m.gain["a"],
+    ),
     "module in a list": (lambda m, t: setattr(m, "gain", [Holder(t)]), lambda m: m.gain[0].gain),
     "module in an object": (lambda m, t: setattr(m, "gain", Plain(h=Holder(t))), lambda m: m.gain.h.gain),
     "number": (lambda m, t: setattr(m, "gain", float(t.detach())), lambda m: m.gain),
@@ -449,7 +452,9 @@ def test_functional_call_with_parametrised_weights(used):
     y = physics.A(torch.rand(2, 1, 6, 6, dtype=F64, generator=rng()))
     exact = torch.autograd.grad(model(y, physics).square().sum(), list(model.parameters()))
     given = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    grads = torch.autograd.grad(torch.func.functional_call(model, given, (y, physics)).square().sum(), list(given.values()))
+    grads = torch.autograd.grad(
+        torch.func.functional_call(model, given, (y, physics)).square().sum(), list(given.values())
+    )
     assert relative_error(grads, exact) <= 1e-10
 
 
