@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepinv_deq._states import Rows, State, as_tuple
+from deepinv_deq._states import Rows, as_tuple
 
 Tensors = tuple[Tensor, ...]
 

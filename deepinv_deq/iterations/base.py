@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from deepinv.physics import LinearPhysics, Physics, StackedPhysics
-from deepinv.utils import TensorList
-from torch import Tensor, nn
+from deepinv.physics import LinearPhysics, Physics
+from torch import Tensor
 
-from deepinv_deq._states import Rows, State, as_tuple
+from deepinv_deq._states import State, as_tuple
 from deepinv_deq.iterations.bound import BoundIteration
-from deepinv_deq.iterations.checks import positive, refuse_partial_gradients, takes_sigma, warn_if_unsuitable
-from deepinv_deq.iterations.separability import Verdicts
+from deepinv_deq.iterations.capture import Capture
+from deepinv_deq.iterations.checks import refuse_partial_gradients, warn_if_unsuitable
+from deepinv_deq.iterations.terms import Terms, measurement
+
+__all__ = ["FixedPointIteration", "measurement"]
 
 
-class FixedPointIteration(nn.Module):
+class FixedPointIteration(Terms):
     r"""Base class of the maps :math:`x \mapsto F_\theta(x; y)` whose fixed point is the reconstruction (eq. 4).
 
     A subclass implements ``forward(x, physics, *constants)``, a pure function of its arguments and of the module's
@@ -58,42 +59,7 @@ class FixedPointIteration(nn.Module):
     torch.Size([1, 1, 8, 8])
     """
 
-    stepsize: Tensor
-    data_weight: Tensor
     linear = True  # whether the physics must be linear
-    per_channel = True  # whether the stepsize may be one number for each channel
-
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        *,
-        stepsize: float | Tensor = 1.0,
-        sigma: float | Tensor | None = None,
-        learn_stepsize: bool = False,
-        data_weight: float = 1.0,
-    ):
-        super().__init__()
-        if not isinstance(denoiser, nn.Module):
-            raise TypeError(f"denoiser must be a torch.nn.Module, got {type(denoiser).__name__}.")
-        eta = positive("stepsize", stepsize)
-        if eta.numel() > 1 and not self.per_channel:
-            raise ValueError(
-                f"{type(self).__name__} needs one stepsize for all channels, got shape {tuple(eta.shape)}."
-            )
-        weight = positive("data_weight", float(data_weight))
-        self.denoiser = denoiser
-        if learn_stepsize:
-            self.stepsize = nn.Parameter(eta)
-        else:
-            self.register_buffer("stepsize", eta)
-        self.register_buffer("data_weight", weight)
-        if isinstance(sigma, Tensor) and not isinstance(sigma, nn.Parameter):
-            self.register_buffer("sigma", sigma)
-        else:
-            self.sigma = sigma
-        self._takes_sigma = takes_sigma(denoiser, sigma)
-        self._verdicts = Verdicts()
-        self._warned_stochastic = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         r"""Keep :meth:`forward` and :meth:`step` consistent where a subclass overrides only one of them."""
@@ -105,7 +71,7 @@ class FixedPointIteration(nn.Module):
             cls.forward = FixedPointIteration._forward_by_step  # type: ignore[method-assign]
 
     def _forward_by_step(self, x: Any, physics: Physics, *constants: Tensor) -> Any:
-        return plus(x, self.step(x, physics, *constants))
+        return _plus(x, self.step(x, physics, *constants))
 
     def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
         r"""Evaluate :math:`F_\theta(x; y)`.
@@ -128,46 +94,7 @@ class FixedPointIteration(nn.Module):
         :param torch.Tensor constants: what :meth:`constants` returned for this measurement.
         :return: a state of the same shapes.
         """
-        return minus(self.forward(x, physics, *constants), x)
-
-    def constants(self, y: Tensor, physics: Physics) -> tuple[Tensor, ...]:
-        r"""What depends on the measurement alone, computed once per solve. Default: :math:`(A^\top y,)`.
-
-        :param torch.Tensor y: measurement.
-        :param deepinv.physics.Physics physics: forward operator.
-        :return: tuple of tensors, handed to :meth:`forward` after ``x`` and ``physics``.
-        """
-        return (physics.A_adjoint(y),)
-
-    def select_constants(self, constants: tuple[Tensor, ...], rows: Rows) -> tuple[Tensor, ...] | None:
-        r"""The constants of some samples. Default: their rows, if :meth:`constants` is that of this package.
-
-        Override it, together with :meth:`constants`, so that solvers may evaluate some samples of a batch only.
-
-        :param tuple[torch.Tensor, ...] constants: what :meth:`constants` returned for the batch.
-        :param torch.Tensor, slice rows: which samples.
-        :return: the constants; ``None`` where it is not certain which part of them belongs to which sample.
-        """
-        known = type(self).constants.__module__.startswith("deepinv_deq.") and "constants" not in self.__dict__
-        return tuple(c[rows] for c in constants) if known else None
-
-    def init(self, y: Tensor, physics: Physics) -> State:
-        r"""Starting point: the fast linear reconstruction, ``physics.fbp`` where there is one, else :math:`A^\top y`.
-
-        :param torch.Tensor y: measurement.
-        :param deepinv.physics.Physics physics: forward operator.
-        :return: image of shape ``(B, C, H, W)``, without gradient.
-        """
-        with torch.no_grad():
-            return physics.fbp(y) if hasattr(physics, "fbp") else physics.A_adjoint(y)
-
-    def output(self, state: State) -> Tensor:
-        r"""The reconstruction in a state: the state itself, or the first of several variables.
-
-        :param torch.Tensor, tuple[torch.Tensor, ...] state: a state, such as the fixed point.
-        :return: image of shape ``(B, C, H, W)``.
-        """
-        return state if isinstance(state, Tensor) else state[0]
+        return _minus(self.forward(x, physics, *constants), x)
 
     def preconditioner(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
         r"""An approximate inverse of :math:`I - \partial F_\theta / \partial x`, to speed up solves. Default: none.
@@ -192,13 +119,6 @@ class FixedPointIteration(nn.Module):
         """
         return self.preconditioner(x, physics)
 
-    def networks(self) -> tuple[nn.Module, ...]:
-        r"""The modules that may write to their input in place, as networks that begin with ``ReLU(inplace=True)`` do.
-
-        :return: tuple of modules; a bound map gives them copies where necessary. Default: the denoiser.
-        """
-        return (self.denoiser,)
-
     def bind(self, y: Tensor, physics: Physics) -> BoundIteration:
         r"""Fix the measurement: returns the map :math:`x \mapsto F_\theta(x; y)`.
 
@@ -221,70 +141,19 @@ class FixedPointIteration(nn.Module):
             self._warned_stochastic = warn_if_unsuitable(self.denoiser)
         refuse_partial_gradients(self.denoiser)
         self._refuse_bad_stepsize()
-        return BoundIteration(self, physics, y)
-
-    def denoise(self, x: Tensor) -> Tensor:
-        r"""Apply :math:`D_\theta`, with the noise level if it wants one.
-
-        :param torch.Tensor x: image of shape ``(B, C, H, W)``.
-        :return: image of the same shape.
-        """
-        return self.denoiser(x, sigma=self.sigma) if self._takes_sigma else self.denoiser(x)
-
-    def data_gradient(self, x: Tensor, physics: Physics, aty: Tensor) -> Tensor:
-        r""":math:`\nabla \ell_{MC}(x) = \lambda A^\top (A x - y)` (eq. 6), with :math:`A^\top y` given.
-
-        :param torch.Tensor x: image of shape ``(B, C, H, W)``.
-        :param deepinv.physics.Physics physics: linear forward operator.
-        :param torch.Tensor aty: :math:`A^\top y`, of the shape of ``x``.
-        :return: gradient, of the shape of ``x``.
-        """
-        return self.data_weight * (physics.A_adjoint_A(x) - aty)
-
-    def data_prox(self, z: Tensor, physics: Physics, *y: Tensor) -> Tensor:
-        r""":math:`\operatorname{arg\,min}_x \frac{\eta \lambda}{2} \|A x - y\|^2 + \frac12 \|x - z\|^2`, by the physics' own
-        ``prox_l2``: closed where there is a formula, else conjugate gradients to the accuracy of ``physics.tol``, which
-        bounds the residual that a solve can reach.
-
-        :param torch.Tensor z: image of shape ``(B, C, H, W)``.
-        :param deepinv.physics.Physics physics: linear forward operator.
-        :param torch.Tensor y: measurement.
-        :return: image of the same shape.
-        """
-        gamma = (self.stepsize * self.data_weight).reshape(())
-        return physics.prox_l2(z, measurement(y, physics), gamma=gamma)
-
-    def safe_stepsize(self, sqnorm: float) -> float:
-        r"""A stepsize for which the linear part of the iteration does not diverge.
-
-        :param float sqnorm: :math:`\|A\|^2`.
-        :return: :math:`\eta`.
-        """
-        return 1.0 / (float(self.data_weight) * sqnorm)
-
-    def _refuse_bad_stepsize(self) -> None:
-        # training may have moved it; NaN is left to the solver, which reports it
-        if isinstance(self.stepsize, nn.Parameter) and bool((self.stepsize.detach() <= 0).any()):
-            raise ValueError(
-                f"The learned stepsize has become {self.stepsize.detach().tolist()}, and must stay positive. Give it a smaller "
-                "learning rate, or clamp it after every optimiser step: iteration.stepsize.data.clamp_(min=1e-4)."
-            )
+        capture = Capture(self, physics, y)
+        return BoundIteration(capture, capture.first, capture.constants)
 
 
-def plus(a: State, b: State) -> State:
+def _plus(a: State, b: State) -> State:
     r"""Sum of two states."""
     if isinstance(a, Tensor):
         return a + as_tuple(b)[0]
     return tuple(s + t for s, t in zip(a, as_tuple(b), strict=True))
 
 
-def minus(a: State, b: State) -> State:
+def _minus(a: State, b: State) -> State:
     r"""Difference of two states."""
     if isinstance(a, Tensor):
         return a - as_tuple(b)[0]
     return tuple(s - t for s, t in zip(a, as_tuple(b), strict=True))
-
-
-def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
-    r"""Measurements that :func:`as_tuple` took apart."""
-    return TensorList(list(constants)) if isinstance(physics, StackedPhysics) else constants[0]

@@ -10,7 +10,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,6 +49,10 @@ class Origin:
     batch: int
     rows: Rows | None = None
     _shared_by_replicas = True
+
+    def of(self, rows: Rows | None) -> Origin:
+        r"""The origin of a replica for some samples."""
+        return replace(self, rows=rows)
 
 
 def spectrum(physics: Physics, x: Tensor) -> Tensor | None:

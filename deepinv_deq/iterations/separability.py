@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deepinv_deq._states import as_tuple, take
+from deepinv_deq._states import as_tuple
 
 if TYPE_CHECKING:
-    from deepinv_deq.iterations.bound import BoundIteration
+    from deepinv_deq.iterations.capture import Capture
+    from deepinv_deq.iterations.replica import Replica
 
 _LIMIT = 64  # verdicts kept
 _CACHES = ("_verdicts", "_origin", "_warned_stochastic")
@@ -40,13 +41,13 @@ class Verdicts:
     def __reduce__(self) -> tuple[Callable[[], Verdicts], tuple[()]]:
         return Verdicts, ()
 
-    def separable(self, f: BoundIteration) -> bool:
+    def separable(self, f: Capture) -> bool:
         r"""The verdict on a map.
 
-        :param BoundIteration f: the map.
+        :param Capture f: what the map depends on.
         :return: whether its restrictions are exact.
         """
-        if f._sample_tensors() is None or not _constants_are_known(f) or _in_doubt(f):
+        if f.samples() is None or not _constants_are_known(f) or _in_doubt(f):
             return False
         make = _make(f)
         with self._lock:
@@ -62,34 +63,34 @@ class Verdicts:
         return verdict
 
 
-def _constants_are_known(f: BoundIteration) -> bool:
-    rows = f._pristine.roots[0].select_constants(f._whole_constants, slice(0, 1))
-    return rows is not None and all(c.ndim and len(c) == f._batch for c in f._whole_constants)
+def _constants_are_known(f: Capture) -> bool:
+    rows = f.iteration.select_constants(f.constants, slice(0, 1))
+    return rows is not None and all(c.ndim and len(c) == f.batch for c in f.constants)
 
 
-def _in_doubt(f: BoundIteration) -> bool:
+def _in_doubt(f: Capture) -> bool:
     r"""Whether a buffer of the iteration has one row per sample, such as noise levels, or couples them in a known way."""
-    iteration = f._pristine.roots[0]
+    iteration = f.iteration
     scalars = {id(iteration.stepsize), id(iteration.data_weight)}
-    known = f._sample_tensors()
+    known = f.samples()
     samples = {id(t) for t in (known.rows if known else ())}
-    for found in f._pristine.found.values():
+    for found in f.pristine.found.values():
         of_iteration = 0 in found.roots and not found.layer and found.role in ("buffer", "plain")
-        rows = found.tensor.ndim and len(found.tensor) == f._batch > 1
+        rows = found.tensor.ndim and len(found.tensor) == f.batch > 1
         if (of_iteration and rows and id(found.tensor) not in scalars) or (found.statistic and 0 in found.roots):
             return True
         if id(found.tensor) in samples and 0 in found.roots:
             return True
     batch_norm = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, batch_norm) and m.training for m in f._pristine.modules[0])
+    return any(isinstance(m, batch_norm) and m.training for m in f.pristine.modules[0])
 
 
-def _make(f: BoundIteration) -> tuple[Any, ...]:
+def _make(f: Capture) -> tuple[Any, ...]:
     r"""Everything that decides on the verdict but the values of tensors."""
-    iteration, physics = f._pristine.roots
-    modules = tuple((type(m), _plain(m.__dict__, skip=m is iteration)) for root in f._pristine.modules for m in root)
-    tensors = tuple((found.role, found.tensor.shape) for found in f._pristine.found.values())
-    return modules, type(physics), tensors, tuple(c.shape for c in f._whole_constants), tuple(f._example() or ())
+    iteration, physics = f.iteration, f.physics
+    modules = tuple((type(m), _plain(m.__dict__, skip=m is iteration)) for root in f.pristine.modules for m in root)
+    tensors = tuple((found.role, found.tensor.shape) for found in f.pristine.found.values())
+    return modules, type(physics), tensors, tuple(c.shape for c in f.constants), tuple(f.example() or ())
 
 
 def _plain(value: Any, skip: bool = False) -> Any:
@@ -102,40 +103,53 @@ def _plain(value: Any, skip: bool = False) -> Any:
     return type(value)
 
 
-def _treats_samples_one_by_one(f: BoundIteration) -> bool | None:
+def _treats_samples_one_by_one(f: Capture) -> bool | None:
     r"""Compare one sample alone with the same sample in the batch; ``None`` where that shows nothing."""
-    example, batch, iteration = f._example(), f._batch, f._pristine.roots[0]
+    example, batch, iteration = f.example(), f.batch, f.iteration
     if example is None or any(len(shape) < 1 or shape[0] != batch for shape, _, _ in example):
         return False
     rng = torch.Generator().manual_seed(0)
     put: dict[int, Tensor] = {}
-    known = f._sample_tensors()
+    known = f.samples()
     shared = {id(t) for t in (known.shared if known else ())}
     fixed = {id(iteration.stepsize), id(iteration.data_weight)}
-    for key, found in f._pristine.found.items():
+    for key, found in f.pristine.found.items():
         t = found.tensor
         random = key in shared or (found.roots == {0} and found.role in ("parameter", "computed") and key not in fixed)
         if random and t.numel() and (t.is_floating_point() or t.is_complex()):
-            scale = max(0.1 * float(t.detach().abs().square().mean().sqrt()), 0.02)
-            noise = torch.rand(t.shape, generator=rng, dtype=torch.float32).to(t.device, t.dtype)
-            put[key] = t.detach() + scale * (2 * noise - 1)
+            put[key] = t.detach() + _scale(t) * (2 * _noise(t.shape, t, rng) - 1)
         elif found.role == "buffer":
             put[key] = t.detach().clone()  # a layer that keeps statistics must not keep those of random images
+    # constants become random, too, but not negative: they may be counts
+    put |= {id(c): c.detach() + _scale(c) * _noise(c.shape, c, rng) for c in f.constants if c.numel()}
     state = [torch.randn(s, generator=rng, dtype=torch.float32).to(device, dtype) for s, dtype, device in example]
-    point = state[0] if len(state) == 1 else tuple(state)
     row = slice(batch // 2, batch // 2 + 1)
     try:
         with torch.no_grad():
-            whole = f._with(put, None)(point)
-            part = f._with(put, row)(take(point, row))
+            alone = tuple(t[row].clone() for t in state)  # a network may write to its input
+            whole = _evaluate(f.replicate(put), tuple(state))
+            part = _evaluate(f.replicate(put, row), alone)
     except torch.cuda.OutOfMemoryError:  # no verdict, which would be remembered
         raise
     except Exception:  # whatever a physics says about a batch that it does not expect
         return False
-    if not all(bool(torch.isfinite(t).all()) for t in as_tuple(whole)):
+    if not all(bool(torch.isfinite(t).all()) for t in whole):
         return None
-    pairs = zip(as_tuple(part), as_tuple(take(whole, row)), strict=True)
+    pairs = [(a, b[row]) for a, b in zip(part, whole, strict=True)]
     return all(a.shape == b.shape and bool((a - b).norm() <= _rounding(a) * b.norm()) for a, b in pairs)
+
+
+def _evaluate(made: tuple[Replica, tuple[Tensor, ...]], state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    replica, constants = made
+    return as_tuple(replica.roots[0](state[0] if len(state) == 1 else state, replica.roots[1], *constants))
+
+
+def _scale(t: Tensor) -> float:
+    return max(0.1 * float(t.detach().abs().square().mean().sqrt()), 0.02)
+
+
+def _noise(shape: torch.Size, like: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=rng, dtype=torch.float32).to(like.device, like.dtype)
 
 
 def _rounding(t: Tensor) -> float:

@@ -407,7 +407,7 @@ def test_nothing_of_a_pass_needs_the_garbage_collector():
     try:
         f = model.iteration.bind(y, physics)
         graph = f(f.init(y))
-        gone = [weakref.ref(f), weakref.ref(f._replica.roots[1])]
+        gone = [weakref.ref(f), weakref.ref(f._physics)]
         del f, graph
         assert [r() for r in gone] == [None, None]
     finally:
