@@ -453,7 +453,10 @@ class Hungry(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 3, padding=1))
-        self.seen = {"forward": 0, "backward": 0}
+        type(self).seen = {
+            "forward": 0,
+            "backward": 0,
+        }  # of the class: what an evaluation stores on a module stays on a replica
         self.limit = None
 
     def count(self, which):

@@ -3,6 +3,7 @@ r"""An iteration bound to one measurement: the map that solvers iterate and hook
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,8 @@ from deepinv_deq.maps import Map
 class BoundIteration(Map):
     r"""The map :math:`x \mapsto F_\theta(x; y)` of one measurement: what a solver iterates and a hook differentiates.
 
-    :meth:`FixedPointIteration.bind` makes it. It owns replicas of the iteration and the physics, see
-    :mod:`deepinv_deq.iterations.replica`: what is changed later does not change the map, and a tensor that is changed in place
-    raises an error in :meth:`rebind`.
+    :meth:`FixedPointIteration.bind` makes it, with private replicas, see :mod:`deepinv_deq.iterations.replica`: what is changed
+    later does not change the map, and a tensor that is changed in place raises an error in :meth:`rebind`.
 
     :param Capture capture: what the map depends on.
     :param Replica replica: replica to evaluate.
@@ -65,8 +65,7 @@ class BoundIteration(Map):
         return self._evaluate(self._iteration.step, x)
 
     def _evaluate(self, function: Callable[..., State], x: State) -> State:
-        if self._rows is None:
-            self._capture.remember(x)
+        self._remember(x)
         # in the first evaluation a copy, so that the caller's point survives an iteration that writes to it
         point = as_tuple(x) if self._pure else tuple(t.clone() for t in as_tuple(x))
         before = [version(t) for t in point]
@@ -87,12 +86,11 @@ class BoundIteration(Map):
 
         :raises RuntimeError: if the map was bound under ``torch.no_grad()``, where what it precomputed lost its gradient.
         """
-        capture = self._capture
-        if not capture.graded and capture.inputs:
+        if not self._capture.graded and self._capture.inputs:
             raise RuntimeError(
                 "This map was bound under torch.no_grad(): bind it with gradients enabled to train through it."
             )
-        return capture.inputs
+        return self._capture.inputs
 
     def rebind(self, inputs: Sequence[Tensor]) -> BoundIteration:
         r"""The same map, of the physics as it was when it was bound, with other tensors in the place of ``inputs``.
@@ -114,8 +112,7 @@ class BoundIteration(Map):
         r"""The same map of some samples, in a batch of their own; its :attr:`inputs` are those of the whole.
 
         :param torch.Tensor, slice rows: which samples.
-        :return: a map of states of these samples; ``None`` where it is not certain which tensors belong to which sample, or where
-            the denoiser couples the samples.
+        :return: a map of states of these samples; ``None`` where it is not certain to be exact.
         """
         if not self._capture.separable():
             return None
@@ -127,20 +124,21 @@ class BoundIteration(Map):
     def separable(self, x: State, fx: State | None = None) -> bool:
         r"""Whether :meth:`select` gives a map.
 
-        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state, for its shapes.
-        :param torch.Tensor, tuple[torch.Tensor, ...], None fx: not used.
-        :return: the answer.
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state, for its shapes; ``fx`` is not used.
         """
+        self._remember(x)
+        return self._capture.separable()
+
+    def _remember(self, x: State) -> None:
         if self._rows is None:
             self._capture.remember(x)
-        return self._capture.separable()
 
     def _with(self, put: Put, rows: Rows | None) -> BoundIteration:
         replica, constants = self._capture.replicate(put, rows)
         return BoundIteration(self._capture, replica, constants, rows, self._network)
 
     def init(self, y: Any) -> State:
-        r"""The starting point of the iteration, computed with the replicas: nothing is cached on the user's physics.
+        r"""The starting point, computed with the replicas: nothing is cached on the user's physics.
 
         :param torch.Tensor y: measurement.
         :return: a state, without gradient.
@@ -148,14 +146,12 @@ class BoundIteration(Map):
         return self._iteration.init(y, self._physics)
 
     def preconditioner(self, x: State) -> Callable[[State], State] | None:
-        r"""The iteration's approximate inverse of :math:`I - \partial F / \partial x`, see
-        :meth:`FixedPointIteration.preconditioner`.
+        r"""An approximate inverse of :math:`I - \partial F / \partial x`, see :meth:`FixedPointIteration.preconditioner`.
 
         :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
         :return: a linear map of states, or ``None``.
         """
-        if self._rows is None:
-            self._capture.remember(x)
+        self._remember(x)
         return self._iteration.preconditioner(x, self._physics)
 
     def natural(self, x: State) -> Callable[[State], State] | None:
@@ -167,8 +163,5 @@ class BoundIteration(Map):
         return self._iteration.natural(x, self._physics)
 
     def diagnose(self) -> str:
-        r"""Why a solve of this map may have failed: compares the stepsize with the norm of the operator.
-
-        :return: a sentence with the stepsize that would do, or an empty string.
-        """
+        r"""Why a solve of this map may have failed, see :meth:`Capture.diagnose`."""
         return self._capture.diagnose()

@@ -147,7 +147,7 @@ def _state(replica: Replica, root: int) -> State:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    kind = type(value)
+    kind: Any = type(value)
     if kind in _NUMBERS:
         return value
     if kind is types.FunctionType:

@@ -1,4 +1,4 @@
-r"""What :mod:`deepinv_deq.iterations.replica` has to know of kinds of Python objects, of deepinv's lazy functions and of compiled code."""
+r"""Kinds of objects that replicas treat in their own way: plain objects, normalised weights, lazy functions, compiled code."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from deepinv.physics import Tomography
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+_COMPUTES = (SpectralNorm, WeightNorm, BasePruningMethod)  # old-style hooks that compute a weight before every call
 
 
 class _AnyShape:
@@ -69,7 +74,7 @@ class _AdjointProduct(torch.autograd.Function):
         ctx.physics = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return ctx.physics.A(g), None, None
 
 
@@ -78,6 +83,29 @@ def renew(module: nn.Module) -> None:
     if isinstance(module, Tomography) and "_auto_grad_adjoint_fn" in module.__dict__:
         module.__dict__["_auto_grad_adjoint_fn"] = _Adjoint(module)
         module.__dict__["_auto_grad_adjoint_input_shape"] = _AnyShape()
+
+
+def compute_weights(twin: nn.Module, normalised: nn.ModuleDict | None) -> set[str]:
+    r"""Compute normalised weights once, and put them in place as plain tensors.
+
+    In training mode, spectral norm changes with every access.
+
+    :param torch.nn.Module twin: replica.
+    :param torch.nn.ModuleDict, None normalised: parametrisations of the original.
+    :return: names of the weights.
+    """
+    inside, names = twin.__dict__, set[str]()
+    for name, parametrization in ({} if normalised is None else dict(normalised.items())).items():
+        store = "_parameters" if parametrization._parameters else "_buffers"
+        inside[store][name] = parametrization()
+        names.add(name)
+    hooks = inside["_forward_pre_hooks"]
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, _COMPUTES):
+            hook(twin, None)
+            names.add(hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name)
+            del hooks[key]
+    return names
 
 
 def shallow(value: Any) -> Any:
@@ -92,7 +120,7 @@ def contents(function: Any) -> Iterator[Any]:
 
 
 @functools.cache
-def slots(kind: type) -> tuple[str, ...]:
+def slots(kind: Any) -> tuple[str, ...]:
     names = [name for base in kind.__mro__ for name in _as_names(base.__dict__.get("__slots__", ()))]
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
@@ -102,7 +130,7 @@ def _as_names(slots: Any) -> tuple[str, ...]:
 
 
 @functools.cache
-def is_plain(kind: type) -> bool:
+def is_plain(kind: Any) -> bool:
     r"""Whether objects of a class are plain Python objects, which can be replicated attribute by attribute."""
     library = kind.__module__.partition(".")[0]
     if kind is types.SimpleNamespace:

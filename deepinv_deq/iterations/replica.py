@@ -32,19 +32,15 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
-from deepinv_deq.iterations.objects import compile_again, contents, is_plain, renew, shallow, slots
+from deepinv_deq.iterations.objects import compile_again, compute_weights, contents, is_plain, renew, shallow, slots
 
 _SHARED = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
     | {torch.dtype, torch.device, torch.Size, torch.Generator}
 )
 _HOOKS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, OrderedDict))
-_COMPUTES = (SpectralNorm, WeightNorm, BasePruningMethod)  # old-style hooks that compute a weight before every call
-_SUFFIXES = ("_orig", "_mask", "_u", "_v", "_g")  # what they compute it from
+_SUFFIXES = ("_orig", "_mask", "_u", "_v", "_g")  # of the tensors from which old-style hooks compute a weight
 
 
 @dataclass
@@ -98,7 +94,7 @@ class Replica:
         return Replica(self.roots, put)
 
     def _copy(self, value: Any) -> Any:
-        kind = type(value)
+        kind: Any = type(value)
         if kind in _SHARED:
             return value
         if id(value) in self._memo:
@@ -156,7 +152,7 @@ class Replica:
         return self._put.get(id(t), t)
 
     def _object(self, value: Any) -> Any:
-        kind = type(value)
+        kind: Any = type(value)
         twin = self._keep(value, kind.__new__(kind))
         for name in slots(kind):
             if hasattr(value, name):
@@ -185,7 +181,7 @@ class Replica:
             inside[name] = OrderedDict(inside[name])
             if inside[name]:
                 self._hooks.append(inside[name])
-        computed = self._compute(twin, normalised)
+        computed = compute_weights(twin, normalised)
         unused = {name + suffix for name in computed for suffix in _SUFFIXES}
         for name, t in stores["_parameters"].items():
             if t is not None and name not in unused:
@@ -209,24 +205,6 @@ class Replica:
             inside["implicit_backward_solver"] = False
         compile_again(module, twin)
         return twin
-
-    @staticmethod
-    def _compute(twin: nn.Module, normalised: nn.ModuleDict | None) -> set[str]:
-        r"""Compute normalised weights once, and put them in place as plain tensors: in training mode, spectral norm changes with
-        every access."""
-        inside, names = twin.__dict__, set[str]()
-        for name, parametrization in ({} if normalised is None else dict(normalised.items())).items():
-            store = "_parameters" if parametrization._parameters else "_buffers"
-            inside[store][name] = parametrization()
-            names.add(name)
-        hooks = inside["_forward_pre_hooks"]
-        for key, hook in list(hooks.items()):
-            if isinstance(hook, _COMPUTES):
-                hook(twin, None)
-                name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
-                names.add(name)
-                del hooks[key]
-        return names
 
     def _watch_closure(self, function: Callable[..., Any]) -> None:
         for value in contents(function):
