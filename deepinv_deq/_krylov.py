@@ -49,7 +49,8 @@ def gmres(
         unit = unit_size(offset)  # at the size of the offset, or the difference would be all rounding
         linear = lambda b: (func(unit * b) - offset) / unit  # noqa: E731
     x, inverse = x0, getattr(func, "precondition", None)
-    absolute, relative = residuals(x, image)
+    size = norms(func.offset if affine else offset)
+    absolute, relative = _relative(x, image, size)
     floor = torch.finfo(x.dtype).eps * norms(image)  # for a solution at zero, which has no relative accuracy
     traces = [absolute], [relative]
     active, nstep = torch.isfinite(absolute) & (relative > tol), torch.full_like(absolute, evaluations)
@@ -59,7 +60,7 @@ def gmres(
         cycle = min(history, max_iter - evaluations - check)
         tried = active
         x, absolute, relative, active, used, taken = _arnoldi_cycle(
-            linear, inverse, x, image - x, absolute, relative, active, cycle, tol, floor, traces, sync_every
+            linear, inverse, x, image - x, absolute, relative, active, cycle, tol, floor, traces, sync_every, size
         )
         evaluations += taken
         nstep = nstep + used
@@ -67,10 +68,15 @@ def gmres(
             break
         image, evaluations = func(x), evaluations + 1  # the true residual, from which the recurrence starts anew
         nstep = torch.where(tried, nstep + 1, nstep)
-        absolute, relative = residuals(x, image)
+        absolute, relative = _relative(x, image, size)
         active = tried & torch.isfinite(absolute) & (relative > tol) & (absolute > floor)
 
     return result(x, absolute, relative, traces, nstep, (relative <= tol) | (absolute <= floor))
+
+
+def _relative(x: Tensor, image: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    absolute, _ = residuals(x, image)
+    return absolute, torch.where(absolute == 0, absolute, absolute / size)
 
 
 def _arnoldi_cycle(
@@ -86,6 +92,7 @@ def _arnoldi_cycle(
     floor: Tensor,
     traces: tuple[list[Tensor], list[Tensor]],
     sync_every: int,
+    size: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     r"""One GMRES cycle from ``x``: at most ``cycle`` products, per sample the least residual over the Krylov space.
 
@@ -112,7 +119,7 @@ def _arnoldi_cycle(
         # |x + step + remainder|, the norm of the image
         image_norm2 = x_norm2 + krylov.norm2(y, rho)
         image_norm2 = image_norm2 + 2 * (y * torch.stack(gains, 1)).sum(1) + 2 * (rho * torch.stack(overlap, 1)).sum(1)
-        step_rel = torch.where(step_abs == 0, step_abs, step_abs / image_norm2.clamp_min(0).sqrt())
+        step_rel = torch.where(step_abs == 0, step_abs, step_abs / size)
         update = active & finite
         weights[:, : j + 1] = torch.where(update[:, None], y, weights[:, : j + 1])
         absolute = torch.where(update, step_abs.to(x.dtype), absolute)

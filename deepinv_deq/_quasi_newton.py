@@ -58,13 +58,13 @@ def iterate(
 
     for k in range(1, max_iter + 1):
         fx = image = func(x)
+        if isinstance(func, FlatMap) and func.precondition is not None:
+            fx = x + func.precondition(fx - x)  # of the same fixed points, in units of the state
         absolute, relative = residuals(x, fx)
         if k == 1:  # a fixed point at zero has no relative accuracy: rounding of the first image is all one can ask for
             floor = eps * norms(fx).nan_to_num(0.0, 0.0)
         done = (relative <= tol) | (absolute <= floor)
         better = active & ((absolute < best.absolute) | done)
-        if isinstance(func, FlatMap) and func.precondition is not None:
-            fx = x + func.precondition(fx - x)  # of the same fixed points; residuals stay those of the map itself
         restart = active & ~better & ~((absolute <= growth * 2**rejections * best.absolute) & torch.isfinite(absolute))
         best.update(k, x, fx, absolute, relative, better, active)
         active = active & ~done & torch.isfinite(best.absolute)

@@ -20,30 +20,41 @@ _NORMS = {"spectral": parametrizations.spectral_norm, "weight": parametrizations
 class EquilibriumUNet(UNet):
     r"""Residual U-Net for deep equilibrium models (section 4.2.1): group norm, and spectral or weight normalisation.
 
-    deepinv's :class:`deepinv.models.UNet` with every batch norm, which would couple the samples of a batch, replaced by
-    group norm (:footcite:t:`wu2018group`), and normalised convolutions (:footcite:t:`miyato2018spectral,salimans2016weight`).
-    Images of any size are padded to a multiple of :math:`2^{\text{scales} - 1}` and cropped back.
+    .. math::
 
-    The last, 1x1 convolution is not normalised and starts at zero: training starts from :math:`D_\theta = I`, where the
-    fixed points of DE-Grad and DE-Prox are the least-squares solutions.
-    Inside a :class:`DEQReconstructor` the normalisation is computed once per pass. Spectral normalisation bounds the
-    weight matrix of each convolution; it favours, but does not prove, that the iteration contracts.
+        D_\theta(x) = c \, x + R_\theta(x)
+
+    :math:`R_\theta` is deepinv's :class:`deepinv.models.UNet` with group norm (:footcite:t:`wu2018group`) in the place of batch norm,
+    which would couple the samples of a batch, and with normalised convolutions
+    (:footcite:t:`miyato2018spectral,salimans2016weight`). Images of any size are padded to a multiple of
+    :math:`2^{\text{scales} - 1}` and cropped back.
+
+    The last, 1x1 convolution is not normalised and starts at zero, so that training starts from :math:`D_\theta(x) = c \, x`. With
+    ``contraction`` :math:`c < 1`, the first iteration already contracts, whatever the physics: it has one fixed point, and the adjoint
+    equation is well-posed. With :math:`c = 1` the adjoint equation of the untrained network is singular wherever the operator has a null
+    space, and training does not start. Training changes the contraction: :class:`deepinv_deq.losses.ContractionLoss` bounds it, and
+    :meth:`DEQReconstructor.certify` measures it. Spectral normalisation bounds the weight matrix of each convolution; it does not prove
+    that the iteration contracts. Inside a :class:`DEQReconstructor` the normalisation is computed once per pass.
 
     :param int, None in_channels: image channels, 2 for real and imaginary part. Default 1, or that of the pretrained weights.
-    :param int, None out_channels: output channels, default ``in_channels``. Without it equal there is no residual connection.
+    :param int, None out_channels: output channels, default ``in_channels``. If they differ there is no residual connection.
     :param Sequence[int], None channels: feature maps of each scale, from fine to coarse; at least two scales. Default
         ``(32, 64, 128)``, or those of the pretrained weights.
     :param str, None norm: ``"spectral"``, ``"weight"`` or ``None``.
-    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: ``"gray"`` or ``"complex"``, which ship with the
-        package (one channel, or two for real and imaginary part; 16-32-64, spectral norm, blind up to a noise level of 0.1,
-        BSDS500; the Jacobian of ``"complex"`` is kept below 0.9, as DE-Prox needs it), or a file written by
-        ``examples/paper/pretrain_denoiser.py``.
+    :param float, None contraction: factor :math:`c \in (0, 1]` of the residual connection. Default 0.9, or that of the pretrained
+        weights.
+    :param int context_channels: channels of a second image that the network gets besides ``x``, such as the linear reconstruction
+        (see ``context`` of :class:`FixedPointIteration`). Pretrained weights without context are extended by zeros.
+    :param int dim: 2 for images, 3 for volumes of shape ``(B, C, D, H, W)``.
+    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: ``"gray"``, ``"color"`` or ``"complex"``, which ship with
+        the package (one channel, three, or two for real and imaginary part; 16-32-64, spectral norm, blind up to a noise level of 0.1,
+        BSDS500, trained as contractions), or a file written by ``examples/paper/pretrain_denoiser.py``.
     :param int groups: largest number of groups of a group norm; a scale uses the largest divisor of its channels up to it.
     :param str, torch.device device: where to put the weights.
 
-    The attribute ``settings`` holds these arguments, all but the last two, as a dictionary.
+    The attribute ``settings`` holds these arguments, without ``pretrained`` and ``device``, as a dictionary.
 
-    :raises ValueError: for an unknown ``norm``, fewer than two scales, or pretrained weights of another architecture.
+    :raises ValueError: for an unknown ``norm``, a setting out of range, or pretrained weights of another architecture.
     :raises FileNotFoundError: if there are no such pretrained weights.
 
     |sep|
@@ -64,34 +75,42 @@ class EquilibriumUNet(UNet):
         channels: Sequence[int] | None = None,
         norm: str | None = "spectral",
         groups: int = 8,
+        contraction: float | None = None,
+        context_channels: int = 0,
+        dim: int = 2,
         pretrained: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
     ):
         if norm not in _NORMS:
             raise ValueError(f"Unknown norm {norm!r}: must be one of 'spectral', 'weight', None.")
         weights = None if pretrained is None else read_weights(pretrained)
-        if in_channels is None:
-            in_channels = 1 if weights is None else weights["settings"]["in_channels"]
-        if channels is None:
-            channels = (32, 64, 128) if weights is None else weights["settings"]["channels"]
+        trained = {} if weights is None else _settings(weights, pretrained)
+        in_channels = trained.get("in_channels", 1) if in_channels is None else in_channels
+        channels = trained.get("channels", (32, 64, 128)) if channels is None else channels
+        contraction = trained.get("contraction", 0.9) if contraction is None else contraction
         if len(channels) < 2 or min(channels) < 1:
             raise ValueError(f"channels needs at least two scales of at least one feature map, got {tuple(channels)}.")
+        if not 0 < contraction <= 1:
+            raise ValueError(f"contraction must be in (0, 1], got {contraction}.")
+        if context_channels < 0:
+            raise ValueError(f"context_channels must not be negative, got {context_channels}.")
+        if dim not in (2, 3):
+            raise ValueError(f"dim must be 2 (images) or 3 (volumes), got {dim}.")
         out_channels = in_channels if out_channels is None else out_channels
-        super().__init__(
-            in_channels, out_channels, residual=in_channels == out_channels, channels_per_scale=tuple(channels)
-        )
+        inputs = in_channels + context_channels
+        # the residual connection is in forward: it has a factor, and skips the context
+        super().__init__(inputs, out_channels, residual=False, channels_per_scale=tuple(channels), dim=dim)
         for block in [m for m in self.modules() if isinstance(m, nn.Sequential)]:
             for i, layer in enumerate(block):
-                if isinstance(layer, nn.BatchNorm2d):
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                     block[i] = nn.GroupNorm(_divisor(layer.num_features, groups), layer.num_features)
-        # The last layer is left free and starts at zero: a random residual, however small, is amplified where the data
-        # say little, so that training would start far from every solution, or diverge before it has said a word.
+        # A random residual, however small, is amplified where the data say little: training would start far from every solution.
         last = self.Conv_1x1
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         normalise = _NORMS[norm]
         if normalise is not None:
-            for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d) and m is not last]:
+            for layer in [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m is not last]:
                 normalise(layer)
         self.settings = {
             "in_channels": in_channels,
@@ -99,25 +118,68 @@ class EquilibriumUNet(UNet):
             "channels": tuple(channels),
             "norm": norm,
             "groups": groups,
+            "contraction": contraction,
+            "context_channels": context_channels,
+            "dim": dim,
         }
+        self.context_channels, self.dim = context_channels, dim
+        self.contraction = contraction if in_channels == out_channels else 0.0
         if weights is not None:
-            if weights["settings"] != self.settings:
-                raise ValueError(
-                    f"The weights {str(pretrained)!r} are of an EquilibriumUNet with {weights['settings']}, not {self.settings}."
-                )
-            self.load_state_dict(weights["state_dict"])
+            self._load(weights["state_dict"], trained, pretrained)
         # convolutions follow their weights, and are faster with the channels innermost: twice so on CPU
-        self.to(device, memory_format=torch.channels_last)
+        self.to(device, memory_format=torch.channels_last if dim == 2 else torch.channels_last_3d)  # type: ignore[call-overload]
 
-    def forward(self, x: torch.Tensor, sigma: Any = None, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, sigma: Any = None, *, context: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         r"""Denoise.
 
-        :param torch.Tensor x: images of shape ``(B, C, H, W)``.
+        :param torch.Tensor x: images of shape ``(B, C, H, W)``, or volumes of shape ``(B, C, D, H, W)``.
         :param float, None sigma: ignored, the denoiser is blind.
+        :param torch.Tensor, None context: a second image of the same size with ``context_channels`` channels.
         :param kwargs: ignored, too.
         :return: images of the same shape, or with ``out_channels`` channels.
+        :raises ValueError: if the context is missing, not wanted, or of another shape; if ``x`` has the wrong number of dimensions.
         """
-        return super().forward(x, sigma, **kwargs).contiguous()
+        if x.ndim != self.dim + 2:
+            raise ValueError(
+                f"x must have shape (B, C, {'D, ' * (self.dim - 2)}H, W) for dim={self.dim}, got {tuple(x.shape)}."
+            )
+        got = 0 if context is None else context.shape[1]
+        if got != self.context_channels:
+            raise ValueError(
+                f"This network takes {self.context_channels} context channels (context_channels=), got {got}."
+            )
+        net_input = x if context is None else torch.cat([x, context.expand(len(x), *context.shape[1:])], dim=1)
+        factor = 2 ** (len(self.settings["channels"]) - 1)
+        missing = [-side % factor for side in x.shape[2:]]
+        padding = [part for side in reversed(missing) for part in (side // 2, side - side // 2)]
+        if any(missing):
+            net_input = nn.functional.pad(net_input, padding, mode="replicate")
+        out = self._forward(net_input)
+        if any(missing):
+            out = out[(..., *(slice(m // 2, m // 2 + side) for m, side in zip(missing, x.shape[2:], strict=True)))]
+        return (out + self.contraction * x if self.contraction else out).contiguous()
+
+    def _load(self, state: dict[str, torch.Tensor], trained: dict[str, Any], name: Any) -> None:
+        r"""Load a state dictionary; the weights of a context that it lacks are zero."""
+        wanted = self.settings | {"contraction": trained["contraction"]}
+        if trained | {"context_channels": self.context_channels} != wanted or trained["context_channels"] not in (
+            0,
+            self.context_channels,
+        ):
+            raise ValueError(
+                f"The weights {str(name)!r} are of an EquilibriumUNet with {trained}, not {self.settings}."
+            )
+        own = self.state_dict()
+        for key, value in state.items():
+            if own[key].shape != value.shape:  # the first convolution, and what spectral norm keeps of it
+                axis = 1 if value.ndim > 1 else 0
+                value = torch.cat(
+                    [value, torch.zeros_like(own[key].narrow(axis, 0, own[key].shape[axis] - value.shape[axis]))], axis
+                )
+            own[key] = value
+        self.load_state_dict(own)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # PyTorch refuses to pickle parametrized layers; settings and state say all there is to say
@@ -129,6 +191,14 @@ class EquilibriumUNet(UNet):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+
+def _settings(weights: dict[str, Any], name: Any) -> dict[str, Any]:
+    r"""Settings of a file of weights; those of version 0.1 had no factor, no context and two dimensions."""
+    if "settings" not in weights or "state_dict" not in weights or "in_channels" not in weights["settings"]:
+        raise ValueError(f"{str(name)!r} holds no weights of an EquilibriumUNet.")
+    settings = {"contraction": 1.0, "context_channels": 0, "dim": 2} | weights["settings"]
+    return settings | {"channels": tuple(settings["channels"])}
 
 
 def _rebuild(

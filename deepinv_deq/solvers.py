@@ -291,10 +291,10 @@ class Solver:
         """
         layout = Layout(x, self.batched)
         flat, c = layout.pack(x), layout.pack(offset)
-        stat["abs_lowest"], stat["rel_lowest"] = residuals(flat, layout.pack(fx))
+        stat["abs_lowest"], _ = residuals(flat, layout.pack(fx))
         unit = unit_size(c)
         left = norms((layout.pack(fx) - flat) / unit)
-        stat["remainder"] = torch.where(left == 0, left, left / norms(c / unit))
+        stat["remainder"] = stat["rel_lowest"] = torch.where(left == 0, left, left / norms(c / unit))
         # the recurrence of a Krylov method drifts by rounding; anything beyond that contradicts it
         honest = stat.residual <= max(2 * self.tol, 1e3 * torch.finfo(flat.dtype).eps)
         if bool((stat.converged & ~honest).any()):

@@ -16,9 +16,9 @@ from deepinv_deq._states import State, as_tuple
 from deepinv_deq.iterations.bound import BoundIteration
 from deepinv_deq.iterations.capture import Capture
 from deepinv_deq.iterations.checks import refuse_partial_gradients, warn_if_unsuitable
-from deepinv_deq.iterations.terms import Terms, measurement
+from deepinv_deq.iterations.terms import Terms, linear_reconstruction, measurement
 
-__all__ = ["FixedPointIteration", "measurement"]
+__all__ = ["FixedPointIteration", "linear_reconstruction", "measurement"]
 
 
 class FixedPointIteration(Terms):
@@ -37,6 +37,9 @@ class FixedPointIteration(Terms):
     :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
         :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
         normalised and the data are precise.
+    :param bool context: whether the denoiser also gets the linear reconstruction (:meth:`init`), as ``context=``. An
+        :class:`EquilibriumUNet` with ``context_channels`` always gets it. The Jacobian over :math:`x` must be a contraction, that
+        over the context need not: such a network reconstructs more at the same contraction.
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
@@ -95,6 +98,22 @@ class FixedPointIteration(Terms):
         :return: a state of the same shapes.
         """
         return _minus(self.forward(x, physics, *constants), x)
+
+    def contractive_part(
+        self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
+    ) -> tuple[State, Callable[[Any], Any] | None]:
+        r"""The part of the iteration that has to contract, at ``x``, and the norm in which it has to.
+
+        The fixed point is unique if :math:`\|P^{1/2} J P^{1/2}\| < 1` everywhere, where :math:`J` is the Jacobian of this part.
+        Default: the whole iteration, in the Euclidean norm.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: forward operator.
+        :param torch.Tensor constants: as in :meth:`forward`.
+        :param bool exact: whether :math:`P` is to be exact, which may take a linear solve, or a cheap approximation.
+        :return: image of the part, and :math:`P` as a linear map of states, ``None`` for the identity.
+        """
+        return self(x, physics, *constants), None
 
     def preconditioner(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
         r"""An approximate inverse of :math:`I - \partial F_\theta / \partial x`, to speed up solves. Default: none.

@@ -155,12 +155,12 @@ class BoundIteration(Map):
         return self._iteration.preconditioner(x, self._physics)
 
     def natural(self, x: State) -> Callable[[State], State] | None:
-        r"""What makes steps comparable for all stepsizes, see :meth:`FixedPointIteration.natural`.
-
-        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
-        :return: a linear map of states, or ``None``.
-        """
+        r"""What makes steps comparable for all stepsizes, see :meth:`FixedPointIteration.natural`."""
         return self._iteration.natural(x, self._physics)
+
+    def contractive_part(self, x: State, exact: bool = False) -> tuple[State, Callable[[State], State] | None]:
+        r"""See :meth:`FixedPointIteration.contractive_part`."""
+        return self._iteration.contractive_part(x, self._physics, *self._constants, exact=exact)
 
     def diagnose(self) -> str:
         r"""Why a solve of this map may have failed, see :meth:`Capture.diagnose`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from deepinv.physics import LinearPhysics, Physics
@@ -17,6 +17,7 @@ from deepinv_deq.iterations.circulant import Origin
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import Samples, sample_tensors
 from deepinv_deq.iterations.separability import Verdicts
+from deepinv_deq.iterations.terms import all_constants, constants_of_rows
 
 if TYPE_CHECKING:
     from deepinv_deq.iterations.base import FixedPointIteration
@@ -67,7 +68,9 @@ class Capture:
         if rows is not None:
             samples = self.samples()
             places |= {id(t): places.get(id(t), t)[rows] for t in (() if samples is None else samples.rows)}
-            constants = self.iteration.select_constants(constants, rows)
+            constants = cast(
+                Any, constants_of_rows(self.iteration, constants, rows)
+            )  # certain, or nothing is restricted
         replica = self.pristine.again(places)
         replica.roots[1].__dict__["_origin"] = self.physics.__dict__["_origin"].of(rows)
         return replica, constants
@@ -128,7 +131,7 @@ class Capture:
     def _compute_constants(self, user_physics: Physics, y: Any) -> tuple[Tensor, ...]:
         iteration, physics = self.first.roots
         try:
-            constants = tuple(iteration.constants(y, physics))
+            constants = all_constants(iteration, y, physics)
             if isinstance(physics, LinearPhysics):
                 fits.check(y, user_physics, physics, self.pristine.found.values())
         except torch.cuda.OutOfMemoryError:  # a RuntimeError, but the measurements are not to blame
@@ -178,4 +181,4 @@ def initialise(iteration: FixedPointIteration, physics: Physics, y: Any) -> None
     :param torch.Tensor y: measurement.
     """
     with torch.no_grad():
-        iteration(iteration.init(y, physics), physics, *iteration.constants(y, physics))
+        iteration(iteration.init(y, physics), physics, *all_constants(iteration, y, physics))

@@ -3,7 +3,7 @@ r"""Gradient-based iterations: DE-Grad and DE-Prox."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepinv.physics import Physics
@@ -46,7 +46,8 @@ class DEProx(FixedPointIteration):
         :param torch.Tensor constants: :math:`A^\top y`.
         :return: image of the same shape as ``x``.
         """
-        return self.denoise(x - self.stepsize * self.data_gradient(x, physics, *constants))
+        (aty,), context = self.split(constants)
+        return self.denoise(x - self.stepsize * self.data_gradient(x, physics, aty), *context)
 
 
 class DEGrad(FixedPointIteration):
@@ -90,7 +91,29 @@ class DEGrad(FixedPointIteration):
         return self._change(x, physics, *constants)
 
     def _change(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
-        return -self.stepsize * (self.data_gradient(x, physics, *constants) + x - self.denoise(x))
+        (aty,), context = self.split(constants)
+        return -self.stepsize * (self.data_gradient(x, physics, aty) + x - self.denoise(x, *context))
+
+    def contractive_part(
+        self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
+    ) -> tuple[State, Callable[[Any], Any] | None]:
+        r"""The denoiser, whose Jacobian has to stay below :math:`\lambda A^\top A + I`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: forward operator.
+        :param torch.Tensor constants: as in :meth:`forward`.
+        :param bool exact: whether :math:`P` is exact, by ``physics.prox_l2``, or a filter.
+        :return: the denoised image, and :math:`P \approx (\lambda A^\top A + I)^{-1}` where the physics is nearly a filter.
+        """
+        metric: Callable[[Any], Any] | None = None
+        if exact:
+            with torch.no_grad():
+                y = torch.zeros_like(physics.A(x))
+            metric = torch.no_grad()(lambda r: cast(Any, physics).prox_l2(r, y, gamma=self.data_weight))
+        elif (inverse := self.preconditioner(x, physics)) is not None:
+            eta = self.stepsize.detach()
+            metric = lambda r: eta * inverse(r)  # noqa: E731
+        return self.denoise(cast(Tensor, x), *self.split(constants)[1]), metric
 
     def preconditioner(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
         r"""A filter near to :math:`\frac{1}{\eta} (\lambda A^\top A + I)^{-1}`, where the physics is nearly a filter.
@@ -100,30 +123,24 @@ class DEGrad(FixedPointIteration):
 
         :param torch.Tensor x: a state, of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: forward operator.
-        :return: a linear, self-adjoint map of states, or ``None`` where :math:`A^\top A` is far from any filter.
+        :return: a linear, self-adjoint map of states, or ``None`` where :math:`A^\top A` is far from any filter. Samples to whose
+            operator no filter comes near are divided by :math:`\eta`.
         """
-        response = self._response(x, physics)
-        return None if response is None else inverse_filter(response.nan_to_num(1.0))
+        eigenvalues = spectrum(physics, x) if isinstance(x, Tensor) else None
+        if eigenvalues is None:
+            return None
+        response = self.stepsize * (self.data_weight * eigenvalues + 1)
+        return inverse_filter(torch.where(response.isnan(), self.stepsize, response).detach())
 
     def natural(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
-        r"""The preconditioner; division by :math:`\eta` for samples that have none.
-
-        Applied to :meth:`step`, the result does not depend on :math:`\eta`.
+        r"""The preconditioner, else division by :math:`\eta`: applied to :meth:`step`, the result does not depend on :math:`\eta`.
 
         :param torch.Tensor x: a state, of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: forward operator.
         :return: a linear map of states.
         """
-        if type(self).preconditioner is not DEGrad.preconditioner:
-            return self.preconditioner(x, physics)
-        eta, response = self.stepsize.detach(), self._response(x, physics)
-        if response is None:
-            return lambda r: r / eta
-        return inverse_filter(torch.where(response.isnan(), eta, response))
-
-    def _response(self, x: State, physics: Physics) -> Tensor | None:
-        eigenvalues = spectrum(physics, x) if isinstance(x, Tensor) else None
-        return None if eigenvalues is None else (self.stepsize * (self.data_weight * eigenvalues + 1)).detach()
+        eta = self.stepsize.detach()
+        return self.preconditioner(x, physics) or (lambda r: r / eta)
 
     def safe_stepsize(self, sqnorm: float) -> float:
         r"""A stepsize for which the linear part of the iteration does not diverge.

@@ -64,8 +64,10 @@ class Verdicts:
 
 
 def _constants_are_known(f: Capture) -> bool:
-    rows = f.iteration.select_constants(f.constants, slice(0, 1))
-    return rows is not None and all(c.ndim and len(c) == f.batch for c in f.constants)
+    own, _ = f.iteration.split(f.constants)
+    return f.iteration.select_constants(own, slice(0, 1)) is not None and all(
+        c.ndim and len(c) == f.batch for c in f.constants
+    )
 
 
 def _in_doubt(f: Capture) -> bool:

@@ -54,7 +54,8 @@ class DEHQS(MeasurementIteration):
         :param torch.Tensor constants: the measurements.
         :return: image of the same shape as ``x``.
         """
-        return self.denoise(self.data_prox(x, physics, *constants))
+        y, context = self.split(constants)
+        return self.denoise(self.data_prox(x, physics, *y), *context)
 
 
 class DEADMM(MeasurementIteration):
@@ -98,6 +99,7 @@ class DEADMM(MeasurementIteration):
         :return: a pair of the same shapes.
         """
         x, u = state
-        z = self.data_prox(x - u, physics, *constants)
-        x = self.denoise(z + u)
+        y, context = self.split(constants)
+        z = self.data_prox(x - u, physics, *y)
+        x = self.denoise(z + u, *context)
         return x, u + z - x

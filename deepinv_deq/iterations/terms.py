@@ -30,6 +30,7 @@ class Terms(nn.Module):
         sigma: float | Tensor | None = None,
         learn_stepsize: bool = False,
         data_weight: float = 1.0,
+        context: bool = False,
     ):
         super().__init__()
         if not isinstance(denoiser, nn.Module):
@@ -51,6 +52,7 @@ class Terms(nn.Module):
         else:
             self.sigma = sigma
         self._takes_sigma = takes_sigma(denoiser, sigma)
+        self.context = context or getattr(denoiser, "context_channels", 0) > 0
         self._verdicts = Verdicts()
         self._warned_stochastic = False
 
@@ -83,7 +85,7 @@ class Terms(nn.Module):
         :return: image of shape ``(B, C, H, W)``, without gradient.
         """
         with torch.no_grad():
-            return physics.fbp(y) if hasattr(physics, "fbp") else physics.A_adjoint(y)
+            return linear_reconstruction(y, physics)
 
     def output(self, state: State) -> Tensor:
         r"""The reconstruction in a state: the state itself, or the first of several variables.
@@ -100,13 +102,25 @@ class Terms(nn.Module):
         """
         return (self.denoiser,)
 
-    def denoise(self, x: Tensor) -> Tensor:
-        r"""Apply :math:`D_\theta`, with the noise level if it wants one.
+    def denoise(self, x: Tensor, *context: Tensor) -> Tensor:
+        r"""Apply :math:`D_\theta`, with the noise level and the context if it takes them.
 
         :param torch.Tensor x: image of shape ``(B, C, H, W)``.
+        :param torch.Tensor context: the linear reconstruction, where ``context`` is set.
         :return: image of the same shape.
         """
-        return self.denoiser(x, sigma=self.sigma) if self._takes_sigma else self.denoiser(x)
+        options: dict[str, Any] = {"sigma": self.sigma} if self._takes_sigma else {}
+        if context:
+            options["context"] = context[0]
+        return self.denoiser(x, **options)
+
+    def split(self, constants: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        r"""What :meth:`forward` gets besides ``x`` and ``physics``: the constants, and the context of the denoiser.
+
+        :param tuple[torch.Tensor, ...] constants: as :meth:`forward` got them.
+        :return: what :meth:`constants` returned, and one or no image.
+        """
+        return (constants[:-1], constants[-1:]) if self.context else (constants, ())
 
     def data_gradient(self, x: Tensor, physics: Physics, aty: Tensor) -> Tensor:
         r""":math:`\nabla \ell_{MC}(x) = \lambda A^\top (A x - y)` (eq. 6), with :math:`A^\top y` given.
@@ -151,3 +165,38 @@ class Terms(nn.Module):
 def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
     r"""Measurements that :func:`as_tuple` took apart."""
     return TensorList(list(constants)) if isinstance(physics, StackedPhysics) else constants[0]
+
+
+def linear_reconstruction(y: Any, physics: Any) -> Tensor:
+    r"""The fast linear reconstruction: filtered back-projection where there is one, else :math:`A^\top y`.
+
+    :param torch.Tensor y: measurement.
+    :param deepinv.physics.Physics physics: forward operator.
+    :return: image of shape ``(B, C, H, W)``, differentiable in ``y``.
+    """
+    return physics.fbp(y) if hasattr(physics, "fbp") else physics.A_adjoint(y)
+
+
+def all_constants(iteration: Any, y: Any, physics: Any) -> tuple[Tensor, ...]:
+    r"""The constants of an iteration, and the context of its denoiser, which is differentiable in ``y``.
+
+    :param FixedPointIteration iteration: the iteration.
+    :param torch.Tensor y: measurement.
+    :param deepinv.physics.Physics physics: forward operator.
+    :return: tuple of tensors, handed to the iteration after ``x`` and ``physics``.
+    """
+    context = (linear_reconstruction(y, physics),) if iteration.context else ()
+    return (*iteration.constants(y, physics), *context)
+
+
+def constants_of_rows(iteration: Any, constants: tuple[Tensor, ...], rows: Rows) -> tuple[Tensor, ...] | None:
+    r"""What :func:`all_constants` returned, of some samples; ``None`` where it is not certain.
+
+    :param FixedPointIteration iteration: the iteration.
+    :param tuple[torch.Tensor, ...] constants: those of the batch.
+    :param torch.Tensor, slice rows: which samples.
+    :return: the constants.
+    """
+    own, context = iteration.split(constants)
+    own = iteration.select_constants(own, rows)
+    return None if own is None else (*own, *(c[rows] for c in context))

@@ -79,8 +79,9 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
                 progress=False,
             )  # fmt: skip
         trials.append({**how, "psnr": record["psnr"]["mean"], "seconds": record["seconds"]})
-        if "solve" in record:
-            trials[-1]["missed"] = record["images"] - record["solve"]["converged"]
+        if "fixed_point" in record:
+            trials[-1]["missed"] = record["images"] - record["fixed_point"]["converged"]
+            trials[-1]["spread_db"] = record["fixed_point"]["spread_db"]["mean"]
         run.write(path, json.dumps(trials, indent=1) + "\n")
         print(
             f"{task} {representative} {loss} {trial} {seed}: {trials[-1]['psnr']:.2f} dB, {record['seconds']} s",

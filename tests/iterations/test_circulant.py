@@ -87,7 +87,7 @@ def test_a_sample_without_a_filter_does_not_cost_the_others_theirs():
     torch.testing.assert_close(eigenvalues[0], torch.ones_like(eigenvalues[0]))
     assert eigenvalues[1].isnan().all()
     inverse = DEGrad(nn.Identity(), stepsize=0.25).preconditioner(x, physics)
-    torch.testing.assert_close(inverse(x), x * torch.tensor([2.0, 1.0]).reshape(2, 1, 1, 1))
+    torch.testing.assert_close(inverse(x), x * torch.tensor([2.0, 4.0]).reshape(2, 1, 1, 1))
 
 
 class Scaled(LinearPhysics):

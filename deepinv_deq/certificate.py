@@ -1,0 +1,210 @@
+r"""A certificate of a fixed point: whether it contracts, how far it is, and whether other starts lead to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from deepinv.loss.metric import PSNR
+from torch import Tensor, nn
+
+from deepinv_deq._states import State, as_tuple
+from deepinv_deq.iterations import FixedPointIteration
+from deepinv_deq.solvers import Solver
+
+_SPREAD = 3.0  # two solves may differ by the sum of their errors, and the estimate is good to a small factor
+
+
+@dataclass(frozen=True)
+class Certificate:
+    r"""What :meth:`DEQReconstructor.certify` measured, per sample (all tensors of shape ``(B,)`` unless stated).
+
+    - ``x``: the reconstruction, of shape ``(B, C, H, W)``.
+    - ``spectral_radius``: largest modulus of an eigenvalue of the Jacobian that has to contract, at ``x``; below 1 the fixed point
+      is locally unique and the adjoint equation well-posed.
+    - ``norm``: norm of the same Jacobian from below, in the norm of the preconditioner.
+    - ``residual``: what the solver's criterion measured at ``x``; ``converged``: whether it met the tolerance.
+    - ``error``: estimate of :math:`\|x - x^*\| / \|x^*\|`, the distance to the fixed point.
+    - ``spread``: for each other start, :math:`\|x' - x\| / \|x\|` of the point reached from there.
+    - ``psnr``: with ``x_gt``, PSNR in dB of ``x`` (``"start"``), of the points reached from the other starts, and at a tenth of the
+      tolerance (``"tenth"``).
+    """
+
+    x: Tensor
+    spectral_radius: Tensor
+    norm: Tensor
+    residual: Tensor
+    converged: Tensor
+    error: Tensor
+    tol: float
+    spread: dict[str, Tensor] = field(default_factory=dict)
+    psnr: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def unique(self) -> Tensor:
+        r"""Whether all measurements of a sample agree with one fixed point that was reached, of shape ``(B,)``."""
+        allowed = self.tol / (1 - self.spectral_radius).clamp_min(1e-12)
+        spread = torch.stack(list(self.spread.values())).amax(dim=0)
+        near = spread <= _SPREAD * torch.maximum(self.error, allowed)
+        return self.converged & (self.spectral_radius < 1) & near & torch.isfinite(self.error)
+
+    @property
+    def outcome(self) -> str:
+        r"""What was measured, in one sentence."""
+        good, count = int(self.unique.sum()), self.unique.numel()
+        spread = {name: float(values.max()) for name, values in self.spread.items()}
+        worst = max(spread, key=spread.__getitem__)
+        measured = (
+            f"spectral radius at most {float(self.spectral_radius.max()):.3f}, error at most {float(self.error.max()):.1e}, "
+            f"spread over starts at most {spread[worst]:.1e} (from {worst})"
+        )
+        if good == count:
+            return f"All {count} samples reached one fixed point: {measured}."
+        causes = [
+            cause
+            for cause, holds in (
+                ("the solver missed its tolerance", ~self.converged),
+                ("the Jacobian expands", ~(self.spectral_radius < 1)),
+                ("other starts lead elsewhere", self.converged & (self.spectral_radius < 1) & ~self.unique),
+            )
+            if bool(holds.any())
+        ]
+        return (
+            f"{good} of {count} samples reached one fixed point; of the others, {' and '.join(causes)}: {measured}. "
+            "Train with ContractionLoss, lower its bound, or lower tol."
+        )
+
+
+def certify(
+    iteration: FixedPointIteration,
+    solver: Solver,
+    y: Any,
+    physics: Any,
+    *,
+    x_gt: Tensor | None = None,
+    products: int = 30,
+    metric: nn.Module | None = None,
+) -> Certificate:
+    r"""Certify the fixed point of an iteration, see :meth:`DEQReconstructor.certify`.
+
+    :param FixedPointIteration iteration: the iteration.
+    :param Solver solver: how its fixed point is found.
+    :param torch.Tensor y: measurements.
+    :param deepinv.physics.Physics physics: forward operator.
+    :param torch.Tensor, None x_gt: ground truth of shape ``(B, C, H, W)``; it becomes one more start, and PSNRs are given.
+    :param int products: number of vector-Jacobian products for the spectral radius.
+    :param torch.nn.Module, None metric: metric of the PSNRs, default :class:`deepinv.loss.metric.PSNR`.
+    :return: the certificate.
+    :raises ValueError: if a layer couples the samples or changes between evaluations (batch norm or dropout in training mode), or
+        ``products`` is less than 1.
+    """
+    _refuse_unstable(iteration)
+    if products < 1:
+        raise ValueError(f"products must be at least 1, got {products}.")
+    quiet = replace(solver, on_failure="ignore")
+    psnr = PSNR() if metric is None else metric
+    with torch.no_grad():
+        f = iteration.bind(y, physics)
+        x0 = iteration.init(y, physics)
+        state, stat = quiet(f, x0)
+        x = iteration.output(state)
+        reached = {"start": x}
+        fine, fine_stat = replace(quiet, tol=solver.tol / 100, max_iter=5 * solver.max_iter)(f, state)
+        reached["tenth"] = iteration.output(
+            replace(quiet, tol=solver.tol / 10, max_iter=5 * solver.max_iter)(f, state)[0]
+        )
+        for name, image in _starts(x, x0, iteration, x_gt).items():
+            reached[name] = iteration.output(replace(quiet, max_iter=5 * solver.max_iter)(f, image)[0])
+    radius, norm = spectrum_of_part(f, state, products)
+    exact = iteration.output(fine)
+    tail = fine_stat.residual / (1 - radius).clamp_min(1e-12)
+    error = torch.where(radius < 1, _distance(x, exact) + tail.to(x.dtype), torch.inf)
+    return Certificate(
+        x=x,
+        spectral_radius=radius,
+        norm=norm,
+        residual=stat.residual,
+        converged=stat.converged,
+        error=error,
+        tol=solver.tol,
+        spread={name: _distance(point, x) for name, point in reached.items() if name not in ("start", "tenth")},
+        psnr={} if x_gt is None else {name: psnr(point, x_gt) for name, point in reached.items()},
+    )
+
+
+def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tensor]:
+    r"""Spectral radius and norm of the contractive part of a bound iteration, by Arnoldi's method for every sample.
+
+    The basis is orthonormal in the inner product :math:`\langle b, P b \rangle`, in which the Jacobian of a denoiser is nearly
+    symmetric, so few products give its largest eigenvalues. Eigenvalues of the projected matrix lie inside the numerical range:
+    both numbers are estimates from below.
+
+    :param BoundIteration f: a map with a contractive part.
+    :param torch.Tensor, tuple[torch.Tensor, ...] state: point.
+    :param int products: number of vector-Jacobian products.
+    :return: spectral radius and norm, of shape ``(B,)``.
+    """
+    points = tuple(t.detach().requires_grad_() for t in as_tuple(state))
+    single = isinstance(state, Tensor)
+    with torch.enable_grad():
+        image, metric = f.contractive_part(points[0] if single else points, exact=True)
+    image, batch = as_tuple(image), len(points[0])
+    apply: Callable[[Any], Any] = (lambda b: b) if metric is None else metric
+    rng = torch.Generator().manual_seed(0)
+    w = tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in points)
+    basis: list[tuple[Tensor, ...]] = []  # v_j
+    dual: list[tuple[Tensor, ...]] = []  # P v_j
+    h = torch.zeros(batch, products + 1, products, dtype=torch.float64, device=points[0].device)
+    for j in range(products + 1):
+        pw = as_tuple(apply(w[0] if single else w))
+        length = _dot(w, pw).clamp_min(0).sqrt()
+        if j:
+            h[:, j, j - 1] = length
+        if j == products:
+            break
+        scale = torch.where(length > 0, 1 / length, 0.0)
+        basis.append(tuple(_rows(scale, t) * t for t in w))
+        dual.append(tuple(_rows(scale, t) * t for t in pw))
+        w = torch.autograd.grad(image, points, dual[-1], retain_graph=True, materialize_grads=True)
+        for _ in range(2):  # once more, against rounding
+            for i, (v, pv) in enumerate(zip(basis, dual, strict=True)):
+                c = _dot(w, pv)
+                h[:, i, j] += c
+                w = tuple(t - _rows(c, t) * u for t, u in zip(w, v, strict=True))
+    square = torch.nan_to_num(h[:, :products], nan=torch.inf, posinf=torch.finfo(h.dtype).max)
+    radius = torch.linalg.eigvals(square).abs().amax(dim=1)
+    return radius.to(points[0].real.dtype), torch.linalg.matrix_norm(square, 2).to(points[0].real.dtype)
+
+
+def _starts(x: Tensor, x0: State, iteration: FixedPointIteration, x_gt: Tensor | None) -> dict[str, State]:
+    r"""Other starts: zeros, noise of the size of the reconstruction, and the truth; the solve itself started from the
+    linear reconstruction. Further variables of a state start where they do by default."""
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * x.abs().amax()
+    images = {"zeros": torch.zeros_like(x), "noise": noise} | ({} if x_gt is None else {"truth": x_gt.to(x)})
+    if isinstance(x0, Tensor):
+        return dict(images)
+    return {name: (image, *x0[1:]) for name, image in images.items()}
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vector_norm((a - b).flatten(1), dim=1) / torch.linalg.vector_norm(
+        b.flatten(1), dim=1
+    ).clamp_min(torch.finfo(b.real.dtype).tiny)
+
+
+def _dot(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([(s.conj() * t).real.flatten(1).double().sum(dim=1) for s, t in zip(a, b, strict=True)]).sum(0)
+
+
+def _rows(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.to(like.real.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _refuse_unstable(iteration: nn.Module) -> None:
+    for name, module in iteration.named_modules():
+        if module.training and isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+            raise ValueError(
+                f"{type(module).__name__} '{name}' is in training mode, so there is no fixed point to certify: call model.eval()."
+            )

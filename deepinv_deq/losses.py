@@ -1,0 +1,262 @@
+r"""Losses for deep equilibrium models: contraction, and equivariant imaging without interpolated images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from deepinv.loss import Loss, MOILoss
+from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics.functional import RampFilter
+from deepinv.transform import Rotate
+from torch import Tensor, nn
+
+from deepinv_deq._states import State, as_tuple
+from deepinv_deq.metrics import solving_model
+
+
+class ContractionLoss(Loss):
+    r"""Bounds the norm of the Jacobian that must be below one for the fixed point to be unique.
+
+    .. math::
+
+        w \, \overline{\hat x^2} \, \max\big(\|P^{1/2} J P^{1/2}\|_2 - \mathrm{bound}, 0\big)^2
+
+    :math:`J` is the Jacobian of the contractive part of the iteration (:meth:`FixedPointIteration.contractive_part
+    <deepinv_deq.FixedPointIteration.contractive_part>`): that of the denoiser with :math:`P \approx (\lambda A^\top A + I)^{-1}`
+    for DE-Grad, that of the whole iteration with :math:`P = I` for the other iterations. The norm is estimated from below by power
+    iteration with vector-Jacobian products, only the last of which has a graph. Each call measures one random point of each
+    sample, between the reconstruction and one of the usual starting points (zeros, the linear reconstruction, noise), because
+    the bound must hold everywhere for the solver to reach the same point from every start.
+
+    Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The mean square
+    :math:`\overline{\hat x^2}` of the reconstruction gives the term the unit of a squared error of images, so one weight is right
+    at any scale. A smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
+
+    :param float bound: largest norm without a penalty, in :math:`(0, 1)`.
+    :param float weight: weight :math:`w > 0`, no unit.
+    :param int iterations: number of vector-Jacobian products of the power iteration.
+    :param torch.Generator, None rng: random numbers of points and directions, on the CPU. Default: a generator with seed 0.
+
+    :raises ValueError: for a setting out of range; when called, for a model without a :class:`DEQReconstructor`.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Denoising
+    >>> from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet
+    >>> from deepinv_deq.losses import ContractionLoss
+    >>> model = DEQReconstructor(DEProx(EquilibriumUNet(channels=(4, 8)), stepsize=0.5))
+    >>> y = torch.rand(2, 1, 8, 8)
+    >>> ContractionLoss(bound=0.85)(x_net=model(y, Denoising()), y=y, physics=Denoising(), model=model).tolist()
+    [0.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        bound: float = 0.85,
+        *,
+        weight: float = 0.1,
+        iterations: int = 6,
+        rng: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if not 0 < bound < 1:
+            raise ValueError(
+                f"bound must be in (0, 1): an iteration whose Jacobian has norm 1 need not contract; got {bound}."
+            )
+        if not weight > 0:
+            raise ValueError(f"weight must be positive, got {weight}.")
+        if iterations < 1:
+            raise ValueError(f"iterations counts vector-Jacobian products and must be at least 1, got {iterations}.")
+        self.bound, self.weight, self.iterations = bound, weight, iterations
+        self.rng = torch.Generator().manual_seed(0) if rng is None else rng
+
+    def forward(  # type: ignore[override]
+        self, x_net: Tensor, y: Any, physics: Physics, model: nn.Module, **kwargs: Any
+    ) -> Tensor:
+        r"""Compute the penalty of every sample.
+
+        :param torch.Tensor x_net: reconstructions, of shape ``(B, C, H, W)``.
+        :param torch.Tensor y: measurements.
+        :param deepinv.physics.Physics physics: forward operator.
+        :param torch.nn.Module model: a :class:`DEQReconstructor`, or a model that wraps one.
+        :param kwargs: ignored.
+        :return: penalties, of shape ``(B,)``.
+        """
+        deq = solving_model(model)
+        if deq is None:
+            raise ValueError(f"ContractionLoss needs a DEQReconstructor, and {type(model).__name__} holds none.")
+        f = deq.iteration.bind(y, physics)
+        start = deq.iteration.init(y, physics)
+        if isinstance(start, Tensor):
+            x = self._point(x_net.detach(), start)
+        else:  # several variables: the image is one of them, the others are at their start
+            x = tuple(
+                self._point(x_net.detach(), t) if t.shape == x_net.shape and i == 0 else t for i, t in enumerate(start)
+            )
+        norm = jacobian_norm(f, x, iterations=self.iterations, rng=self.rng)
+        size = x_net.detach().abs().square().flatten(1).mean(dim=1)
+        return self.weight * size * (norm - self.bound).relu().square()
+
+    def _point(self, x_hat: Tensor, start: Tensor) -> Tensor:
+        r"""A random point between each reconstruction and one of the starting points."""
+        rows = (len(x_hat), *[1] * (x_hat.ndim - 1))
+        share = torch.rand(rows, generator=self.rng).to(x_hat)
+        noise = torch.rand(x_hat.shape, generator=self.rng).to(x_hat) * x_hat.abs().amax()
+        ends = (x_hat, start, torch.zeros_like(x_hat), noise)
+        end = ends[int(torch.randint(len(ends), (), generator=self.rng))]
+        return x_hat + share * (end - x_hat)
+
+
+def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, graph: bool = True) -> Tensor:
+    r"""Estimate :math:`\|P^{1/2} J P^{1/2}\|` from below, for every sample.
+
+    :param BoundIteration f: a map with a contractive part.
+    :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
+    :param int iterations: number of vector-Jacobian products.
+    :param torch.Generator rng: random numbers of the first direction.
+    :param bool graph: whether the last product gets a graph.
+    :return: norms, of shape ``(B,)``.
+    """
+    x = (
+        tuple(t.detach().requires_grad_() for t in as_tuple(x))
+        if not isinstance(x, Tensor)
+        else x.detach().requires_grad_()
+    )
+    points = as_tuple(x)
+    with torch.enable_grad():
+        image, metric = f.contractive_part(x)
+        apply = (lambda b: b) if metric is None else (lambda b: as_tuple(metric(b[0] if len(b) == 1 else b)))
+        b = tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in points)
+        pb = apply(b)
+        norm = _inner(b, pb)
+        for left in reversed(range(iterations)):
+            # <b, P b> is the squared norm of P^(1/2) b: no square root of P is needed
+            u = tuple((t / norm.reshape(-1, *[1] * (t.ndim - 1))).detach() for t in pb)
+            b = torch.autograd.grad(
+                as_tuple(image), points, u, retain_graph=left > 0 or graph, create_graph=graph and left == 0
+            )
+            pb = apply(b)
+            norm = _inner(b, pb)
+    return norm
+
+
+def _inner(b: Sequence[Tensor], pb: Sequence[Tensor]) -> Tensor:
+    total = sum((s.conj() * t).real.flatten(1).sum(dim=1) for s, t in zip(b, pb, strict=True))
+    assert isinstance(total, Tensor)
+    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
+
+
+class TurnedOperatorLoss(MOILoss):
+    r"""Equivariant imaging in which the operator is turned, and not the image.
+
+    The measurements :math:`A T_g x` of a turned image are those of the image by an operator that is turned the other way,
+    :math:`A_g x`. For an equivariant model,
+
+    .. math::
+
+        \|f(A T_g \hat{x}; A) - T_g \hat{x}\|^2 = \|f(A_g \hat{x}; A_g) - \hat{x}\|^2
+
+    on a continuous domain, but no pixel is interpolated on the right. This is multi-operator imaging
+    (:footcite:t:`tachella2022unsupervised`, :class:`deepinv.loss.MOILoss`) with turned versions of the true operator, and with the
+    reconstruction :math:`\hat{x}` as a fixed target: no gradient flows through it.
+
+    :param Sequence[deepinv.physics.Physics] operators: the turned operators :math:`A_g`, of which each call takes one at random.
+    :param float weight: weight of the loss.
+    :param bool apply_noise: whether the measurements of the turned operators get their noise.
+    :param torch.Generator, None rng: random numbers, on the CPU.
+
+    :raises ValueError: if there are no operators.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Tomography
+    >>> from deepinv_deq import DEGrad, DEQReconstructor, EquilibriumUNet
+    >>> from deepinv_deq.losses import TurnedOperatorLoss
+    >>> turned = [Tomography(angles=torch.arange(4) * 45.0 + turn, img_width=8, normalize=True) for turn in (10.0, 20.0)]
+    >>> model = DEQReconstructor(DEGrad(EquilibriumUNet(channels=(4, 8)), stepsize=0.5))
+    >>> TurnedOperatorLoss(turned)(torch.rand(1, 1, 8, 8), physics=None, model=model).shape
+    torch.Size([1])
+    """
+
+    def __init__(
+        self,
+        operators: Sequence[Physics],
+        *,
+        weight: float = 1.0,
+        apply_noise: bool = False,
+        rng: torch.Generator | None = None,
+    ):
+        if not operators:
+            raise ValueError("TurnedOperatorLoss needs at least one turned operator.")
+        super().__init__(physics=list(operators), apply_noise=apply_noise, weight=weight, rng=rng)
+
+    def forward(self, x_net: Tensor, physics: Physics | None, model: nn.Module, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        r"""Compute the loss of every image.
+
+        :param torch.Tensor x_net: reconstructions :math:`\hat{x}`, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics, None physics: not used.
+        :param torch.nn.Module model: the model that made them.
+        :param kwargs: ignored.
+        :return: loss of shape ``(B,)``.
+        """
+        operator, target = self.next_physics(physics), x_net.detach()
+        y = operator(target) if self.noise else operator.A(target)
+        return self.weight * (model(y, operator) - target).square().flatten(1).mean(dim=1)
+
+
+class RampFilteredError(nn.Module):
+    r"""Mean squared error of images, computed from the error of their sinograms.
+
+    By the projection-slice theorem, views sample low frequencies of the image more often than high ones. The ramp filter undoes that.
+    A constant, measured with white noise, brings the error to the scale of the image. Use it as ``metric`` of
+    :class:`deepinv.loss.MCLoss` or :class:`deepinv.loss.SplittingLoss`.
+
+    :param deepinv.physics.LinearPhysics physics: parallel-beam tomography.
+    :param tuple[int, ...] img_size: size of an image, ``(C, H, W)``.
+    """
+
+    def __init__(self, physics: LinearPhysics, img_size: tuple[int, ...], *, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.ramp, self.scale = RampFilter(), 1.0
+        noise = torch.randn(1, *img_size, generator=torch.Generator().manual_seed(0)).to(device)
+        with torch.no_grad():
+            self.scale = 1 / float(self(physics.A(noise), torch.zeros((), device=device)).mean())
+
+    def forward(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        r"""Compute the error of every sample.
+
+        :param torch.Tensor y_hat: sinograms, of shape ``(B, C, detectors, views)``.
+        :param torch.Tensor y: sinograms to compare with.
+        :return: errors, of shape ``(B,)``.
+        """
+        error = y_hat - y
+        return self.scale * (error * self.ramp(error)).flatten(1).mean(dim=1)
+
+
+class BicubicRotate(Rotate):
+    r"""Rotation with bicubic interpolation. Bilinear interpolation removes detail, and a model trained with it removes detail, too.
+
+    :param kwargs: arguments of :class:`deepinv.transform.Rotate`, without ``interpolation_mode``.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(interpolation_mode="bilinear", **kwargs)
+
+    def _transform(self, x: Tensor, theta: Iterable[Any] = (), **kwargs: Any) -> Tensor:
+        return torch.cat([self._rotated(x, math.radians(float(angle))) for angle in theta])
+
+    def _rotated(self, x: Tensor, angle: float) -> Tensor:
+        ratio = x.shape[-1] / x.shape[-2]  # the axes of affine_grid run from -1 to 1, whatever the shape
+        c, s = math.cos(angle), math.sin(angle)
+        matrix = x.new_tensor([[c, -s / ratio, 0.0], [s * ratio, c, 0.0]]).expand(len(x), 2, 3)
+        grid = nn.functional.affine_grid(matrix, list(x.shape), align_corners=False)
+        return nn.functional.grid_sample(x, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
