@@ -41,7 +41,8 @@ class BoundIteration(Map):
         self._iteration, self._physics = replica.roots
         if self._network.writes is not False:
             for module in self._iteration.networks():
-                module.register_forward_pre_hook(self._network, prepend=True)
+                if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                    module.register_forward_pre_hook(self._network, prepend=True)
 
     def __call__(self, x: State) -> State:
         r"""Evaluate the map.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -132,7 +132,10 @@ def takes_sigma(denoiser: nn.Module, sigma: Any) -> bool:
 
     :raises ValueError: if it needs one and gets none.
     """
-    parameters = inspect.signature(denoiser.forward).parameters
+    try:
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(denoiser.forward).parameters
+    except ValueError:  # a module of TorchScript has no signature
+        parameters = {}
     takes = "sigma" in parameters or isinstance(denoiser, Denoiser)
     required = takes and "sigma" in parameters and parameters["sigma"].default is inspect.Parameter.empty
     if required and sigma is None:

@@ -9,7 +9,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -106,6 +106,36 @@ def compute_weights(twin: nn.Module, normalised: nn.ModuleDict | None) -> set[st
             names.add(hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name)
             del hooks[key]
     return names
+
+
+def replicate_script(
+    module: Any,
+    keep: Callable[[Any, Any], Any],
+    replicate: Callable[[Any], Any],
+    place: Callable[[Tensor, str, None], Tensor],
+) -> nn.Module:
+    r"""Replicate a module of TorchScript, whose tensors are in C++, as PyTorch's own data parallelism does.
+
+    :param torch.jit.ScriptModule module: the module, or a replica.
+    :param Callable keep: notes a replica.
+    :param Callable replicate: replicates a submodule.
+    :param Callable place: the tensor to use in the place of another.
+    :return: the replica.
+    """
+    known = module.__dict__.get(
+        "_of_replica"
+    )  # in a replica, neither tensors nor submodules are in PyTorch's own lists
+    if known is None:
+        stores = (("parameter", module._parameters), ("buffer", module._buffers))
+        tensors = {name: (t, role) for role, store in stores for name, t in store.items()}
+        known = dict(module._modules.items()), tensors
+    twin = keep(module, module._replicate_for_data_parallel())
+    children = {name: replicate(child) for name, child in known[0].items()}
+    placed = {name: (place(t, role, None), role) for name, (t, role) in known[1].items()}
+    for name, value in (*children.items(), *((name, t) for name, (t, _) in placed.items())):
+        setattr(twin, name, value)
+    twin.__dict__["_of_replica"] = children, placed
+    return twin
 
 
 def shallow(value: Any) -> Any:

@@ -33,7 +33,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from deepinv_deq.iterations.objects import compile_again, compute_weights, contents, is_plain, renew, shallow, slots
+from deepinv_deq.iterations.objects import (
+    compile_again,
+    compute_weights,
+    contents,
+    is_plain,
+    renew,
+    replicate_script,
+    shallow,
+    slots,
+)
 
 _SHARED = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
@@ -165,9 +174,7 @@ class Replica:
     def _module(self, module: nn.Module) -> nn.Module:
         kind, inside = type(module), dict(module.__dict__)
         if isinstance(module, torch.jit.ScriptModule):
-            for t in (*module.parameters(), *module.buffers()):
-                self._tensor(t, "closure", None)
-            return module
+            return replicate_script(module, self._keep, self._copy, self._tensor)
         stores = {name: dict(inside[name]) for name in ("_parameters", "_buffers", "_modules")}
         normalised = stores["_modules"].pop("parametrizations", None) if parametrize.is_parametrized(module) else None
         if normalised is not None:

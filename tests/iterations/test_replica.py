@@ -483,6 +483,27 @@ def test_a_compiled_denoiser_is_private_too(how):
     assert len(compiled) == count  # the compiled code is found again
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_modules_of_torchscript(how, inside):
+    n = nn.Sequential(net(), nn.Tanh())
+    physics = Inpainting((1, 6, 6), mask=mask(1, 6, 6))
+    y = physics.A(torch.rand(2, 1, 6, 6, dtype=F64, generator=rng()))
+    exact = torch.autograd.grad(deq(DEProx(n, stepsize=0.3))(y, physics).square().sum(), list(n.parameters()))
+    compiled = torch.jit.script(n) if how == "script" else torch.jit.trace(n, y)
+    model = deq(DEProx(nn.Sequential(compiled) if inside else compiled, stepsize=0.3))
+    x = model(y, physics)
+    ours = torch.autograd.grad(x.square().sum(), list(model.parameters()), retain_graph=True)
+    assert relative_error(ours, exact) <= 1e-8
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # PyTorch notices first
+        x.sum().backward()
+    assert not torch.allclose(model(y, physics), x)
+
+
 def test_stacked_parts_are_trained():
     kernel = (torch.rand(1, 1, 3, 3, dtype=F64, generator=rng()) / 9).requires_grad_()
     blur = Blur(padding="circular")
