@@ -21,6 +21,7 @@ class Terms(nn.Module):
     stepsize: Tensor
     data_weight: Tensor
     per_channel = True  # whether the stepsize may be one number for each channel
+    context = False  # for models that 0.1 saved whole
 
     def __init__(
         self,
