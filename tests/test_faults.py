@@ -42,7 +42,6 @@ from deepinv_deq import (
     ModularIDHook,
     Solver,
 )
-from deepinv_deq import _binding as binding
 from deepinv_deq.training import ResumableTrainer, latest_checkpoint
 from tests.benchmarks.live_bytes import LiveBytes
 from tests.problems import F64, SmallDenoiser, imaging, relative_error
@@ -454,7 +453,10 @@ class Hungry(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 3, padding=1))
-        self.seen = {"forward": 0, "backward": 0}
+        type(self).seen = {
+            "forward": 0,
+            "backward": 0,
+        }  # of the class: what an evaluation stores on a module stays on a replica
         self.limit = None
 
     def count(self, which):
@@ -506,7 +508,6 @@ def test_a_model_that_ran_out_of_memory_works_as_before(which, chunk_size):
         known = sum(t.nbytes for s in statistics for t in s.values() if torch.is_tensor(t))
         # PyTorch may keep two tensors of the pass that failed until the next one fails; a solve has dozens
         assert memory.now <= known + 2 * 2 * 16 * 8
-        assert not binding._in_force and not torch.nn.utils.parametrize._cache_enabled
         assert all("forward" not in m.__dict__ for m in model.modules())
         net.limit = None
         again = one_step(model, physics, y)

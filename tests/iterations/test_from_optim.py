@@ -152,6 +152,53 @@ def test_what_has_no_fixed_point_is_refused(make, message):
         FromOptim(make())
 
 
+class Momentum(dinv.optim.FISTA):
+    r"""A subclass is judged as its class is."""
+
+
+def test_a_subclass_of_an_algorithm_without_a_fixed_point_is_refused():
+    momentum = Momentum(prior=dinv.optim.PnP(Denoiser()), data_fidelity=dinv.optim.L2(), stepsize=0.5)
+    with pytest.raises(ValueError, match="Momentum does not repeat .*momentum that depends on the iteration"):
+        FromOptim(momentum)
+
+
+def test_a_subclass_of_gradient_descent(inpainting):
+    class Descent(dinv.optim.GD):
+        pass
+
+    physics, y = inpainting
+    settings = {
+        "prior": dinv.optim.RED(Denoiser()),
+        "data_fidelity": dinv.optim.L2(),
+        "stepsize": 0.5,
+        "lambda_reg": 0.8,
+    }
+    assert_unrolled_gives_the_same(deq(FromOptim(Descent(**settings))), physics, y)
+
+
+class Level(torch.nn.Module):
+    def forward(self, x, sigma=None, **kwargs):
+        return 0.5 * torch.tanh(sigma * x)
+
+
+@pytest.mark.parametrize("name", ["sigma_denoiser", "g_param", "lambda_reg", "lambda"])
+def test_parameters_by_both_of_their_names(inpainting, name):
+    physics, y = inpainting
+    prior = dinv.optim.RED(Level())
+    optim = dinv.optim.GD(prior=prior, data_fidelity=dinv.optim.L2(), stepsize=0.4, sigma_denoiser=0.7, lambda_reg=0.8)
+    model = deq(FromOptim(optim, trainable=[name]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 1 and float(trained[0].detach()) == pytest.approx(0.7 if "l" not in name[:1] else 0.8)
+    assert_unrolled_gives_the_same(model, physics, y)
+
+
+def test_import_paths_of_0_1():
+    from deepinv_deq.from_optim import FromOptim as old
+    from deepinv_deq.iterations import DEADMM, DEHQS, DEGrad, DEProx, FixedPointIteration  # noqa: F401
+
+    assert old is FromOptim
+
+
 def test_other_mistakes():
     with pytest.raises(TypeError, match="must be an algorithm of deepinv.optim, such as PGD, got Denoiser"):
         FromOptim(Denoiser())
