@@ -10,8 +10,8 @@ from deepinv.physics import Physics
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from deepinv_deq.states import State, as_tuple
 from deepinv_deq.iterations import FixedPointIteration
+from deepinv_deq.states import State, as_tuple
 
 Init = Tensor | tuple[Tensor, ...] | Callable[[Any, Any], Any]
 

@@ -9,8 +9,8 @@ import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor
 
-from deepinv_deq.states import Rows, State
 from deepinv_deq.maps import Map
+from deepinv_deq.states import Rows, State
 
 
 class Course(Map):

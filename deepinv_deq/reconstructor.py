@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from deepinv_deq import compat, pretrained
-from deepinv_deq.states import State
 from deepinv_deq.certificate import Certificate, certify
 from deepinv_deq.checks import Init, check_finite, give_lazy_layers_their_shapes, starting_point
 from deepinv_deq.course import Course
@@ -23,6 +22,7 @@ from deepinv_deq.implicit.forward_mode import refusing_vmap
 from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.maps import Map, as_map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
+from deepinv_deq.states import State
 from deepinv_deq.warm_starts import WarmStarts
 
 OnSolve = Callable[[str, SolverStat], Any]

@@ -9,7 +9,7 @@ import torch
 from deepinv.physics import Denoising
 from torch import nn
 
-from deepinv_deq import ContractionFactor, DEGrad, DEHQS, DEProx, DEQReconstructor, FixedPointError, Solver
+from deepinv_deq import DEHQS, ContractionFactor, DEGrad, DEProx, DEQReconstructor, FixedPointError, Solver
 from tests.problems import F64, TEMPLATES, MatrixPhysics, SmallDenoiser, imaging
 
 
@@ -76,7 +76,9 @@ def test_a_map_with_two_fixed_points_is_not_certified():
         def forward(self, x):
             return 1.5 * torch.tanh(2 * x)
 
-    model = DEQReconstructor(DEProx(Two(), stepsize=1e-3), solver=Solver("fixed_point_iter", tol=1e-6, max_iter=200)).eval()
+    model = DEQReconstructor(
+        DEProx(Two(), stepsize=1e-3), solver=Solver("fixed_point_iter", tol=1e-6, max_iter=200)
+    ).eval()
     y = 0.5 * torch.ones(2, 1, 4, 4, dtype=F64)
     certificate = model.to(F64).certify(y, Denoising(), x_gt=-y)
     assert not certificate.unique.any() and certificate.spread["truth"].min() > 0.5
@@ -85,7 +87,9 @@ def test_a_map_with_two_fixed_points_is_not_certified():
 
 def test_an_expanding_map_is_named():
     denoiser = Linear(torch.linspace(0.5, 1.4, 16, dtype=F64), 4)
-    model = DEQReconstructor(DEProx(denoiser, stepsize=0.1), solver=Solver(tol=1e-10, max_iter=400, on_failure="ignore"))
+    model = DEQReconstructor(
+        DEProx(denoiser, stepsize=0.1), solver=Solver(tol=1e-10, max_iter=400, on_failure="ignore")
+    )
     physics = physics_of(16, 8, 4)
     certificate = model.to(F64).eval().certify(physics.A(torch.rand(1, 1, 4, 4, dtype=F64)), physics)
     assert not certificate.unique.any() and "the Jacobian expands" in certificate.outcome
@@ -133,6 +137,8 @@ def test_several_variables_are_certified():
     from deepinv_deq import DEADMM
 
     physics = physics_of(16, 8, 4)
-    model = DEQReconstructor(DEADMM(SmallDenoiser(), stepsize=0.5), solver=Solver(tol=1e-9, max_iter=400)).to(F64).eval()
+    model = (
+        DEQReconstructor(DEADMM(SmallDenoiser(), stepsize=0.5), solver=Solver(tol=1e-9, max_iter=400)).to(F64).eval()
+    )
     certificate = model.certify(physics.A(torch.rand(2, 1, 4, 4, dtype=F64)), physics)
     assert bool(certificate.unique.all()), certificate.outcome

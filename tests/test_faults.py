@@ -306,7 +306,7 @@ def faulty_run(folder=None, fault=None, skip=None, epochs=3, losses=None, dtype=
     model = DEQReconstructor(
         DEProx(Faulty(), stepsize=0.5),
         solver=Solver("fixed_point_iter", max_iter=40, **loose),
-        hook=ModularIDHook(Solver("gmres", max_iter=12, **loose)),
+        hook=ModularIDHook(Solver("gmres", max_iter=6, **loose)),
     ).to(dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     loader = DataLoader(TensorDataset(x=x, y=y, use_dict_output=True), 2)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq.states import State, as_tuple
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
+from deepinv_deq.states import State, as_tuple
 
 Tensors = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]  # None: the map does not depend on that tensor

@@ -17,12 +17,12 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from deepinv_deq import compat
-from deepinv_deq.states import State, as_tuple
 from deepinv_deq.implicit.adjoint import Tensors, as_state
 from deepinv_deq.implicit.functions import TANGENT, Refused
 from deepinv_deq.implicit.mapped import VMAP, Mapped
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
+from deepinv_deq.states import State, as_tuple
 
 _OF_TORCH_FUNC = (
     "torch.func.grad, vjp and jacrev, and derivatives of a torch.func.jvp, have no implicit gradient. Use torch.autograd.grad, "

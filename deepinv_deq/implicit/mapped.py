@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from deepinv_deq import compat
-from deepinv_deq.states import as_tuple
 from deepinv_deq.implicit.adjoint import Tensors, as_state
+from deepinv_deq.states import as_tuple
 
 VMAP = (
     "torch.vmap cannot run through the solve of a fixed point, which stops by the values it finds. Put the samples into the "

@@ -12,11 +12,11 @@ from typing import Any
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from deepinv_deq.states import State, as_tuple
 from deepinv_deq.iterations.bound import BoundIteration
 from deepinv_deq.iterations.capture import Capture
 from deepinv_deq.iterations.checks import refuse_partial_gradients, warn_if_unsuitable
 from deepinv_deq.iterations.terms import Terms, linear_reconstruction, measurement
+from deepinv_deq.states import State, as_tuple
 
 __all__ = ["FixedPointIteration", "linear_reconstruction", "measurement"]
 

@@ -11,13 +11,13 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from deepinv_deq.states import Rows, State, as_tuple
 from deepinv_deq.iterations.checks import Watch, fits, shape
 from deepinv_deq.iterations.circulant import Origin
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import Samples, sample_tensors
 from deepinv_deq.iterations.separability import Verdicts
 from deepinv_deq.iterations.terms import all_constants, constants_of_rows
+from deepinv_deq.states import Rows, State, as_tuple
 
 if TYPE_CHECKING:
     from deepinv_deq.iterations.base import FixedPointIteration

@@ -18,10 +18,10 @@ import torch
 from deepinv.physics import Physics
 from torch import Tensor, nn
 
-from deepinv_deq.states import Rows
 from deepinv_deq.iterations.objects import is_plain
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import sample_tensors
+from deepinv_deq.states import Rows
 
 _DRAWS = 6  # probes that the model is made of
 _CHECKS = 2  # probes that judge it

@@ -12,9 +12,9 @@ from deepinv.optim.optim_iterators import OptimIterator
 from deepinv.physics import Physics
 from torch import Tensor, nn
 
-from deepinv_deq.states import State, as_tuple
 from deepinv_deq.iterations.base import measurement
 from deepinv_deq.iterations.splitting import MeasurementIteration
+from deepinv_deq.states import State, as_tuple
 
 _ALIASES = {"sigma_denoiser": "g_param", "lambda_reg": "lambda"}  # names of deepinv's constructors
 

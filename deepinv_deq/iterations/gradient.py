@@ -9,9 +9,9 @@ import torch
 from deepinv.physics import Physics
 from torch import Tensor
 
-from deepinv_deq.states import State
 from deepinv_deq.iterations.base import FixedPointIteration
 from deepinv_deq.iterations.circulant import inverse_filter, spectrum
+from deepinv_deq.states import State
 
 
 class DEProx(FixedPointIteration):

@@ -50,6 +50,7 @@ _UNUSED = {
     "fbp",
     "samples",
     "_origin",
+    "_inverse",
 }
 _UNUSED |= {"_auto_grad_adjoint_fn", "_auto_grad_adjoint_input_shape"}
 

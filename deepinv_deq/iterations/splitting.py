@@ -8,8 +8,8 @@ import torch
 from deepinv.physics import Physics
 from torch import Tensor
 
-from deepinv_deq.states import State, as_tuple
 from deepinv_deq.iterations.base import FixedPointIteration
+from deepinv_deq.states import State, as_tuple
 
 
 class MeasurementIteration(FixedPointIteration):

@@ -9,9 +9,9 @@ from deepinv.physics import Physics, StackedPhysics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
-from deepinv_deq.states import Rows, State
 from deepinv_deq.iterations.checks import positive, takes_sigma
 from deepinv_deq.iterations.separability import Verdicts
+from deepinv_deq.states import Rows, State
 
 
 class Terms(nn.Module):

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from deepinv import Trainer
 
-from deepinv_deq._divergence import StepGuard
 from deepinv_deq.files import contents_of, digest, load_intact, plain, save_intact, temporary
 from deepinv_deq.training import generators
 from deepinv_deq.training.checkpoints import latest_checkpoint, read_checkpoint
@@ -22,6 +21,7 @@ from deepinv_deq.training.state import (
     histories,
     prepare_saving,
 )
+from deepinv_deq.training.step_guard import StepGuard
 
 _ON_DIVERGENCE = ("ignore", "skip", "raise")
 

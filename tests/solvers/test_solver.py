@@ -89,12 +89,11 @@ def test_a_solver_is_plain_data():
 
 
 def test_names_of_0_1_can_be_imported():
-    from deepinv_deq._maps import AffineMap as OldAffineMap
-    from deepinv_deq.states import State, as_tuple  # noqa: F401
     from deepinv_deq.solvers import ConvergenceError, SolverStat, anderson, broyden, fixed_point_iter, gmres  # noqa: F401
     from deepinv_deq.solvers.anderson import Anderson  # a module and a function of that name
+    from deepinv_deq.states import State, as_tuple  # noqa: F401
 
-    assert OldAffineMap is AffineMap and METHODS["anderson"] is Anderson
+    assert METHODS["anderson"] is Anderson
     f, exact, _ = affine(high=0.9)
     for function in (anderson, broyden, fixed_point_iter, gmres):
         x, samples, stat = function(f, torch.zeros_like(exact), max_iter=400, tol=1e-8)

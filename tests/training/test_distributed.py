@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from deepinv_deq import DEGrad, DEProx, DEQReconstructor, FixedPointResidual, ModularIDHook, Solver
-from deepinv_deq._divergence import StepGuard
+from deepinv_deq.training.step_guard import StepGuard
 from tests.problems import F64, SmallDenoiser, imaging, relative_error
 
 pytestmark = pytest.mark.skipif(
