@@ -42,6 +42,7 @@ from deepinv_deq import (
     ModularIDHook,
     Solver,
 )
+from deepinv_deq.maps import as_map
 from deepinv_deq.training import ResumableTrainer, latest_checkpoint
 from tests.benchmarks.live_bytes import LiveBytes
 from tests.problems import F64, SmallDenoiser, imaging, relative_error
@@ -91,9 +92,12 @@ def random_map(rng, batch, shape, gain, kind, dtype):
 
 
 def relative_residual(f, x):
-    fx = f(x)
-    gap, size = ((t.double().reshape(len(x), -1)).norm(dim=1) for t in (fx - x, fx))
-    return torch.where(gap == 0, gap, gap / size)
+    r"""What a tolerance bounds: the step in natural units, relative to the point; 1 at zero."""
+    f = as_map(f)
+    change = f.step(x)
+    change = change if f.natural(x) is None else f.natural(x)(change)
+    gap, size = ((t.double().reshape(len(x), -1)).norm(dim=1) for t in (change, x))
+    return torch.where(gap == 0, gap, torch.where(size == 0, 1.0, gap / size))
 
 
 PROBLEMS = {

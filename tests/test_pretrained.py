@@ -19,6 +19,7 @@ from deepinv_deq import (
     pretrained,
 )
 from deepinv_deq.datasets import ct_slice, mr_slice
+from deepinv_deq.files import load_intact
 from deepinv_deq.physics import SparseLinearPhysics
 from tests.problems import imaging
 
@@ -111,8 +112,9 @@ def test_settings_of_any_iteration_are_kept(tmp_path, monkeypatch, template):
     monkeypatch.setitem(pretrained.ITERATIONS, "Widened", Widened)
     more = {"relaxation": 0.75} if template is Widened else {}
     iteration = template(EquilibriumUNet(2, channels=(4, 8)), stepsize=0.3, data_weight=2.0, **more)
+    context = {} if template is Widened else {"context": False}
     kept = pretrained.settings_of(iteration)
-    assert kept == pytest.approx({"stepsize": 0.3, "learn_stepsize": False, "data_weight": 2.0} | more)
+    assert kept == pytest.approx({"stepsize": 0.3, "learn_stepsize": False, "data_weight": 2.0} | more | context)
     DEQReconstructor(iteration).save_pretrained(tmp_path / "model.pt")
     loaded = DEQReconstructor.from_pretrained(tmp_path / "model.pt")
     assert type(loaded.iteration) is template and pretrained.settings_of(loaded.iteration) == kept
@@ -133,16 +135,19 @@ def test_setting_that_cannot_be_read_back_is_an_error(tmp_path, monkeypatch):
 def test_file_of_version_0_1_still_loads(tmp_path):
     model = DEQReconstructor(DEGrad(EquilibriumUNet(2, channels=(4, 8)), stepsize=0.4, learn_stepsize=True))
     model.save_pretrained(tmp_path / "new.pt")
-    saved = torch.load(tmp_path / "new.pt", weights_only=True)
+    saved = load_intact(tmp_path / "new.pt")
+    for name in ("contraction", "context_channels", "dim"):
+        del saved["denoiser"][name]
     saved["learn_stepsize"] = saved.pop("settings")["learn_stepsize"]
     torch.save(saved, tmp_path / "old.pt")
     old = DEQReconstructor.from_pretrained(tmp_path / "old.pt")
     assert isinstance(old.iteration.stepsize, nn.Parameter) and old.iteration.stepsize.item() == pytest.approx(0.4)
+    assert old.iteration.denoiser.settings["contraction"] == 1.0
 
 
 @pytest.mark.parametrize("change", [{"iteration": "DEUnknown"}, {"settings": {"not_yet": 1}}])
 def test_file_of_a_later_version_says_so(tmp_path, change):
     DEQReconstructor(DEGrad(EquilibriumUNet(2, channels=(4, 8)))).save_pretrained(tmp_path / "new.pt")
-    torch.save(torch.load(tmp_path / "new.pt", weights_only=True) | change, tmp_path / "later.pt")
+    torch.save(load_intact(tmp_path / "new.pt") | change, tmp_path / "later.pt")
     with pytest.raises(ValueError, match="DEUnknown|has no not_yet here"):
         DEQReconstructor.from_pretrained(tmp_path / "later.pt")
