@@ -123,10 +123,7 @@ class BoundIteration(Map):
         return self._with({}, rows)
 
     def separable(self, x: State, fx: State | None = None) -> bool:
-        r"""Whether :meth:`select` gives a map.
-
-        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state, for its shapes; ``fx`` is not used.
-        """
+        r"""Whether :meth:`select` gives a map, for states like ``x``; ``fx`` is not used."""
         self._remember(x)
         return self._capture.separable()
 
