@@ -158,8 +158,8 @@ class EquilibriumUNet(UNet):
             net_input = nn.functional.pad(net_input, padding, mode="replicate")
         out = self._forward(net_input)
         if any(missing):
-            inner = [slice(m // 2, m // 2 + side) for m, side in zip(missing, x.shape[2:], strict=True)]
-            out = out[(slice(None), slice(None), *inner)]
+            for axis, (m, side) in enumerate(zip(missing, x.shape[2:], strict=True), start=2):
+                out = out.narrow(axis, m // 2, side)
         return (out + self.contraction * x if self.contraction else out).contiguous()
 
     def _load(self, state: dict[str, torch.Tensor], trained: dict[str, Any], name: Any) -> None:
