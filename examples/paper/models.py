@@ -235,9 +235,7 @@ METHODS = {
         for n in (1, 3, 5, 7)
     },
     "modl": Method("MoDL", partial(_modl, blocks=5), "modl", "modl", tried=_WEIGHT, seeds=_RIVAL),
-    "lpd": Method(
-        "learned primal-dual", partial(_primal_dual, blocks=8), "lpd", "lpd", ("ct",), None, _WEIGHT, _RIVAL
-    ),
+    "lpd": Method("learned primal-dual", partial(_primal_dual, blocks=8), "lpd", "lpd", ("ct",), None, _WEIGHT, _RIVAL),
     "varnet": Method("VarNet", partial(_varnet, cascades=7), "varnet", "varnet", ("mri",), tried=_STEP, seeds=_RIVAL),
     "denoiser": Method("PnP / RED", _pnp, "denoiser", None, weights="dncnn"),
 }

@@ -16,7 +16,15 @@ from losses import LOSSES
 from models import METHODS
 
 SETTINGS = HERE / "settings.json"
-_BOTH = {"alpha": 1.0, "n_trans": 1, "lr": 3e-4, "max_iter": 80, "grad_clip": 1.0, "backward_tol": 3e-2, "context": True}
+_BOTH = {
+    "alpha": 1.0,
+    "n_trans": 1,
+    "lr": 3e-4,
+    "max_iter": 80,
+    "grad_clip": 1.0,
+    "backward_tol": 3e-2,
+    "context": True,
+}
 # Tolerances are relative errors in units of the image (while training, and in tests), and of the cotangent. "bound" is the largest norm of
 # the contractive part without a penalty, "contraction_weight" the weight of that penalty, and "context" whether the network of a DEQ sees
 # the linear reconstruction. Gradients are clipped to "grad_clip"; at 1e-6 all have the same norm.
