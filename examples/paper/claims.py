@@ -12,7 +12,7 @@ import published
 from losses import BEST, LOSSES
 from models import METHODS
 from paired import difference
-from records import Cell, Records
+from records import Cell, Records, is_deq, is_fixed_point
 
 BOTH = ("mri", "ct")
 
@@ -64,12 +64,14 @@ def rows(records: Records) -> list[list[str]]:
         cells = f"{claim.first[0].upper()}: {name(claim.first)} − {name(claim.second)}"
         theirs = paper(claim)
         if found is None:
-            absent = [name(cell) for cell in (claim.first, claim.second) if not records.of(*cell)]
-            out.append([claim.text, cells, "", theirs, f"*missing: {', '.join(absent)}*"])
+            absent = [name(cell) for cell in (claim.first, claim.second) if not records.images(*cell, claim.what)]
+            out.append([claim.text, cells, "", theirs, f"*no valid record of {' and '.join(absent)}*"])
             continue
         count = f"{found.images} images, {found.seeds[0]} and {found.seeds[1]} seeds"
         measured = f"{found.mean:+.2f} ± {found.error:.2f} dB ({count})"
-        out.append([claim.text, cells, measured, theirs, found.verdict(claim.threshold)])
+        sound = all(is_fixed_point(r) for cell in (claim.first, claim.second) for r in records.of(*cell) if is_deq(r))
+        verdict = found.verdict(claim.threshold) + ("" if sound else ", but **not a fixed point**")
+        out.append([claim.text, cells, measured, theirs, verdict])
     return out
 
 

@@ -94,7 +94,7 @@ def level(records: Records, task: str, method: str, loss: str) -> tuple[float, f
 def gaps(path: Path, scale: str) -> Path:
     r"""By how much every training without ground truth is behind the supervised one: paired differences, two standard errors."""
     records = Records(scale)
-    plot, axes = subplots(1, 2, figsize=(11, 3.6))
+    plot, axes = subplots(1, 2, figsize=(12, 3.8))
     for axis, task in zip(axes[0], TASKS, strict=True):
         losses = [loss for loss in losses_of(task, "deq-id") if loss != "sup"]
         for row, loss in enumerate(losses):
@@ -105,7 +105,7 @@ def gaps(path: Path, scale: str) -> Path:
                 axis.errorbar(found.mean, -row, xerr=2 * found.error, fmt="o", color=COLOURS[loss], capsize=3)
         axis.axvline(0, color="0.6", lw=1)
         axis.set_yticks([-row for row in range(len(losses))], [LOSSES[loss].title for loss in losses])
-        axis.set(title=f"{task.upper()}, DEQ with ID", xlabel="PSNR − supervised (dB), ± two standard errors")
+        axis.set(title=f"{task.upper()}, DEQ with ID", xlabel="PSNR − supervised (dB), ± 2 standard errors")
         axis.set_ylim(-len(losses) + 0.5, 0.5)
         axis.grid(axis="x", alpha=0.3)
     return save(plot, path)
@@ -119,12 +119,12 @@ def times(path: Path, scale: str) -> Path:
         known = [r for r in records.all if r["config"]["task"] == task and r["steps"]]
         for r in known:
             method, loss = r["config"]["method"], r["config"]["loss"]
-            axis.plot(r["seconds"] / 3600, value(r, "psnr"), MARKERS[method], color=COLOURS[loss])
+            axis.plot(r["seconds"] / 60, value(r, "psnr"), MARKERS[method], color=COLOURS[loss])
         for method in dict.fromkeys(r["config"]["method"] for r in known):
             axis.plot([], [], MARKERS[method], color="0.4", label=METHODS[method].title)
         for loss in dict.fromkeys(r["config"]["loss"] for r in known):
             axis.plot([], [], "s", color=COLOURS[loss], label=LOSSES[loss].title)
-        axis.set(title=f"{task.upper()}, scale {scale}", xlabel="training time (hours)", ylabel="PSNR (dB)")
+        axis.set(title=f"{task.upper()}, scale {scale}", xlabel="training time (minutes)", ylabel="PSNR (dB)")
         if known:
             axis.set_xscale("log")
             axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))

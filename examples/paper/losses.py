@@ -186,7 +186,7 @@ LOSSES = {
     # one hidden view measures an image noisily, so most gradients are clipped
     "split": Loss("hidden views", _hidden_views, ("ct",), {"grad_clip": 3e-3}),
     "es": Loss("equivariant splitting", _equivariant_splitting, excludes=_NEEDS_MASK),
-    "selfdeq": Loss("measurement splitting (SelfDEQ)", _selfdeq),
+    "selfdeq": Loss("SelfDEQ splitting", _selfdeq),
     "none": Loss("none", None),
 }
 BEST = {"ct": "ei-turned", "mri": "ei-fixed"}  # of those without ground truth, on validation images

@@ -21,7 +21,6 @@ from models import METHODS
 RESULTS = HERE / "results"
 SPREAD_DB = 0.05  # more than this between starts and tolerances, on any image: not a fixed point
 FLOOR = 1e-8  # what deepinv's PSNR adds to the mean squared error
-MAIN = ("deq-id", "deq-jfb", "unet", "unrolled-7", "modl", "lpd", "varnet")
 Row = dict[str, Any]
 Cell = tuple[str, str, str]
 
@@ -96,7 +95,12 @@ def write(path: Path, text: str) -> None:
 
 def is_outdated(record: Row) -> bool:
     r"""Whether a DEQ was recorded before its fixed point was checked: the numbers are those of where the solver stopped."""
-    return METHODS[record["config"]["method"]].is_deq and "fixed_point" not in record
+    return is_deq(record) and "fixed_point" not in record
+
+
+def is_deq(record: Row) -> bool:
+    r"""Whether a record is of a deep equilibrium model."""
+    return METHODS[record["config"]["method"]].is_deq
 
 
 def is_fixed_point(record: Row) -> bool:
@@ -129,12 +133,12 @@ class Records:
 
     def mean(self, task: str, method: str, loss: str, what: str = "psnr") -> float | None:
         r"""Mean over seeds of the mean over test images."""
-        values = [value(record, what) for record in self.of(task, method, loss)]
-        return statistics.mean(values) if values else None
+        known = [value(record, what) for record in self.of(task, method, loss) if has(record, what)]
+        return statistics.mean(known) if known else None
 
     def images(self, task: str, method: str, loss: str, what: str = "psnr") -> list[list[float]]:
         r"""Values of every test image, one list for each seed."""
-        return [values(record, what) for record in self.of(task, method, loss)]
+        return [values(record, what) for record in self.of(task, method, loss) if has(record, what)]
 
     def rivals(self, task: str, loss: str) -> list[str]:
         r"""The methods with records that are no DEQs, the best first."""
@@ -160,6 +164,14 @@ def values(record: Row, what: str) -> list[float]:
     if name.startswith("iteration_"):
         out = [db + 20 * math.log10(record["config"]["stepsize"]) for db in out]
     return out
+
+
+def has(record: Row, what: str) -> bool:
+    r"""Whether a record holds a measure."""
+    entry: Any = record
+    for key in what.split("/"):
+        entry = entry.get(key) if isinstance(entry, dict) else None
+    return bool(entry)
 
 
 def value(record: Row, what: str) -> float:

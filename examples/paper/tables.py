@@ -23,7 +23,7 @@ import published
 from data import HERE, SCALES, TASKS
 from losses import LOSSES
 from models import METHODS
-from records import Records, is_fixed_point, losses_of, matrix, mean_and_spread, value
+from records import Records, has, is_deq, is_fixed_point, losses_of, matrix, mean_and_spread, value
 
 NO_FIXED_POINT = " **not a fixed point**"
 MARKS = {"outdated": "*old*", "missing": "*missing*", "none": "–"}
@@ -36,6 +36,9 @@ def cell(records: Records, task: str, method: str, loss: str, what: str = "psnr"
     if not known:
         return MARKS[records.state(task, method, loss)]
     doubtful = METHODS[method].is_deq and not all(map(is_fixed_point, known))
+    known = [r for r in known if has(r, what)]
+    if not known:
+        return MARKS["missing"]
     text = mean_and_spread([value(r, what) for r in known], f"{{:.{digits}f}}".format)
     return text + (NO_FIXED_POINT if doubtful else "")
 
@@ -77,7 +80,7 @@ def _start(records: Records, task: str, what: str, digits: int) -> str:
 def fixed_points(records: Records) -> str:
     r"""The certificate of every DEQ: PSNR from other starts and at a tenth of the tolerance, spectral radius, evaluations."""
     body = []
-    for r in (r for r in records.all if METHODS[r["config"]["method"]].is_deq):
+    for r in filter(is_deq, records.all):
         c, f = r["config"], r["fixed_point"]
         psnr = [f"{f['psnr'][k]['mean']:.2f}" if k in f["psnr"] else "" for k in ("start", "tenth", "zeros", "truth")]
         spread, evaluations = max(f["spread_db"]["all"]), f["evaluations"]
