@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import published
 from losses import BEST, LOSSES
 from models import METHODS
-from paired import difference
-from records import Cell, Records, is_deq, is_fixed_point
+from paired import Difference, difference
+from records import SPREAD_DB, Cell, Records, is_deq, is_fixed_point
 
 BOTH = ("mri", "ct")
 
@@ -73,6 +73,36 @@ def rows(records: Records) -> list[list[str]]:
         verdict = found.verdict(claim.threshold) + ("" if sound else ", but **not a fixed point**")
         out.append([claim.text, cells, measured, theirs, verdict])
     return out
+
+
+def findings(records: Records) -> str:
+    r"""Five sentences: both tasks against the best rival, both against supervised training, and the fixed points."""
+    out = []
+    for task in ("ct", "mri"):
+        best = next((m for m in records.rivals(task, "sup") if m != "denoiser"), None)
+        if best is None:
+            out.append(f"{task.upper()}, supervised: no rival has a record.")
+            continue
+        found = difference(records, (task, "deq-id", "sup"), (task, best, "sup"))
+        ahead = f"the DEQ against {METHODS[best].title}, the best rival"
+        out.append(
+            _sentence(f"{task.upper()}, supervised, {ahead}", found, 0.0, "ahead by more than two standard errors")
+        )
+    for task in ("ct", "mri"):
+        found = difference(records, (task, "deq-id", BEST[task]), (task, "deq-id", "sup"))
+        about = f"{task.upper()}, {LOSSES[BEST[task]].title} (no ground truth) against supervised training"
+        out.append(_sentence(about, found, -0.5, "within 0.5 dB"))
+    deqs = [r for r in records.all if is_deq(r)]
+    sound = sum(map(is_fixed_point, deqs))
+    out.append(f"Of {len(deqs)} trained DEQs, {sound} have one fixed point in every test image, to {SPREAD_DB} dB.")
+    return "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(out, 1))
+
+
+def _sentence(about: str, found: Difference | None, threshold: float, claim: str) -> str:
+    if found is None:
+        return f"{about}: not measured yet."
+    verdict = found.verdict(threshold)
+    return f"{about}: {found.mean:+.2f} ± {found.error:.2f} dB; *{claim}* {'is ' if verdict == 'undecided' else ''}**{verdict}**."
 
 
 def name(cell: Cell) -> str:

@@ -155,12 +155,12 @@ def values(record: Row, what: str) -> list[float]:
     r"""A measure of every test image. Measures of equivariance are read without the floor that deepinv's PSNR has, and those of F
     divided by the stepsize, as measures of ``(F - I) / stepsize``: the rotation and the identity commute."""
     entry: Any = record
-    for key in what.split("/"):
+    *path, name = what.split("/")
+    for key in path:
         entry = entry[key]
-    out = list(entry["all"])
-    name = what.rsplit("/", 1)[-1]
+    out, exact = list(entry[name]["all"]), entry.get("exact_equivariance", False)
     if name.startswith(("pipeline_", "iteration_")):
-        out = out if record.get("exact_equivariance") else [unsaturated(db) for db in out]
+        out = out if exact else [unsaturated(db) for db in out]
     if name.startswith("iteration_"):
         out = [db + 20 * math.log10(record["config"]["stepsize"]) for db in out]
     return out

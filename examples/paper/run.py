@@ -23,7 +23,7 @@ from commands import arguments, parsed, run_each
 from data import CHANNELS
 from records import folder_of, is_outdated, matrix, path_of, read_record, variant_of, write
 from settings import NotSearched
-from training import run_cell
+from training import measure_again, run_cell
 
 
 def finished(path: Path) -> records.Row | None:
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--force", action="store_true", help="run again what is on record")
+    parser.add_argument("--again", action="store_true", help="only measure the trained model of a finished cell again")
     parser.add_argument("--denoiser", type=Path, help="weights to start from instead; the record is kept apart")
     parser.add_argument(
         "--channels", type=int, nargs="+", default=CHANNELS, help="feature maps; the records of others are kept apart"
@@ -59,6 +60,13 @@ def main() -> None:
         run_each(__file__, args, cells, common)
     cell = (args.task, args.method, args.loss, args.seed)
     path = path_of(args.scale, *cell, variant)
+    if args.again:
+        weights = folder_of(path) / "model.pt"
+        trained = read_record(path)
+        if trained is None or not weights.exists():
+            sys.exit(f"error: --again needs the record {path} and the model {weights}.")
+        report(cell, measure_again(trained, weights, data=args.data, device=args.device), path)
+        return
     known = None if args.force else finished(path)
     if known is not None:
         print(f"{path} is there ({known['psnr']['mean']:.2f} dB); --force runs it again.")
@@ -89,12 +97,18 @@ def main() -> None:
         sys.exit(f"\nInterrupted. The same command continues from the last checkpoint in {folder}.")
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), folder / "model.pt")
+    report(cell, record, path)
+
+
+def report(cell: tuple[str, str, str, int], record: records.Row, path: Path) -> None:
+    r"""Write a record, and say what is in it."""
     write(path, json.dumps(record, indent=1) + "\n")
-    name = " ".join(map(str, cell))
+    name, point = " ".join(map(str, cell)), record.get("fixed_point")
+    spread = f", spread {max(point['spread_db']['all']):.3f} dB" if point else ""
     print(
-        f"{name}: {record['psnr']['mean']:.2f} ± {record['psnr']['std']:.2f} dB, SSIM {record['ssim']['mean']:.3f}, start "
+        f"{name}: {record['psnr']['mean']:.2f} ± {record['psnr']['std']:.2f} dB{spread}, SSIM {record['ssim']['mean']:.3f}, start "
         f"{record['psnr_start']['mean']:.2f} dB; {record['steps']} steps, {record['seconds']:.0f} s; settings of "
-        f"{record['config']['settings_from']}; {path}"
+        f"{record['config'].get('settings_from', 'small')}; {path}"
     )
 
 

@@ -200,6 +200,12 @@ def summary(scale: str = "small") -> str:
     return table(["PSNR in dB", "training", "DEQ, ID", "DEQ, JFB", "best U-Net or unrolled"], body)
 
 
+def findings() -> str:
+    r"""Five sentences of the largest scale that has DEQs."""
+    known = [records for scale in reversed(SCALES) if any(map(is_deq, (records := Records(scale)).all))]
+    return f"Scale *{known[0].scale}*:\n\n{claims.findings(known[0])}" if known else "No DEQ has a valid record."
+
+
 def dropdown(title: str, *parts: str) -> str:
     r"""A part of the page that opens on a click."""
     return "\n\n".join([f"````{{dropdown}} {title}", *parts, "````"])

@@ -14,7 +14,7 @@ from deepinv.datasets import TensorDataset
 from evaluation import evaluate, plain, surroundings
 from losses import LOSSES, make_losses
 from models import METHODS, make_model
-from settings import found_settings, settings_of
+from settings import DEFAULTS, found_settings, settings_of
 from torch.utils.data import DataLoader
 from weights import weights_of
 
@@ -73,6 +73,23 @@ def run_cell(
         **surroundings(device),
     }
     return record, model
+
+
+def measure_again(record: dict[str, Any], weights: Path, *, data: Path, device: str = "cpu") -> dict[str, Any]:
+    r"""The record of a trained model with all measures taken anew, at the test tolerance of :data:`settings.DEFAULTS`.
+
+    :param Path weights: the ``model.pt`` that ``run.py`` left.
+    """
+    quiet()
+    config = record["config"] | {"test_tol": DEFAULTS[record["config"]["task"]]["test_tol"]}
+    task = make_task(config["task"], config["scale"], data, validate=record["validation"], device=device)
+    kind = METHODS[config["method"]].weights
+    model = make_model(
+        task, config["method"], config, weights_of(config["task"], kind, data, tuple(config["channels"]))
+    )
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    measured = evaluate(task, model.to(device), config)
+    return record | measured | {"config": config}
 
 
 def train(
