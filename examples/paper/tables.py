@@ -197,7 +197,7 @@ def summary(scale: str = "small") -> str:
                     rival,
                 ]
             )
-    return table(["PSNR in dB", "training", "DEQ, ID", "DEQ, JFB", "best U-Net or unrolled"], body)
+    return table(["PSNR in dB", "training", "DEQ, ID", "DEQ, JFB", "best rival"], body)
 
 
 def findings() -> str:

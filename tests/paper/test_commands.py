@@ -299,3 +299,15 @@ def test_one_failing_cell_does_not_stop_the_others(lab, capfd):
 def test_views_are_of_ct(lab, monkeypatch, loss):
     with pytest.raises(SystemExit, match="is for ct, not for mri"):
         command(monkeypatch, lab, *cell("mri", "deq-id", loss))
+
+
+def test_a_trained_model_is_measured_again(lab, monkeypatch):
+    with pytest.raises(SystemExit, match="--again needs the record"):
+        command(monkeypatch, lab, *cell("ct", "lpd"), "--again")
+    command(monkeypatch, lab, *cell("ct", "lpd"))
+    path = records.path_of("small", "ct", "lpd", "sup", 0)
+    whole = records.read_record(path)
+    broken = {key: whole["ssim"] for key in ("psnr", "pipeline_equivariance")}
+    records.write(path, json.dumps(whole | broken | {"exact_equivariance": False}))
+    command(monkeypatch, lab, *cell("ct", "lpd"), "--again")
+    assert records.read_record(path) == whole
