@@ -105,7 +105,7 @@ def test_the_dncnn_is_deepinvs_where_it_can_be_downloaded(lab, monkeypatch, caps
 
 def test_another_denoiser_has_a_record_of_its_own(lab, monkeypatch):
     other = lab / "upright.pt"
-    denoiser = EquilibriumUNet(1)
+    denoiser = EquilibriumUNet(1, channels=data.CHANNELS)
     torch.save({"settings": denoiser.settings, "state_dict": denoiser.state_dict()}, other)
     command(monkeypatch, lab, *cell("ct", "deq-id", "sup"), "--denoiser", other)
     path = records.path_of("small", "ct", "deq-id", "sup", 0, "upright")
