@@ -13,6 +13,7 @@ SOURCES = {  # of each marked block: the script that knows how, and its function
     "compare": ("tests/benchmarks/cost_tables.py", "compare"),
     "ct": ("examples/ct/records.py", "render"),
     "faults": ("tests/benchmarks/fault_table.py", "render"),
+    "findings": ("examples/paper/tables.py", "findings"),
     "results": ("examples/paper/tables.py", "render"),
     "table 1": ("examples/paper/tables.py", "summary"),
 }
