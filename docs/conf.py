@@ -12,7 +12,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from docutils import nodes
-from sphinx_gallery.sorting import ExplicitOrder, FileNameSortKey
+from gallery_order import NewcomersFirst
+from sphinx_gallery.sorting import ExplicitOrder
 
 import deepinv_deq
 
@@ -97,7 +98,7 @@ sphinx_gallery_conf = {
     "subsection_order": ExplicitOrder(
         ["../examples/basics", "../examples/ct", "../examples/mri", "../examples/advanced"]
     ),
-    "within_subsection_order": FileNameSortKey,
+    "within_subsection_order": NewcomersFirst,
     "backreferences_dir": "gen_modules/backreferences",
     "doc_module": ("deepinv_deq",),
     "reference_url": {"deepinv_deq": None},
@@ -109,6 +110,7 @@ sphinx_gallery_conf = {
     "plot_gallery": "True",
     "abort_on_example_error": False,
     "min_reported_time": 0,
+    "first_notebook_cell": "# Install the package, in a clone of the repository: %pip install .\n%matplotlib inline",
 }
 
 # -- pages ---------------------------------------------------------------------
