@@ -1,17 +1,25 @@
 r"""Deep equilibrium models for DeepInverse, with exact implicit gradients."""
 
+import deepinv_deq._versions
+from deepinv_deq.certificate import Certificate
 from deepinv_deq.denoisers import EquilibriumUNet
 from deepinv_deq.equivariance import IterationEquivariance, PipelineEquivariance
 from deepinv_deq.from_optim import FromOptim
 from deepinv_deq.implicit import DifferentiableMap, ModularIDHook
 from deepinv_deq.iterations import DEADMM, DEHQS, DEGrad, DEProx, FixedPointIteration
-from deepinv_deq.metrics import FixedPointResidual, SolverEvaluations
+from deepinv_deq.losses import ContractionLoss, TurnedOperatorLoss
+from deepinv_deq.metrics import ContractionFactor, FixedPointError, FixedPointResidual, SolverEvaluations
 from deepinv_deq.reconstructor import DEQReconstructor
 from deepinv_deq.solvers import ConvergenceError, ConvergenceWarning, Solver, SolverStat, available_methods
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Certificate",
+    "ContractionFactor",
+    "ContractionLoss",
+    "TurnedOperatorLoss",
+    "FixedPointError",
     "ConvergenceError",
     "ConvergenceWarning",
     "DEADMM",

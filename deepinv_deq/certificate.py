@@ -10,9 +10,9 @@ import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor, nn
 
-from deepinv_deq._states import State, as_tuple
 from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.solvers import Solver
+from deepinv_deq.states import State, as_tuple
 
 _SPREAD = 3.0  # two solves may differ by the sum of their errors, and the estimate is good to a small factor
 

@@ -2,11 +2,13 @@ r"""Grey images for the examples: from a file, a folder, or generated."""
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import IO, Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -20,23 +22,35 @@ _PLAIN_MODES = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBX": "RGB", "CMYK": "
 _HOUNSFIELD = (-1000.0, 1000.0)  # air to dense bone: what DICOM slices are clipped to
 
 
-def load_images(path: str | os.PathLike[str], size: int | None = None) -> Tensor:
+def load_images(path: str | os.PathLike[str], size: int | None = None, *, max_bytes: int = 4 * 2**30) -> Tensor:
     r"""Read grey images in :math:`[0, 1]`.
 
-    A ``.npz`` file has them under the key ``images``, of shape ``(N, H, W)``. A folder has one image per PNG, TIFF or
-    DICOM file, in the order of their names. Integers are divided by the largest value of their type; DICOM slices are
-    clipped to Hounsfield units in [-1000, 1000]. Colours are averaged.
+    A ``.npz`` file has them under the key ``images``, of shape ``(N, H, W)``; a ``.npy`` file is such an array. A folder has
+    one image per PNG, TIFF or DICOM file, in the order of their names; one such file can be given, too. Integers are divided
+    by the largest value of their type; DICOM slices are clipped to Hounsfield units in [-1000, 1000]. Colours are averaged.
 
     :param str, os.PathLike path: file or folder.
     :param int, None size: side to resize to, by averaging areas, after the central square is cut out; ``None`` keeps all.
+    :param int max_bytes: memory that the images may take, 4 GiB by default. A file that asks for more is refused before any
+        of it is allocated: what a small compressed file or a forged header asks for has no bound.
     :return: tensor of shape ``(N, 1, H, W)``, ``float32``.
     :raises FileNotFoundError: if there is nothing at ``path``, or no image in the folder.
-    :raises ValueError: if a file is not an image, the sizes differ, or values are outside of [0, 1].
+    :raises ValueError: if a file is not an image, is broken, or takes more than ``max_bytes``, the sizes differ, or values are
+        outside of [0, 1]; or if ``size`` is not positive.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"No data at {path}: give a .npz file with the key 'images', or a folder of images.")
-    images = _load_folder(path) if path.is_dir() else _load_npz(path)
+    if size is not None and size < 1:
+        raise ValueError(f"size must be a positive number of pixels, got {size}.")
+    if path.is_dir():
+        images = _load_folder(path, max_bytes)
+    elif not path.is_file():
+        raise ValueError(f"{path} is neither a file nor a folder.")
+    elif path.suffix.lower() in _READERS:
+        images = _load_image(path, max_bytes)[None, None]
+    else:
+        images = _load_arrays(path, max_bytes)
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):  # also true for NaN
         raise ValueError(f"The images of {path} have values in [{low:.3g}, {high:.3g}]: scale them to [0, 1].")
@@ -92,34 +106,68 @@ def ct_slice(size: int = 128) -> Tensor:
     return interpolate(image, size=(size, size), mode="area") * (axis[:, None] ** 2 + axis**2 < 0.95)
 
 
-def _load_npz(path: Path) -> Tensor:
+def _load_arrays(path: Path, max_bytes: int) -> Tensor:
+    kind = ".npy" if path.suffix.lower() == ".npy" else ".npz"
+    write = "numpy.save(path, array)" if kind == ".npy" else "numpy.savez(path, images=array)"
     try:
-        with np.load(path) as file:
-            keys = list(file)
-            array = file["images"] if "images" in keys else None
-    except (ValueError, OSError, EOFError, AttributeError, BadZipFile) as error:
-        raise ValueError(
-            f"{path} is no .npz file ({error}). Write one with numpy.savez(path, images=array)."
-        ) from error
+        if kind == ".npy":
+            with open(path, "rb") as file:
+                array = _read_array(file, max_bytes)
+                if file.read(1):
+                    raise ValueError("there is more in it than its header says")
+        else:
+            with ZipFile(path) as archive:
+                keys = [name.removesuffix(".npy") for name in archive.namelist()]
+                array = None
+                if keys.count("images") > 1:
+                    raise ValueError("it has 'images' twice")
+                if "images" in keys:
+                    with archive.open(archive.namelist()[keys.index("images")]) as file:
+                        array = _read_array(file, max_bytes)
+                        if file.read(1):  # to the end, where the checksum is verified
+                            raise ValueError("there is more in it than its header says")
+    except Exception as error:  # a broken file fails in as many ways as there are bytes in it
+        raise ValueError(f"{path} is no {kind} file that can be read ({error}). Write one with {write}.") from error
     if array is None:
-        raise ValueError(f"{path} has the keys {keys}, but no 'images'. Write it with numpy.savez(path, images=array).")
+        raise ValueError(f"{path} has the keys {keys}, but no 'images'. Write it with {write}.")
     if array.ndim != 3 or array.size == 0:
-        raise ValueError(f"'images' in {path} has shape {array.shape}: it must be (N, H, W) with at least one image.")
+        what = path if kind == ".npy" else f"'images' in {path}"
+        raise ValueError(f"{what} has shape {array.shape}: it must be (N, H, W) with at least one image.")
     return _to_unit(array, path)[:, None]
 
 
-def _load_folder(path: Path) -> Tensor:
+def _read_array(file: IO[bytes], max_bytes: int) -> np.ndarray:
+    r"""One array of NumPy's format, after its header was read: no memory is allocated that was not agreed to."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"its format has version {version}")
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not read: that could run code")
+    if any(n < 0 for n in shape):
+        raise ValueError(f"its header says that it has shape {shape}")
+    numbers = math.prod(shape)
+    _check_size(numbers, dtype.itemsize, max_bytes)
+    data = file.read(numbers * dtype.itemsize)
+    if len(data) != numbers * dtype.itemsize:
+        raise ValueError(f"it was cut off: {len(data)} of {numbers * dtype.itemsize} bytes are there")
+    return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _check_size(numbers: int, itemsize: int, max_bytes: int) -> None:
+    needed = numbers * max(itemsize, 4)  # they become float32
+    if needed > max_bytes:
+        raise ValueError(f"it asks for {needed:,} bytes, more than max_bytes={max_bytes:,}")
+
+
+def _load_folder(path: Path, max_bytes: int) -> Tensor:
     files = sorted(f for f in path.iterdir() if f.suffix.lower() in _READERS)
     if not files:
         raise FileNotFoundError(f"No image in the folder {path}: it needs files with {', '.join(sorted(_READERS))}.")
-    images = []
+    images: list[Tensor] = []
     for file in files:
-        try:
-            images.append(_READERS[file.suffix.lower()](file))
-        except ImportError:
-            raise
-        except Exception as error:  # every reader has its own kinds of error for a broken file
-            raise ValueError(f"{file} cannot be read as an image: {error}. Repair or remove it.") from error
+        images.append(_load_image(file, max_bytes - sum(image.nbytes for image in images)))
         if images[-1].shape != images[0].shape:
             first, other = tuple(images[0].shape), tuple(images[-1].shape)
             raise ValueError(
@@ -129,30 +177,63 @@ def _load_folder(path: Path) -> Tensor:
     return torch.stack(images)[:, None]
 
 
-def _read_raster(file: Path) -> Tensor:
+def _load_image(file: Path, max_bytes: int) -> Tensor:
+    try:
+        if not file.is_file():  # a folder, or a pipe that would be waited for
+            raise ValueError("it is not a file")
+        image = _READERS[file.suffix.lower()](file, max_bytes)
+        if image.ndim != 2 or image.numel() == 0:
+            raise ValueError(f"it has shape {tuple(image.shape)}, not (H, W)")
+        return image
+    except ImportError:
+        raise
+    except Exception as error:  # every reader has its own kinds of error for a broken file
+        raise ValueError(f"{file} cannot be read as an image: {error}. Repair or remove it.") from error
+
+
+def _read_raster(file: Path, max_bytes: int) -> Tensor:
     from PIL import Image
 
-    with Image.open(file) as image:
-        plain = _PLAIN_MODES.get(image.mode)
-        array = np.asarray(image.convert(plain) if plain else image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_bytes is the limit
+        with Image.open(file) as image:
+            image.verify()  # the checksums of a PNG, which are not looked at otherwise
+        with Image.open(file) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"it has {image.n_frames} frames, of which only one could be used")
+            _check_size(image.width * image.height, 4 * len(image.getbands()), max_bytes)
+            plain = _PLAIN_MODES.get(image.mode)
+            array = np.asarray(image.convert(plain) if plain else image)
     values = _to_unit(array, file)
     return values.mean(dim=2) if values.ndim == 3 else values
 
 
-def _read_dicom(file: Path) -> Tensor:
+def _read_dicom(file: Path, max_bytes: int = 4 * 2**30) -> Tensor:
+    from pydicom import dcmread
+
+    header = dcmread(file, stop_before_pixels=True)
+    frames, channels = int(getattr(header, "NumberOfFrames", None) or 1), int(getattr(header, "SamplesPerPixel", 1))
+    if frames != 1 or channels != 1:
+        raise ValueError(f"it has {frames} frames and {channels} channels, not one grey image")
+    _check_size(int(header.Rows) * int(header.Columns), 8, max_bytes)  # pydicom rescales in double precision
     low, high = _HOUNSFIELD
-    return (load_dicom(file, apply_rescale=True)[0].clamp(low, high) - low) / (high - low)
+    values = load_dicom(file, apply_rescale=True)[0]
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("it has values that are NaN or Inf")
+    return (values.clamp(low, high) - low) / (high - low)
 
 
 def _to_unit(array: np.ndarray, source: Path) -> Tensor:
     if array.dtype == bool or np.issubdtype(array.dtype, np.floating):
         return torch.from_numpy(array.astype(np.float32))
     if np.issubdtype(array.dtype, np.integer):
-        return torch.from_numpy((array / np.iinfo(array.dtype).max).astype(np.float32))
+        # in single precision where that holds every value: double precision would take eight times the memory of bytes
+        exact = np.float32 if array.dtype.itemsize <= 2 else np.float64
+        return torch.from_numpy(np.divide(array, np.iinfo(array.dtype).max, dtype=exact).astype(np.float32, copy=False))
     raise ValueError(f"{source} holds values of type {array.dtype}, not grey images.")
 
 
-_READERS: dict[str, Callable[[Path], Tensor]] = {
+_READERS: dict[str, Callable[[Path, int], Tensor]] = {
     ".png": _read_raster,
     ".tif": _read_raster,
     ".tiff": _read_raster,

@@ -12,7 +12,7 @@ from deepinv.models import UNet
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from deepinv_deq._weights import read_weights
+from deepinv_deq.files import read_weights
 
 _NORMS = {"spectral": parametrizations.spectral_norm, "weight": parametrizations.weight_norm, None: None}
 
@@ -194,11 +194,20 @@ class EquilibriumUNet(UNet):
 
 
 def _settings(weights: dict[str, Any], name: Any) -> dict[str, Any]:
-    r"""Settings of a file of weights; those of version 0.1 had no factor, no context and two dimensions."""
+    r"""Settings of a file of weights."""
     if "settings" not in weights or "state_dict" not in weights or "in_channels" not in weights["settings"]:
         raise ValueError(f"{str(name)!r} holds no weights of an EquilibriumUNet.")
-    settings = {"contraction": 1.0, "context_channels": 0, "dim": 2} | weights["settings"]
-    return settings | {"channels": tuple(settings["channels"])}
+    return with_defaults_of_0_1(weights["settings"])
+
+
+def with_defaults_of_0_1(settings: dict[str, Any]) -> dict[str, Any]:
+    r"""Settings of a saved network; those of version 0.1 had no factor, no context and two dimensions.
+
+    :param dict settings: as saved.
+    :return: complete settings.
+    """
+    known = {"contraction": 1.0, "context_channels": 0, "dim": 2} | settings
+    return known | {"channels": tuple(known["channels"])}
 
 
 def _rebuild(

@@ -13,8 +13,8 @@ from deepinv.physics.functional import RampFilter
 from deepinv.transform import Rotate
 from torch import Tensor, nn
 
-from deepinv_deq._states import State, as_tuple
 from deepinv_deq.metrics import solving_model
+from deepinv_deq.states import State, as_tuple
 
 
 class ContractionLoss(Loss):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepinv_deq._states import Rows, as_tuple
+from deepinv_deq.states import Rows, as_tuple
 
 Tensors = tuple[Tensor, ...]
 
@@ -86,8 +86,10 @@ class _Wrapped(Map):
 
     def __init__(self, f: Callable[[Any], Any]):
         self._f = f
-        if hasattr(f, "inputs") and hasattr(f, "rebind"):
-            self.inputs = f.inputs
+
+    @property
+    def inputs(self) -> Tensors | None:  # type: ignore[override]
+        return getattr(self._f, "inputs", None) if hasattr(self._f, "rebind") else None
 
     def __call__(self, x: Any) -> Any:
         return self._f(x)
@@ -100,7 +102,8 @@ class _Wrapped(Map):
         return None if offered is None else offered(x)
 
     def select(self, rows: Rows) -> Map | None:
-        offered = getattr(self._f, "select", None)
+        # an object with the old method ``separable`` restricts itself only after that method said so: solve it whole
+        offered = None if hasattr(self._f, "separable") else getattr(self._f, "select", None)
         part = None if offered is None else offered(rows)
         return None if part is None else as_map(part)
 

@@ -9,6 +9,7 @@ from deepinv.loss.metric import Metric
 from deepinv.physics import Physics
 from torch import Tensor
 
+from deepinv_deq.certificate import Certificate
 from deepinv_deq.reconstructor import DEQReconstructor
 from deepinv_deq.solvers import SolverStat
 
@@ -119,6 +120,89 @@ class SolverEvaluations(_SolveMetric):
         :return: tensor of shape ``(B,)``.
         """
         return stat["nstep"].float()
+
+
+class _CertificateMetric(Metric):
+    r"""One number per sample from the certificate of a model. It is computed anew: some ten reconstructions per batch."""
+
+    def forward(
+        self,
+        x_net: Tensor,
+        x: Tensor | None = None,
+        y: Any = None,
+        physics: Physics | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        r"""Certify the fixed points of a batch and read one number of each.
+
+        :param torch.Tensor x_net: reconstruction, used for its batch size only.
+        :param torch.Tensor, None x: not used.
+        :param torch.Tensor y: measurements.
+        :param deepinv.physics.Physics physics: forward operator.
+        :param torch.nn.Module model: a :class:`DEQReconstructor`, or a model that wraps one.
+        :param kwargs: ignored.
+        :return: tensor of shape ``(B,)``; NaN for a model that solves nothing, such as the linear one a Trainer compares with.
+        :raises ValueError: without ``model``, ``y`` or ``physics``, or if the model holds several :class:`DEQReconstructor`.
+        """
+        lacking = [name for name, part in (("model", model), ("y", y), ("physics", physics)) if part is None]
+        if lacking:
+            raise ValueError(f"{type(self).__name__} needs {', '.join(lacking)}, as deepinv.Trainer passes them.")
+        deq = solving_model(model)
+        if deq is None or physics is None:
+            return self.reducer(torch.full((x_net.shape[0],), torch.nan, device=x_net.device))
+        return self.reducer(self.read(deq.certify(y, physics)))
+
+    def read(self, certificate: Certificate) -> Tensor:
+        r"""What is measured."""
+        raise NotImplementedError
+
+
+class ContractionFactor(_CertificateMetric):
+    r"""Spectral radius of the Jacobian that has to contract, at the reconstruction, per sample. Below 1 is needed.
+
+    Use it in ``Trainer(metrics=...)``; every evaluation certifies the batch (:meth:`DEQReconstructor.certify`), which costs some ten
+    reconstructions.
+
+    :param str, None reduction: over the batch, as in all deepinv metrics; a Trainer wants ``None``, the default.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Denoising
+    >>> from deepinv_deq import ContractionFactor, DEProx, DEQReconstructor, EquilibriumUNet
+    >>> model = DEQReconstructor(DEProx(EquilibriumUNet(channels=(4, 8), contraction=0.8), stepsize=0.5)).eval()
+    >>> y = torch.rand(2, 1, 8, 8)
+    >>> ContractionFactor()(model(y, Denoising()), y=y, physics=Denoising(), model=model).round(decimals=2).tolist()
+    [0.4000000059604645, 0.4000000059604645]
+    """
+
+    def read(self, certificate: Certificate) -> Tensor:
+        r"""The spectral radius.
+
+        :param Certificate certificate: of a batch.
+        :return: tensor of shape ``(B,)``.
+        """
+        return certificate.spectral_radius
+
+
+class FixedPointError(_CertificateMetric):
+    r"""Estimated relative distance of the reconstruction to the fixed point, :math:`\|x - x^*\| / \|x^*\|`, per sample.
+
+    Use it in ``Trainer(metrics=...)``, as :class:`ContractionFactor`, at the same cost.
+
+    :param str, None reduction: over the batch, as in all deepinv metrics; a Trainer wants ``None``, the default.
+    """
+
+    def read(self, certificate: Certificate) -> Tensor:
+        r"""The error.
+
+        :param Certificate certificate: of a batch.
+        :return: tensor of shape ``(B,)``.
+        """
+        return certificate.error
 
 
 def solving_model(model: Any) -> DEQReconstructor | None:

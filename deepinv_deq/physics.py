@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,32 @@ import torch
 from deepinv.physics import LinearPhysics, Tomography
 from torch import Tensor
 
+from deepinv_deq._sparse_matrices import by_columns, check_memory, from_tomography, scalar_like
+from deepinv_deq._sparse_parts import parameter_names, parts_of, read_cache, without_grids, write_cache
+from deepinv_deq._sparse_products import SparseProducts
+
 _TOLERANCE = 1e-5  # relative; of a probe in single precision, whose own rounding is a few 1e-7
 
 
-class SparseLinearPhysics(LinearPhysics):
+class SparseLinearPhysics(SparseProducts):
     r"""Any linear physics with :math:`A` and :math:`A^\top` as sparse matrices (CSR).
 
     The two matrices are exact transposes of each other, so the adjoint is exact whatever the original's was. The noise
-    model, the sensor model and the fast inverse ``fbp`` are the original's. Use :meth:`from_physics` to make one.
+    model, the sensor model, the settings of least-squares solves and the fast inverse ``fbp`` are the original's. Use
+    :meth:`from_physics` to make one.
 
-    :param torch.Tensor matrix: sparse CSR matrix of shape ``(m, n)``.
+    Images and measurements may be of any type. Integers are converted to the type of the matrix. Real and imaginary parts
+    of complex ones are multiplied separately. Half precision is multiplied in single precision.
+
+    :param torch.Tensor matrix: sparse CSR matrix of shape ``(m, n)``, real.
     :param Sequence[int] img_size: shape of one image without batch, ``(C, H, W)``, with ``n`` elements.
     :param Sequence[int] measurement_size: shape of one measurement without batch, with ``m`` elements.
     :param deepinv.physics.LinearPhysics, None original: the operator it stands for.
 
-    :raises ValueError: if the sizes do not fit the matrix.
+    :raises ValueError: if the sizes do not fit the matrix, or the matrix is not real.
     """
+
+    _inverse: tuple[LinearPhysics, ...] = ()
 
     def __init__(
         self,
@@ -36,26 +47,22 @@ class SparseLinearPhysics(LinearPhysics):
         measurement_size: Sequence[int],
         original: LinearPhysics | None = None,
     ):
-        kwargs = (
-            {} if original is None else {"noise_model": original.noise_model, "sensor_model": original.sensor_model}
-        )
-        super().__init__(img_size=tuple(img_size), **kwargs)
-        self.img_size, self.measurement_size = tuple(img_size), tuple(measurement_size)
-        expected = (_numel(self.measurement_size), _numel(self.img_size))
-        if tuple(matrix.shape) != expected:
-            raise ValueError(f"The matrix has shape {tuple(matrix.shape)}, but the sizes ask for {expected}.")
-        for name, m in (("forward", matrix), ("adjoint", matrix.to_sparse_coo().t().coalesce().to_sparse_csr())):
-            # plain buffers, because modules can move and copy those; 32-bit indices halve what a product reads
-            self.register_buffer(f"_{name}_rows", m.crow_indices().int(), persistent=False)
-            self.register_buffer(f"_{name}_columns", m.col_indices().int(), persistent=False)
-            self.register_buffer(f"_{name}_values", m.values(), persistent=False)
-        self._original = [] if original is None else [original]  # in a list: its tensors are not those of this operator
+        kept = "noise_model sensor_model max_iter tol solver implicit_backward_solver".split()
+        settings = {name: getattr(original, name) for name in kept if hasattr(original, name)}
+        super().__init__(matrix, img_size, measurement_size, **settings)
+        self._names = frozenset() if original is None else frozenset(parameter_names(original))
         if hasattr(original, "fbp"):
-            self.fbp = self._fbp
+            # in a tuple: its tensors are not those of this operator
+            self._inverse, self.fbp = (without_grids(original),), self._fbp
 
     @classmethod
     def from_physics(
-        cls, physics: LinearPhysics, img_size: Sequence[int], *, cache: str | os.PathLike[str] | None = None
+        cls,
+        physics: LinearPhysics,
+        img_size: Sequence[int],
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        max_bytes: int = 2 * 2**30,
     ) -> SparseLinearPhysics:
         r"""Measure the matrix of an operator.
 
@@ -64,61 +71,45 @@ class SparseLinearPhysics(LinearPhysics):
 
         :param deepinv.physics.LinearPhysics physics: the operator.
         :param Sequence[int] img_size: shape of one image, ``(C, H, W)``.
-        :param str, None cache: file for the matrix: read if there, else written. A file of another operator is refused.
+        :param str, None cache: file for the matrix: read if there, else written. A file of another operator, or one that was
+            changed, is refused. A file that cannot be written is named in a warning.
+        :param int max_bytes: memory that building may take, 2 GiB by default.
         :return: the sparse operator, on the device of ``physics``.
-        :raises ValueError: if the operator is not linear with real images, or the cache belongs to another operator.
+        :raises ValueError: if the operator is not linear with real images, needs more memory, or the cache is broken or
+            belongs to another operator.
         """
-        img_size = tuple(img_size)
-        probe = torch.rand(1, *img_size, generator=torch.Generator().manual_seed(0)).to(_like(physics))
-        with torch.no_grad():
-            y = physics.A(probe)
-        if not isinstance(y, Tensor) or y.is_complex():
-            raise ValueError(f"{type(physics).__name__} does not map real images to one real tensor of measurements.")
-        path = None if cache is None else Path(cache)
-        if path is not None and path.exists():
-            matrix = torch.load(path, weights_only=True).to(probe.device, probe.dtype)
-            sparse = cls(matrix, img_size, y.shape[1:], physics) if matrix.shape == (y.numel(), probe.numel()) else None
-            if sparse is None or not sparse._agrees(probe, y):
-                raise ValueError(f"{path} holds the matrix of another operator. Delete it, or name another cache file.")
-            return sparse
-        candidates = [_tomography_matrix] if isinstance(physics, Tomography) else []
-        for build in (*candidates, _matrix_by_columns):
-            sparse = cls(build(physics, img_size, y.numel()), img_size, y.shape[1:], physics)
-            if sparse._agrees(probe, y):
-                break
-        else:
-            raise ValueError(f"{type(physics).__name__} does not act as a matrix on images of shape {img_size}.")
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-            torch.save(sparse.matrix.cpu(), partial)
-            partial.replace(path)
-        return sparse
+        return _from_physics(cls, physics, tuple(img_size), None if cache is None else Path(cache), max_bytes)
 
-    @property
-    def matrix(self) -> Tensor:
-        r"""The matrix :math:`A`, sparse CSR of shape ``(m, n)``."""
-        return self._csr("forward", (_numel(self.measurement_size), _numel(self.img_size)))
-
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
-        r"""Measure.
-
-        :param torch.Tensor x: images of shape ``(B, *img_size)``.
-        :param kwargs: ignored.
-        :return: measurements of shape ``(B, *measurement_size)``.
-        :raises ValueError: for images of another shape.
-        """
-        return self._multiply(x, "forward", self.img_size, self.measurement_size)
-
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
-        r"""Apply the exact adjoint.
+    def A_dagger(self, y: Tensor, fbp: bool = False, **kwargs: Any) -> Tensor:
+        r"""Solve a least-squares problem, as :class:`deepinv.physics.LinearPhysics` does.
 
         :param torch.Tensor y: measurements of shape ``(B, *measurement_size)``.
-        :param kwargs: ignored.
+        :param bool fbp: whether to use the fast inverse of the original operator instead.
+        :param kwargs: settings of the solver.
         :return: images of shape ``(B, *img_size)``.
-        :raises ValueError: for measurements of another shape.
         """
-        return self._multiply(y, "adjoint", self.measurement_size, self.img_size)
+        if fbp:
+            return self.fbp(y, **kwargs)
+        solve = super().A_dagger
+        if y.is_complex():  # two problems with real unknowns
+            return torch.complex(solve(y.real, **kwargs), solve(y.imag, **kwargs))
+        return solve(self._floating(y), **kwargs)
+
+    def prox_l2(self, z: Any, y: Tensor, gamma: Any, **kwargs: Any) -> Tensor:
+        r"""Proximal operator of the squared error, as that of :class:`deepinv.physics.LinearPhysics`.
+
+        :param torch.Tensor, float, None z: image of shape ``(B, *img_size)``.
+        :param torch.Tensor y: measurements of shape ``(B, *measurement_size)``.
+        :param float gamma: weight of the squared error.
+        :param kwargs: settings of the solver.
+        :return: images of shape ``(B, *img_size)``.
+        """
+        solve = super().prox_l2
+        z = self._floating(z) if isinstance(z, Tensor) else z
+        if y.is_complex() or (isinstance(z, Tensor) and z.is_complex()):
+            pairs = zip(parts_of(z), parts_of(self._floating(y)), strict=True)
+            return torch.complex(*(solve(*pair, gamma, **kwargs) for pair in pairs))
+        return solve(z, self._floating(y), gamma, **kwargs)
 
     def update_parameters(self, **kwargs: Any) -> None:
         r"""Refuse new parameters of the operator: the matrix would be that of the old ones.
@@ -126,7 +117,7 @@ class SparseLinearPhysics(LinearPhysics):
         :param kwargs: parameters; those that the original operator does not have are ignored, as deepinv does.
         :raises ValueError: if the original operator has such a parameter.
         """
-        stale = [k for k, v in kwargs.items() if v is not None and any(hasattr(o, k) for o in self._original)]
+        stale = [k for k, v in kwargs.items() if v is not None and k in self._names]
         if stale:
             raise ValueError(
                 f"The matrix is that of fixed {', '.join(stale)}: call SparseLinearPhysics.from_physics again."
@@ -138,96 +129,58 @@ class SparseLinearPhysics(LinearPhysics):
         :param torch.Tensor y: measurements of shape ``(B, *measurement_size)``.
         :return: images of shape ``(B, *img_size)``.
         """
-        shadow = copy.copy(self._original[0])
+        shadow = copy.copy(self._inverse[0])
         shadow.A_adjoint = self.A_adjoint
-        return shadow.fbp(y, **kwargs)
+        apply: Callable[[Tensor], Tensor] = lambda part: shadow.fbp(part.to(self._wide), **kwargs).to(part.dtype)  # noqa: E731
+        return self._by_parts(apply, y, self.measurement_size)
 
-    def _csr(self, name: str, shape: tuple[int, int]) -> Tensor:
-        rows, columns, values = (getattr(self, f"_{name}_{part}") for part in ("rows", "columns", "values"))
-        return torch.sparse_csr_tensor(rows, columns, values, size=shape, check_invariants=False)
-
-    def _multiply(self, x: Tensor, name: str, size_in: tuple[int, ...], size_out: tuple[int, ...]) -> Tensor:
-        if tuple(x.shape[1:]) != size_in:
-            raise ValueError(f"Expected shape (B, {', '.join(map(str, size_in))}), got {tuple(x.shape)}.")
-        other = "adjoint" if name == "forward" else "forward"
-        matrix = self._csr(name, (_numel(size_out), _numel(size_in)))
-        transpose = self._csr(other, (_numel(size_in), _numel(size_out)))
-        return _Product.apply(x.flatten(1), matrix, transpose).reshape(-1, *size_out)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinearPhysics:
+        super()._apply(fn, recurse)
+        self._inverse = copy.deepcopy(self._inverse)  # copies of this operator share it
+        for inverse in self._inverse:  # at least in single precision: there is no Fourier transform in half precision
+            inverse.to(device=self._forward_values.device, dtype=self._wide)
+            for module in inverse.modules():  # deepinv's filters compute in the type that they were made with
+                if isinstance(getattr(module, "dtype", None), torch.dtype):
+                    module.dtype = self._wide
+        return self
 
     def _agrees(self, x: Tensor, y: Tensor) -> bool:
         with torch.no_grad():
-            return bool(torch.linalg.vector_norm(self.A(x) - y) <= _TOLERANCE * torch.linalg.vector_norm(y))
+            error = self.A(x) - y
+        largest = bool(error.abs().max() <= _TOLERANCE * y.abs().max()) if y.numel() else True
+        return largest and bool(torch.linalg.vector_norm(error) <= _TOLERANCE * torch.linalg.vector_norm(y))
 
 
-class _Product(torch.autograd.Function):
-    r"""``x Mᵀ`` for a constant sparse ``M`` with a known transpose; differentiable any number of times."""
+def _from_physics(
+    cls: type[SparseLinearPhysics], physics: LinearPhysics, img_size: tuple[int, ...], path: Path | None, max_bytes: int
+) -> SparseLinearPhysics:
+    probe = torch.rand(1, *img_size, generator=torch.Generator().manual_seed(0)).to(scalar_like(physics))
+    with torch.no_grad():
+        y = physics.A(probe)
+    if not isinstance(y, Tensor) or y.is_complex():
+        raise ValueError(f"{type(physics).__name__} does not map real images to one real tensor of measurements.")
+    m, n = y.numel(), probe.numel()
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Tensor, transpose: Tensor) -> Tensor:
-        ctx.matrix, ctx.transpose = matrix, transpose
-        with torch.autocast(x.device.type, enabled=False):  # which has no sparse products in half precision
-            return torch.mm(matrix, x.to(matrix.dtype).t()).t().to(x.dtype)
+    def make(matrix: Tensor) -> SparseLinearPhysics | None:
+        sparse = cls(matrix, img_size, y.shape[1:], physics).to(probe.device)
+        return sparse if sparse._agrees(probe, y) else None
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return _Product.apply(g, ctx.transpose, ctx.matrix), None, None
-
-
-def _tomography_matrix(physics: Tomography, img_size: tuple[int, ...], m: int) -> Tensor:
-    r"""The matrix of a :class:`deepinv.physics.Tomography`: bilinear weights of its rotated grids, summed along rays."""
-    radon, side = physics.radon, img_size[-1]
-    if _numel(img_size) != side * side:
-        return _matrix_by_columns(physics, img_size, m)
-    views = len(radon.theta)
-    grid = radon.all_grids if radon.parallel_computation else torch.cat(list(radon.all_grids), 2)
-    rays, detectors = grid.shape[1], grid.shape[2] // views
-    # the same padding as in deepinv's Radon.forward; whoever calls checks the matrix against the operator
-    padded, before = side, 0
-    if not radon.circle:
-        padded = side + int((torch.tensor(2.0).sqrt() * side - side).ceil())
-        before = padded // 2 - side // 2
-    position = (grid[0].double() + 1) / 2 * (padded - 1) - before  # align_corners=True
-    column, row = position[..., 0], position[..., 1]
-    ray = torch.arange(views * detectors, device=grid.device)
-    measurement = (ray % detectors) * views + ray // detectors  # Radon returns (detectors, views)
-    measurement = measurement.expand(rays, -1)
-    indices, values = [], []
-    for dr in (0, 1):
-        for dc in (0, 1):
-            r, c = row.floor() + dr, column.floor() + dc
-            weight = (1 - (row - r).abs()) * (1 - (column - c).abs())
-            if radon.circle:
-                weight = weight * (((2 * r / (side - 1) - 1) ** 2 + (2 * c / (side - 1) - 1) ** 2) <= 1)
-            inside = (r >= 0) & (r < side) & (c >= 0) & (c < side) & (weight > 0)
-            indices.append(torch.stack([measurement[inside], (r * side + c)[inside].long()]))
-            values.append(weight[inside])
-    value = torch.cat(values)
-    if physics.normalize:
-        value = value / physics.operator_norm.double()
-    matrix = torch.sparse_coo_tensor(torch.cat(indices, 1), value, (m, side * side), check_invariants=False).coalesce()
-    return matrix.to(physics.dtype).to_sparse_csr()
-
-
-def _matrix_by_columns(physics: LinearPhysics, img_size: tuple[int, ...], m: int, chunk: int = 128) -> Tensor:
-    r"""The matrix of any operator: its columns are the measurements of unit images."""
-    n, like, blocks = _numel(img_size), _like(physics), []
-    for start in range(0, n, chunk):
-        count = min(chunk, n - start)
-        unit = like.new_zeros(count, n)
-        unit[:, start : start + count].fill_diagonal_(1.0)
-        with torch.no_grad():
-            blocks.append(physics.A(unit.reshape(-1, *img_size)).reshape(-1, m).to_sparse_coo())
-    return torch.cat(blocks).t().coalesce().to_sparse_csr()
-
-
-def _like(physics: LinearPhysics) -> Tensor:
-    r"""A number of the device of an operator, as precise as the most precise of its tensors."""
-    like = torch.zeros(())
-    for t in (*physics.parameters(), *physics.buffers()):
-        if t.is_floating_point():
-            like = torch.zeros((), device=t.device, dtype=torch.promote_types(like.dtype, t.dtype))
-    return like
-
-
-def _numel(size: Sequence[int]) -> int:
-    return torch.Size(size).numel()
+    if path is not None and path.exists():
+        matrix = read_cache(path)
+        sparse = None
+        if tuple(matrix.shape) == (m, n):
+            check_memory(physics, (m, n), matrix._nnz(), matrix.dtype, max_bytes)
+            sparse = make(matrix.to(probe.dtype))
+        if sparse is None:
+            raise ValueError(f"{path} holds the matrix of another operator. Delete it, or name another cache file.")
+        return sparse
+    sparse = None
+    if isinstance(physics, Tomography) and n == physics.img_width**2:
+        with suppress(AttributeError):  # a deepinv whose grids are elsewhere
+            sparse = make(from_tomography(physics, m, max_bytes))
+    sparse = sparse or make(by_columns(physics, img_size, m, max_bytes))
+    if sparse is None:
+        raise ValueError(f"{type(physics).__name__} does not act as a matrix on images of shape {img_size}.")
+    if path is not None:
+        write_cache(path, sparse.matrix)
+    return sparse

@@ -3,26 +3,29 @@ r"""The deep equilibrium model as a deepinv reconstructor."""
 from __future__ import annotations
 
 import os
-from dataclasses import fields
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepinv.loss.metric import PSNR
 from deepinv.models import Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from deepinv_deq._states import State
-from deepinv_deq._warm_starts import WarmStarts
-from deepinv_deq._weights import read_weights
+from deepinv_deq import compat, pretrained
 from deepinv_deq.certificate import Certificate, certify
-from deepinv_deq.denoisers import EquilibriumUNet
+from deepinv_deq.checks import Init, check_finite, give_lazy_layers_their_shapes, starting_point
+from deepinv_deq.course import Course
 from deepinv_deq.implicit import ModularIDHook
-from deepinv_deq.iterations import DEGrad, DEProx, FixedPointIteration
-from deepinv_deq.solvers import Solver, SolverStat
+from deepinv_deq.implicit.forward_mode import refusing_vmap
+from deepinv_deq.iterations import FixedPointIteration
+from deepinv_deq.maps import Map, as_map
+from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
+from deepinv_deq.states import State
+from deepinv_deq.warm_starts import WarmStarts
 
-_TEMPLATES: dict[str, type[DEGrad] | type[DEProx]] = {"DEGrad": DEGrad, "DEProx": DEProx}
+OnSolve = Callable[[str, SolverStat], Any]
 
 
 class DEQReconstructor(Reconstructor):
@@ -39,20 +42,19 @@ class DEQReconstructor(Reconstructor):
     :param Solver, None solver: forward solver; default ``Solver("anderson", max_iter=50, tol=1e-4)``.
     :param ModularIDHook, None hook: how the fixed point is differentiated; default implicit, with GMRES.
     :param int warm_starts: in training, keep the fixed points of as many samples and start from them when the same
-        measurements come again, one epoch later: fewer evaluations, the same solution to the same tolerance. It takes
-        effect in the third epoch (of measurements that were seen once a digest is kept, no more), costs one image of
-        memory per sample, and is forgotten by copies and checkpoints: a resumed run repeats an uninterrupted one to the
-        tolerance of the solves, not to the bit. ``0``, the default, keeps nothing.
+        measurements come again, from the third epoch on: fewer evaluations, the same solution to the same tolerance. Costs
+        one image of memory per sample. Copies and checkpoints do not keep them, so a resumed run matches an uninterrupted
+        one to solver tolerance, not bitwise. ``0``, the default, keeps nothing.
 
     :raises TypeError: if a part is not of its class.
     :raises ValueError: if ``warm_starts`` is no number of samples.
 
-    The attributes ``forward_stat`` and ``hook.stat`` hold the :class:`SolverStat` of the last forward and backward solve.
+    The attributes ``forward_stat`` and ``hook.stat`` hold the :class:`SolverStat` of the last forward and backward solve;
+    :meth:`on_solve` gives access to all of them.
 
     Losses that divide a difference of two reconstructions by a small :math:`\tau`, as :class:`deepinv.loss.SureGaussianLoss`
-    does, divide the errors of both solves by it too: give ``solver`` and ``hook`` tolerances below :math:`\tau` times the
-    relative accuracy wanted of the gradient. Two solves from cold starts make nearly the same error, so that most of it
-    cancels; with ``warm_starts`` it does not.
+    does, divide solver errors by :math:`\tau`, too: give ``solver`` and ``hook`` tolerances below :math:`\tau` times the relative
+    accuracy wanted of the gradient. Without ``warm_starts`` most of the error cancels in the difference.
 
     |sep|
 
@@ -79,16 +81,23 @@ class DEQReconstructor(Reconstructor):
         super().__init__()
         solver = Solver("anderson", max_iter=50, tol=1e-4) if solver is None else solver
         hook = ModularIDHook() if hook is None else hook
-        for name, part, kind in (
-            ("iteration", iteration, FixedPointIteration),
-            ("solver", solver, Solver),
-            ("hook", hook, ModularIDHook),
-        ):
-            if not isinstance(part, kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {type(part).__name__}.")
         self.iteration, self.solver, self.hook = iteration, solver, hook
+        for name, kind in {"iteration": FixedPointIteration, "solver": Solver, "hook": ModularIDHook}.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}.")
         self.forward_stat: SolverStat | None = None
         self._warm_starts = WarmStarts(warm_starts)
+        self._callbacks = _Callbacks()
+
+    def on_solve(self, callback: OnSolve) -> RemovableHandle:
+        r"""Call a function after every solve of this model, as for logging.
+
+        :param Callable callback: called as ``callback(which, stat)`` with ``"forward"``, ``"backward"`` (an adjoint solve) or
+            ``"tangent"`` (forward mode) and the :class:`SolverStat`, in the thread of the solve, also where the solve raises a
+            :class:`ConvergenceError`. An exception in the callback is not caught. Copies and saved models begin without callbacks.
+        :return: a handle; ``handle.remove()`` ends it.
+        """
+        return self._callbacks.add(callback)
 
     @classmethod
     def from_pretrained(
@@ -97,62 +106,32 @@ class DEQReconstructor(Reconstructor):
         r"""A trained model, in one line.
 
         :param str, os.PathLike name: ``"ct-ei"`` (sparse-view CT, 64×64 pixels, 30 views) or ``"mri-ei"`` (8x accelerated MRI,
-            96×96 pixels, noise 0.05 in k-space), which ship with the package: the best of those trained without ground truth in
-            ``examples/paper`` (equivariant imaging with fixed targets, and with turned operators for CT, with SURE for MRI); or a file written by
-            :meth:`save_pretrained`.
+            96×96 pixels, noise 0.05 in k-space), which ship with the package and were trained without ground truth in
+            ``examples/paper``; or a file written by :meth:`save_pretrained`.
         :param str, torch.device device: where to put it.
         :param settings: ``solver=``, ``hook=`` or ``warm_starts=`` in the place of the saved ones.
         :return: the model, in evaluation mode.
         :raises FileNotFoundError: if there is no such model.
         :raises ValueError: if the file is broken, or of something else.
         """
-        saved = read_weights(name, "models")
-        if not {"iteration", "denoiser", "solver", "hook", "state_dict"} <= saved.keys():
-            raise ValueError(
-                f"{str(name)!r} is no DEQReconstructor: weights of a denoiser are for EquilibriumUNet(pretrained=...)."
-            )
-        template = _TEMPLATES[saved["iteration"]](
-            EquilibriumUNet(**saved["denoiser"]), learn_stepsize=saved["learn_stepsize"]
-        )
-        hook = ModularIDHook(Solver(**saved["hook"]["solver"]), mode=saved["hook"]["mode"])
-        parts: dict[str, Any] = {"solver": Solver(**saved["solver"]), "hook": hook}
-        model = cls(template, **(parts | settings))
-        model.load_state_dict(saved["state_dict"])
-        return model.to(device).eval()
+        return pretrained.load(cls, name, **settings).to(device).eval()
 
     def save_pretrained(self, path: str | os.PathLike[str], **about: Any) -> None:
         r"""Save the model with all that is needed to build it again, for :meth:`from_pretrained`.
 
         :param str, os.PathLike path: file to write, at once or not at all.
         :param about: plain values to keep with it, such as what it was trained on.
-        :raises TypeError: if the iteration is neither :class:`DEGrad` nor :class:`DEProx`, or its denoiser no
-            :class:`EquilibriumUNet`: then save ``state_dict()``.
+        :raises TypeError: if the iteration is none of :class:`DEGrad`, :class:`DEProx`, :class:`DEHQS`, :class:`DEADMM`, or its
+            denoiser no :class:`EquilibriumUNet`: then save ``state_dict()``.
         """
-        kind, denoiser = type(self.iteration).__name__, self.iteration.denoiser
-        if _TEMPLATES.get(kind) is not type(self.iteration) or type(denoiser) is not EquilibriumUNet:
-            raise TypeError(
-                f"Only DEGrad and DEProx of an EquilibriumUNet can be saved with their settings, not {kind} of "
-                f"{type(denoiser).__name__}. Save model.state_dict(), and build the model before you load it."
-            )
-        saved = {
-            "iteration": kind,
-            "denoiser": denoiser.settings,
-            "learn_stepsize": isinstance(self.iteration.stepsize, torch.nn.Parameter),
-            "solver": _settings(self.solver),
-            "hook": {"solver": _settings(self.hook.solver), "mode": self.hook.mode},
-            # the noise level is for denoisers that want one, which this one does not
-            "state_dict": {k: t.cpu().contiguous() for k, t in self.state_dict().items() if k != "iteration.sigma"},
-            "about": about,
-        }
-        partial = Path(f"{os.fspath(path)}.part")
-        torch.save(saved, partial)
-        partial.replace(path)
+        pretrained.save(self, path, about)
 
+    @compat.outside_of_compiled_graphs
     def forward(
         self,
         y: Tensor,
         physics: Physics,
-        init: Tensor | None = None,
+        init: Init | None = None,
         *,
         x_gt: Tensor | None = None,
         compute_metrics: bool = False,
@@ -162,27 +141,43 @@ class DEQReconstructor(Reconstructor):
 
         :param torch.Tensor y: measurements, of the shape ``physics.A`` returns, batch first.
         :param deepinv.physics.Physics physics: forward operator.
-        :param torch.Tensor, None init: first point, of shape ``(B, C, H, W)``; default ``iteration.init(y, physics)``, or what
-            ``warm_starts`` remembers.
+        :param torch.Tensor, tuple[torch.Tensor, ...], Callable, None init: first point, of shape ``(B, C, H, W)`` (a tuple for several
+            variables), or a function of ``y`` and ``physics``; default ``iteration.init``, or what ``warm_starts`` remembers.
         :param torch.Tensor, None x_gt: ground truth of shape ``(B, C, H, W)``, for the PSNR of the iterates.
         :param bool compute_metrics: whether to return the course of the solve too, as deepinv's optimisation models do.
         :param kwargs: ignored, as deepinv's models must.
         :return: reconstruction of shape ``(B, C, H, W)``; with ``compute_metrics``, also a dictionary with lists
             ``"residual"`` and, given ``x_gt``, ``"psnr"``: one list per sample, one number per evaluation.
-        :raises ValueError: if ``y`` has NaN or Inf, or does not fit ``physics``.
-        :raises TypeError: if ``physics`` has no adjoint.
+        :raises ValueError: if ``y`` has NaN or Inf, or does not fit ``physics``; if ``init`` does not fit.
+        :raises TypeError: if ``physics`` has no adjoint, or ``init`` is no state.
+        :raises RuntimeError: inside of :func:`torch.vmap`, :func:`torch.func.grad` and their kin.
         :raises ConvergenceError: if a solve misses its tolerance and its solver was told to raise.
         """
-        _check_finite(y)
-        f = self.iteration.bind(y, physics)
-        x0 = self.iteration.init(y, physics) if init is None else init
+        with refusing_vmap():
+            check_finite(y)
+            give_lazy_layers_their_shapes(self.iteration, y, physics)
+            f = as_map(self.iteration.bind(y, physics))
+            course = Course(f, x_gt, self.iteration.output) if compute_metrics else None
+            x_star, stat = self._solve(course or f, y, physics, init)
+            x_hat = self.iteration.output(self.hook(f, x_star, on_solve=self._callbacks))
+        return x_hat if course is None else (x_hat, course.metrics(stat["rel_trace"].tolist()))
+
+    def _solve(self, f: Map, y: Any, physics: Physics, init: Init | None) -> tuple[State, SolverStat]:
+        r"""The fixed point, without a graph and without tangents."""
         keys = self._warm_starts.keys(y) if init is None and self.training else []
-        x0 = self._warm_starts.start(keys, x0)
-        course = _Course(f, x_gt, self.iteration) if compute_metrics else None
-        x_star, self.forward_stat = self.solver(course or f, x0)  # solvers never tape
-        self._warm_starts.keep(keys, x_star, self.forward_stat.residual)
-        x_hat = self.iteration.output(self.hook(f, x_star))
-        return x_hat if course is None else (x_hat, course.metrics(self.forward_stat))
+        try:
+            with compat.tangents(False):
+                given = None if init is None else starting_point(init, self.iteration, y, physics)
+                x0 = self._warm_starts.start(keys, self.iteration.init(y, physics)) if given is None else given
+                x_star, stat = self.solver(f, x0)
+        except ConvergenceError as error:
+            if error.stat is not None:
+                self._callbacks("forward", error.stat)
+            raise
+        self._warm_starts.keep(keys, x_star, stat.residual)
+        self.forward_stat = stat
+        self._callbacks("forward", stat)
+        return x_star, stat
 
     def certify(
         self,
@@ -223,33 +218,22 @@ class DEQReconstructor(Reconstructor):
         return certify(self.iteration, self.solver, y, physics, x_gt=x_gt, products=products, metric=metric)
 
 
-def _settings(solver: Solver) -> dict[str, Any]:
-    r"""What builds a solver again, as plain values."""
-    return {f.name: getattr(solver, f.name) for f in fields(solver) if f.init} | {"options": dict(solver.options)}
+class _Callbacks:
+    r"""Functions that are called after every solve. They are not part of the model's state: copies have none."""
 
+    def __init__(self) -> None:
+        self._functions: OrderedDict[int, OnSolve] = OrderedDict()
 
-class _Course:
-    r"""A map that remembers the PSNR of the points it was evaluated at."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Callbacks, ()
 
-    def __init__(self, f: Any, x_gt: Tensor | None, iteration: FixedPointIteration):
-        self.f, self.x_gt, self.iteration = f, x_gt, iteration
-        self.psnr: list[Tensor] = []
+    def add(self, callback: OnSolve) -> RemovableHandle:
+        if not callable(callback):
+            raise TypeError(f"on_solve needs a function callback(which, stat), got {type(callback).__name__}.")
+        handle = RemovableHandle(self._functions)
+        self._functions[handle.id] = callback
+        return handle
 
-    def __call__(self, x: State) -> State:
-        if self.x_gt is not None:
-            self.psnr.append(PSNR()(self.iteration.output(x), self.x_gt))
-        return self.f(x)
-
-    def metrics(self, stat: SolverStat) -> dict[str, list[list[float]]]:
-        out = {"residual": stat["rel_trace"].tolist()}
-        return out | ({"psnr": torch.stack(self.psnr, dim=1).tolist()} if self.psnr else {})
-
-
-def _check_finite(y: Any) -> None:
-    for i, part in enumerate([y] if isinstance(y, Tensor) else list(y)):
-        if not bool(torch.isfinite(part).all()):
-            count = int((~torch.isfinite(part)).sum())
-            raise ValueError(
-                f"The measurements have {count} NaN or Inf values of {part.numel()}"
-                f"{'' if isinstance(y, Tensor) else f' in part {i}'}. Repair or mask them before reconstructing."
-            )
+    def __call__(self, which: str, stat: SolverStat) -> None:
+        for function in list(self._functions.values()):  # a callback may remove itself
+            function(which, stat)

@@ -15,6 +15,7 @@ from deepinv.utils import TensorList
 from torch import Tensor, nn
 
 from deepinv_deq import DEGrad, DEProx, DEQReconstructor, FixedPointIteration, ModularIDHook, Solver
+from deepinv_deq.maps import Map
 
 F64 = torch.float64
 
@@ -30,7 +31,7 @@ def affine(batch: int = 3, n: int = 40, *, low: float = -0.3, high: float = 0.97
     return (lambda z: z @ w.T + c), x, w
 
 
-class Batch:
+class Batch(Map):
     r"""``x_i ↦ r_i S x_i + c_i`` with a cyclic shift ``S``: samples of different speeds, and a count of what is evaluated.
 
     ``calls`` lists the batch sizes of all evaluations.
@@ -44,9 +45,6 @@ class Batch:
     def __call__(self, x: Tensor) -> Tensor:
         self.calls.append(len(x))
         return self.rates[:, None] * x.roll(1, dims=1) + self.c
-
-    def separable(self, x: Tensor, fx: Tensor | None = None) -> bool:
-        return True
 
     def select(self, rows: Tensor | slice) -> Batch:
         return Batch(self.rates[rows], 0, c=self.c[rows], calls=self.calls)

@@ -35,9 +35,20 @@ def test_samples_do_not_see_each_other():
     assert [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
 
 
-def test_it_starts_at_the_identity_and_leaves_it():
+@pytest.mark.parametrize("in_channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_it_starts_as_a_contraction(in_channels, dim):
+    net = EquilibriumUNet(in_channels, channels=(4, 8), contraction=0.7, dim=dim)
+    x = torch.rand(2, in_channels, *(9, 14, 11)[:dim], requires_grad=True)
+    out = net(x)
+    torch.testing.assert_close(out, 0.7 * x)
+    (product,) = torch.autograd.grad(out, x, torch.ones_like(x))
+    torch.testing.assert_close(product, torch.full_like(x, 0.7))
+    assert EquilibriumUNet(channels=(4, 8)).settings["contraction"] == 0.9
+
+
+def test_it_leaves_its_start():
     x, net = torch.rand(2, 1, 32, 32), EquilibriumUNet(channels=(4, 8))
-    assert torch.equal(net(x), x)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -85,6 +96,36 @@ def test_pretrained_weights_denoise():
         assert (net(y) - x).square().mean() < 0.2 * (y - x).square().mean()  # 7 dB on smooth images
     twin = pickle.loads(pickle.dumps(net))
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("pretrained", ["gray", "complex"])
+def test_pretrained_weights_without_context_ignore_it_at_first(pretrained):
+    plain = EquilibriumUNet(pretrained=pretrained).eval()
+    net = EquilibriumUNet(pretrained=pretrained, context_channels=2).eval()
+    x, context = torch.rand(2, plain.settings["in_channels"], 13, 16), torch.rand(2, 2, 13, 16)
+    torch.testing.assert_close(net(x, context=context), plain(x), rtol=1e-4, atol=1e-5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    (net(x, context=context) - context[:, :1]).square().mean().backward()
+    optimizer.step()
+    assert (net(x, context=context) - net(x, context=-context)).abs().max() > 0
+    twin = pickle.loads(pickle.dumps(net))
+    torch.testing.assert_close(twin(x, context=context), net(x, context=context))
+
+
+def test_wrong_inputs_are_named():
+    net, x = EquilibriumUNet(1, channels=(4, 8), context_channels=1), torch.rand(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="takes 1 context channels .*got 0"):
+        net(x)
+    with pytest.raises(ValueError, match="takes 0 context channels .*got 1"):
+        EquilibriumUNet(1, channels=(4, 8))(x, context=x)
+    with pytest.raises(ValueError, match="shape .B, C, H, W. for dim=2, got .1, 1, 8, 8, 8."):
+        EquilibriumUNet(1, channels=(4, 8))(torch.rand(1, 1, 8, 8, 8))
+    with pytest.raises(ValueError, match="contraction must be in .0, 1., got 1.2"):
+        EquilibriumUNet(contraction=1.2)
+    with pytest.raises(ValueError, match="dim must be 2 .*got 4"):
+        EquilibriumUNet(dim=4)
+    with pytest.raises(ValueError, match="context_channels must not be negative, got -1"):
+        EquilibriumUNet(context_channels=-1)
 
 
 def test_bad_settings():

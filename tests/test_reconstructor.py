@@ -3,6 +3,8 @@ r"""DEQReconstructor as a deepinv model: interface, Trainer, bad input."""
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 
 import deepinv as dinv
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from deepinv_deq import (
-    ConvergenceWarning,
+    ConvergenceError,
     DEGrad,
     DEProx,
     DEQReconstructor,
@@ -22,8 +24,6 @@ from deepinv_deq import (
     PipelineEquivariance,
     Solver,
 )
-from deepinv_deq.datasets import ct_slice, mr_slice
-from deepinv_deq.physics import SparseLinearPhysics
 from tests.problems import imaging, relative_error
 
 
@@ -179,92 +179,11 @@ def step(model, physics, y):
     return torch.autograd.grad(x_hat.float().square().sum(), list(model.parameters()))
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_compiled_iteration_gives_the_same_gradient(whole):
-    model, physics, y = small_deq()
-    exact = step(model, physics, y)
-    torch._dynamo.reset()
-    # the graph is captured and differentiated ahead of time, without a C++ compiler, which a machine may lack
-    (model.iteration if whole else model.iteration.denoiser).compile(backend="aot_eager")
-    assert relative_error(step(model, physics, y), exact) <= 1e-4
-    torch._dynamo.reset()
-
-
-def test_what_is_compiled_while_taping_is_for_many_products_and_one_batch_size():
-    compiler, dynamo = torch._functorch.config, torch._dynamo.config
-    if not hasattr(compiler, "donated_buffer"):
-        pytest.skip("this PyTorch gives no buffers away")
-    model, physics, y = small_deq()
-    seen = set()
-    model.iteration.denoiser.register_forward_pre_hook(
-        lambda *_: seen.add((torch.is_grad_enabled(), compiler.donated_buffer, dynamo.automatic_dynamic_shapes))
-    )
-    before = compiler.donated_buffer, dynamo.automatic_dynamic_shapes
-    step(model, physics, y)
-    assert seen == {(False, *before), (True, False, False)}
-    assert (compiler.donated_buffer, dynamo.automatic_dynamic_shapes) == before
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
-def test_half_precision_autocast_gives_nearly_the_same_gradient(dtype, tolerance):
-    model, physics, y = small_deq()
-    exact = step(model, physics, y)
-    model.solver = Solver("anderson", max_iter=30, tol=1e-2)
-    model.hook.solver = Solver("gmres", tol=1e-5)
-    with torch.autocast("cpu", dtype=dtype):
-        x_hat = model(y, physics)
-    with pytest.warns(ConvergenceWarning, match=f"products in {str(dtype)[6:]} cannot reach 1.0e-05"):
-        torch.autograd.grad(x_hat.float().square().sum(), list(model.parameters()), retain_graph=True)
-    model.hook.solver = Solver("gmres", tol=1e-2)
-    rough = torch.autograd.grad(x_hat.float().square().sum(), list(model.parameters()))
-    assert relative_error(rough, exact) <= tolerance
-
-
 def test_channels_are_innermost_inside_the_denoiser_and_outermost_outside():
     net, seen = EquilibriumUNet(2, channels=(4, 8)), []
     net.Conv_1x1.register_forward_hook(lambda m, i, out: seen.append(i[0].stride(1)))
     assert net(torch.rand(2, 2, 16, 16)).is_contiguous() and seen == [1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in net.parameters() if p.ndim == 4)
-
-
-@pytest.mark.parametrize("template", [DEGrad, DEProx])
-@pytest.mark.parametrize("learned", [False, True])
-def test_a_saved_model_is_the_same_model(tmp_path, template, learned):
-    torch.manual_seed(0)
-    net = EquilibriumUNet(2, channels=(4, 8))
-    torch.nn.init.normal_(net.Conv_1x1.weight, std=0.01)
-    model = DEQReconstructor(
-        template(net, stepsize=0.4, data_weight=1.5, learn_stepsize=learned, sigma=torch.tensor(0.1)),
-        solver=Solver("anderson", max_iter=77, tol=2e-5, on_failure="ignore"),
-        hook=ModularIDHook(Solver("broyden", tol=3e-3), mode="jfb"),
-    )
-    model.save_pretrained(tmp_path / "model.pt", data="somewhere")
-    loaded = DEQReconstructor.from_pretrained(tmp_path / "model.pt")
-    assert not loaded.training and loaded.solver == model.solver and loaded.hook.solver == model.hook.solver
-    assert loaded.hook.mode == "jfb" and isinstance(loaded.iteration.stepsize, nn.Parameter) == learned
-    physics = mri()
-    y = physics(torch.rand(2, 2, 16, 16))
-    torch.testing.assert_close(loaded(y, physics), model.eval()(y, physics), rtol=0, atol=0)
-    other = DEQReconstructor.from_pretrained(tmp_path / "model.pt", solver=Solver("broyden", max_iter=3))
-    assert other.solver.method == "broyden" and not list(tmp_path.glob("*.part"))
-
-
-def test_what_is_no_saved_model_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No weights 'nothing'"):
-        DEQReconstructor.from_pretrained("nothing")
-    denoiser = tmp_path / "denoiser.pt"
-    torch.save({"settings": {}, "state_dict": {}}, denoiser)
-    with pytest.raises(ValueError, match="is no DEQReconstructor.*EquilibriumUNet"):
-        DEQReconstructor.from_pretrained(denoiser)
-    model, *_ = imaging()
-    with pytest.raises(TypeError, match="model.state_dict"):
-        model.save_pretrained(tmp_path / "model.pt")
-    good = DEQReconstructor(DEProx(EquilibriumUNet(2, channels=(4, 8))))
-    good.save_pretrained(tmp_path / "good.pt")
-    whole = (tmp_path / "good.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cut.pt holds no weights"):
-        DEQReconstructor.from_pretrained(tmp_path / "cut.pt")
 
 
 def test_copies_train_as_the_original_does():
@@ -295,41 +214,6 @@ def test_a_network_and_its_copy_in_one_iteration():
         with torch.nn.utils.parametrize.cached():  # whose keys the two share
             assert torch.allclose(model.iteration.bind(y, physics)(x), alone, atol=1e-6)
     assert all(torch.isfinite(g).all() for g in step(model, physics, y))
-
-
-def test_compiled_graphs_survive_the_pass():
-    model, physics, y = small_deq()
-    compiled = []
-    model.iteration.denoiser.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
-    for _ in range(4):
-        step(model, physics, y)
-        compiled.append(None)
-    after_first = compiled[compiled.index(None) :]
-    assert not any(graph is not None for graph in after_first)
-
-
-def test_shipped_models_reconstruct():
-    x = ct_slice(64)
-    tomography = dinv.physics.Tomography(angles=30, img_width=64, normalize=True, adjoint_via_backprop=True)
-    physics = SparseLinearPhysics.from_physics(tomography, (1, 64, 64))
-    model, psnr = DEQReconstructor.from_pretrained("ct-ei"), dinv.metric.PSNR()
-    with torch.no_grad():
-        y = physics.A(x)
-        assert psnr(model(y, physics), x) > psnr(physics.fbp(y), x) + 5
-    model = DEQReconstructor.from_pretrained("mri-ei")
-    rng = torch.Generator().manual_seed(0)
-    mask = dinv.physics.generator.GaussianMaskGenerator((96, 96), acceleration=8, rng=rng).step()["mask"]
-    noise = dinv.physics.GaussianNoise(0.05, rng=rng)
-    physics, psnr = (
-        dinv.physics.MRI(mask=mask, img_size=(2, 96, 96), noise_model=noise),
-        dinv.metric.PSNR(complex_abs=True),
-    )
-    image = torch.nn.functional.interpolate(mr_slice(), size=(96, 96), mode="area")
-    x = torch.cat([image, torch.zeros_like(image)], dim=1)
-    with torch.no_grad():
-        y = physics(x)
-        assert psnr(model(y, physics), x) > psnr(physics.A_adjoint(y), x) + 1
-    assert model.forward_stat.converged.all()
 
 
 # What PyTorch offers for modules -----------------------------------------------------------------------------------
@@ -414,3 +298,83 @@ def test_an_exported_iteration_has_the_same_fixed_point():
 
     with pytest.raises(Exception, match="data-dependent"):
         torch.export.export(Solve(), (y,))
+
+
+# Who is told of solves ---------------------------------------------------------------------------------------------
+
+
+def test_every_solve_is_told():
+    model, physics, _, y = imaging()
+    told = []
+    handle = model.on_solve(lambda which, stat: told.append((which, stat)))
+    other = model.on_solve(lambda which, stat: told.append(("other", stat)))
+    x_hat = model(y, physics)
+    assert told == [("forward", model.forward_stat), ("other", model.forward_stat)]
+    other.remove()
+    model(model.iteration.output(x_hat).flatten(1) @ physics.matrix.T, physics).sum().backward()
+    assert [which for which, _ in told[2:]] == ["forward", "backward", "backward"]
+    assert told[-1][1] is model.hook.stat and all(stat.converged.all() for _, stat in told)
+    handle.remove()
+    model(y, physics).sum().backward()
+    assert len(told) == 5
+    with pytest.raises(TypeError, match="on_solve needs a function"):
+        model.on_solve("print")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "tangent"])
+def test_solves_that_raise_are_told_first(where):
+    model, physics, _, y = imaging()
+    failing = {"max_iter": 2, "tol": 1e-12, "on_failure": "raise"}
+    if where == "forward":
+        model.solver = Solver("anderson", **failing)
+    else:
+        model.hook = ModularIDHook(Solver("gmres", **failing))
+    told = []
+    model.on_solve(lambda which, stat: told.append((which, bool(stat.converged.any()))))
+    with pytest.raises(ConvergenceError):
+        if where == "tangent":
+            torch.func.jvp(lambda y: model(y, physics), (y,), (y,))
+        model(y, physics).sum().backward()
+    assert told[-1] == (where, False)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_begin_without_callbacks(copier):
+    model, physics, _, y = imaging()
+    told = []
+    model.on_solve(lambda which, stat: told.append(which))  # which no pickle could hold
+    twin = copier(model)
+    twin(y, physics)
+    assert told == []
+    twin.on_solve(lambda *_: None)
+    model(y, physics)
+    assert told == ["forward"]
+
+
+def test_callbacks_are_called_in_the_thread_of_their_solve():
+    models = [imaging(seed=s) for s in (0, 1)]
+    told = {0: set(), 1: set()}
+    for k, (model, *_) in enumerate(models):
+        model.on_solve(lambda which, stat, k=k: told[k].add(threading.current_thread().name))
+
+    def train(k):
+        model, physics, _, y = models[k]
+        for _ in range(3):
+            model(y, physics).sum().backward()
+
+    threads = [threading.Thread(target=train, args=(k,), name=f"thread {k}") for k in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == {0: {"thread 0"}, 1: {"thread 1"}}
+
+
+def test_adjoint_solves_of_every_order_are_told():
+    model, physics, _, y = imaging()
+    told = []
+    model.on_solve(lambda which, stat: told.append(which))
+    (first,) = torch.autograd.grad(model(y.requires_grad_(), physics).sin().sum(), y, create_graph=True)
+    assert told == ["forward", "backward"]
+    first.square().sum().backward()
+    assert told[2:] and set(told[2:]) == {"backward"}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepinv_deq import DEQReconstructor
-from deepinv_deq._warm_starts import _SEEN, WarmStarts, digests
+from deepinv_deq.warm_starts import _SEEN, WarmStarts, digests
 from tests.problems import imaging
 
 

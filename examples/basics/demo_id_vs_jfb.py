@@ -90,8 +90,7 @@ plt.show()
 # :math:`b = g + g \, \partial F / \partial x + \dots` matter, of which JFB takes the first. DE-Grad in tomography is slow: it takes small
 # steps. These are its gradients for four crops of 32 views, next to one of a solve to 1e-7.
 #
-# Small steps have small residuals. So a tolerance that was tight above is loose here, and ID must be told to solve further; the
-# *remainder* in the statistic says how much of :math:`g` a solution does not account for, and the solver warns where it is most.
+# The tolerance of ID bounds the residual of the adjoint equation, divided by the norm of :math:`g`. So it means the same for small steps.
 
 tomography = dinv.physics.Tomography(angles=32, img_width=size, normalize=True, adjoint_via_backprop=True)
 tomography = SparseLinearPhysics.from_physics(tomography, (1, size, size))
@@ -128,7 +127,7 @@ for tol in (1e-2, 1e-3, 3e-4, 1e-4):
     cosine = torch.cosine_similarity(gradient_ct(implicit(tol)), exact, dim=0)
     stat = model.hook.stat
     print(
-        f"ID, {tol:g}: {stat.work:4.1f} products, remainder {stat.remainder.max():4.0%}, cosine with the exact gradient {cosine:.2f}"
+        f"ID, {tol:g}: {stat.work:4.1f} products, residual {stat.residual.max():4.0%}, cosine with the exact gradient {cosine:.2f}"
     )
 print(
     f"JFB: cosine with the exact gradient {torch.cosine_similarity(gradient_ct(ModularIDHook(mode='jfb')), exact, dim=0):.2f}"

@@ -286,9 +286,10 @@ def overhead(bench: Bench) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _timing_of_solves(spent: dict[str, float], device: str) -> Iterator[None]:
-    from deepinv_deq import _maps, solvers
+    from deepinv_deq import solvers
+    from deepinv_deq.solvers import problem
 
-    solve, count = solvers.Solver._solve, _maps._counting
+    solve, count = solvers.Solver._solve, problem._counting
 
     def timed_solve(*args):
         out = []
@@ -303,11 +304,11 @@ def _timing_of_solves(spent: dict[str, float], device: str) -> Iterator[None]:
 
         return count(timed, layout, n)
 
-    solvers.Solver._solve, _maps._counting = timed_solve, timed_map
+    solvers.Solver._solve, problem._counting = timed_solve, timed_map
     try:
         yield
     finally:
-        solvers.Solver._solve, _maps._counting = solve, count
+        solvers.Solver._solve, problem._counting = solve, count
 
 
 def scaling(bench: Bench) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ import torch
 import torchdeq
 
 from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet, ModularIDHook, Solver
+from tests.implicit.common import ei_loss, gradients, sup_loss
 from tests.problems import TEMPLATES, dense_gradient, imaging, relative_error, unrolled
-from tests.test_implicit import ei_loss, gradients, sup_loss
 
 RECORD = Path(__file__).parent / "records" / "exactness.json"
 

@@ -1,0 +1,104 @@
+r"""What a user hands to a :class:`DEQReconstructor`: measurements, starting points, layers without shapes yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from deepinv.physics import Physics
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from deepinv_deq.iterations import FixedPointIteration
+from deepinv_deq.states import State, as_tuple
+
+Init = Tensor | tuple[Tensor, ...] | Callable[[Any, Any], Any]
+
+
+def check_finite(y: Any) -> None:
+    r"""Raise if measurements have a NaN or Inf.
+
+    :param torch.Tensor, Sequence[torch.Tensor] y: measurements.
+    :raises ValueError: with the number of such values.
+    """
+    for i, part in enumerate([y] if isinstance(y, Tensor) else list(y)):
+        if not bool(torch.isfinite(part).all()):
+            count = int((~torch.isfinite(part)).sum())
+            raise ValueError(
+                f"The measurements have {count} NaN or Inf values of {part.numel()}"
+                f"{'' if isinstance(y, Tensor) else f' in part {i}'}. Repair or mask them before reconstructing."
+            )
+
+
+def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: Physics) -> State:
+    r"""The starting point that a user gave, if it fits.
+
+    :param torch.Tensor, tuple[torch.Tensor, ...], Callable init: a state, or a function of ``y`` and ``physics`` that returns one.
+    :param FixedPointIteration iteration: whose own starting point has the shapes that are expected.
+    :param torch.Tensor y: measurements.
+    :param deepinv.physics.Physics physics: forward operator.
+    :return: a copy, in the precision of ``iteration.init(y, physics)`` at least.
+    :raises TypeError: if it is no state of the iteration.
+    :raises ValueError: if its shapes, dtypes or devices do not fit.
+    """
+    name, given = "init", cast(Any, init)
+    with torch.no_grad():
+        if callable(given) and not isinstance(given, Tensor):
+            name, given = "init(y, physics)", given(y, physics)
+        expected = _own_start(iteration, y, physics)
+    given = tuple(given) if isinstance(given, list) else given
+    tensors = as_tuple(given) if isinstance(given, (Tensor, tuple)) else ()
+    like = tensors if expected is None else as_tuple(expected)
+    one = isinstance(given if expected is None else expected, Tensor)
+    if not (tensors and all(isinstance(t, Tensor) for t in tensors)) or (isinstance(given, Tensor), len(tensors)) != (
+        one,
+        len(like),
+    ):
+        what = type(given).__name__
+        if isinstance(given, tuple):
+            what = f"a tuple of {', '.join(type(t).__name__ for t in given) or 'nothing'}"
+        wanted = "a tensor" if one or not like else f"a tuple of {len(like)} tensors"
+        wanted += "" if expected is None else f" of shape {_shapes(like)}"
+        raise TypeError(f"{name} must be {wanted} for {type(iteration).__name__}, got {what}.")
+    if [t.shape for t in tensors] != [t.shape for t in like]:
+        raise ValueError(
+            f"{name} has shape {_shapes(tensors)}, but the iterates of {type(iteration).__name__} have shape {_shapes(like)} "
+            f"for these measurements and {type(physics).__name__}: batch, channels and image size must agree."
+        )
+    for t, e in zip(tensors, like, strict=True):
+        if t.device != e.device:
+            raise ValueError(f"{name} is on {t.device}, but the iterates are on {e.device}: move it there.")
+        if t.is_complex() != e.is_complex() or not (t.is_floating_point() or t.is_complex()):
+            raise ValueError(f"{name} has dtype {t.dtype}, but the iterates have {e.dtype}: convert it.")
+    # a copy: a denoiser that writes into its input must not change the user's tensor
+    ours = tuple(
+        t.detach().to(torch.promote_types(t.dtype, e.dtype), copy=True) for t, e in zip(tensors, like, strict=True)
+    )
+    return ours[0] if one else ours
+
+
+def _own_start(iteration: FixedPointIteration, y: Any, physics: Physics) -> State | None:
+    r"""The iteration's own starting point; ``None`` where it has none, and there is nothing to compare a given one with."""
+    try:
+        return iteration.init(y, physics)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception:
+        return None
+
+
+def give_lazy_layers_their_shapes(iteration: FixedPointIteration, y: Any, physics: Physics) -> None:
+    r"""Evaluate the iteration once, if it has layers that get their parameters in their first call, such as ``LazyConv2d``.
+
+    :param FixedPointIteration iteration: the iteration.
+    :param torch.Tensor y: measurements.
+    :param deepinv.physics.Physics physics: forward operator.
+    """
+    if any(is_lazy(t) for t in (*iteration.parameters(), *iteration.buffers())):
+        with torch.no_grad():
+            iteration(iteration.init(y, physics), physics, *iteration.constants(y, physics))
+
+
+def _shapes(tensors: tuple[Tensor, ...]) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tensors)

@@ -1,0 +1,87 @@
+r"""The course of a solve: the quality of every point that was evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from deepinv.loss.metric import PSNR
+from torch import Tensor
+
+from deepinv_deq.maps import Map
+from deepinv_deq.states import Rows, State
+
+
+class Course(Map):
+    r"""A map that records the PSNR of the points at which it is evaluated, and hands everything else on.
+
+    The solver sees the preconditioner, the restriction to samples and the residual of the map itself, so the solve is the one
+    without a record.
+
+    :param Map f: the map.
+    :param torch.Tensor, None x_gt: ground truth of shape ``(B, C, H, W)``; without it nothing is recorded.
+    :param Callable output: the reconstruction in a state.
+    """
+
+    def __init__(self, f: Map, x_gt: Tensor | None, output: Callable[[State], Tensor]):
+        self._f, self._x_gt, self._output = f, x_gt, output
+        self._samples: list[list[float]] = [] if x_gt is None else [[] for _ in range(len(x_gt))]
+        self._rows = torch.arange(len(self._samples))
+
+    @property
+    def inputs(self) -> Any:  # type: ignore[override]
+        return self._f.inputs
+
+    def __call__(self, x: State) -> State:
+        self._record(x)
+        return self._f(x)
+
+    def step(self, x: State) -> State:
+        self._record(x)
+        return self._f.step(x)
+
+    def natural(self, x: State) -> Callable[[Any], Any] | None:
+        return self._f.natural(x)
+
+    def preconditioner(self, x: State) -> Callable[[Any], Any] | None:
+        return self._f.preconditioner(x)
+
+    def rebind(self, inputs: Sequence[Tensor]) -> Map:
+        return self._f.rebind(inputs)
+
+    def select(self, rows: Rows) -> Map | None:
+        part = self._f.select(rows)
+        if part is None:
+            return None
+        course = Course(part, None, self._output)
+        if self._x_gt is not None:
+            course._x_gt, course._samples = self._x_gt[rows], self._samples
+            course._rows = self._rows[rows.cpu() if isinstance(rows, Tensor) else rows]
+        return course
+
+    def separable(self, x: State, fx: State | None = None) -> bool:
+        offered = getattr(self._f, "separable", None)
+        return False if offered is None else offered(x, fx)
+
+    def diagnose(self) -> str:
+        return self._f.diagnose()
+
+    def metrics(self, residuals: list[list[float]]) -> dict[str, list[list[float]]]:
+        r"""What deepinv plots: one list per sample, one number per evaluation.
+
+        :param list residuals: relative residuals in this form.
+        :return: a dictionary with ``"residual"`` and, given ``x_gt``, ``"psnr"``. A sample that is done repeats its last value.
+        """
+        out = {"residual": residuals}
+        if self._x_gt is not None:
+            pairs = zip(self._samples, residuals, strict=True)
+            out["psnr"] = [values + values[-1:] * (len(course) - len(values)) for values, course in pairs]
+        return out
+
+    def _record(self, x: State) -> None:
+        if self._x_gt is None:
+            return
+        values = PSNR()(self._output(x), self._x_gt).tolist()
+        for row, value in zip(self._rows.tolist(), values, strict=True):
+            self._samples[row].append(value)

@@ -1,0 +1,215 @@
+r"""The adjoint equation :math:`b = b \, \partial F / \partial x + g` of a fixed point, and the gradient that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepinv_deq.maps import AffineMap, Map
+from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
+from deepinv_deq.states import State, as_tuple
+
+Tensors = tuple[Tensor, ...]
+Gradients = tuple[Tensor | None, ...]  # None: the map does not depend on that tensor
+
+
+def as_state(tensors: Sequence[Tensor], single: bool) -> State:
+    r"""A state of one tensor, or of several."""
+    return tensors[0] if single else tuple(tensors)
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    r"""Settings of adjoint solves, and the function that receives their statistics.
+
+    :param Solver solver: their solver.
+    :param bool exact: whether to solve them; else :math:`b = g` (Jacobian-free backpropagation).
+    :param bool single: whether a state is one tensor.
+    :param Callable report: called with the :class:`SolverStat` of every solve.
+    """
+
+    solver: Solver
+    exact: bool
+    single: bool
+    report: Callable[[SolverStat], None]
+
+    def gradient(self, f: Map, x_star: Tensors, inputs: Tensors, g: Tensors) -> Gradients:
+        r"""The product :math:`g \, \partial \hat x / \partial` ``inputs``, by chunks of samples: one graph at a time.
+
+        :param Map f: the map, with ``inputs``.
+        :param tuple[torch.Tensor, ...] x_star: its fixed point.
+        :param tuple[torch.Tensor, ...] inputs: values of ``f.inputs``.
+        :param tuple[torch.Tensor, ...] g: cotangent of the fixed point.
+        :return: one gradient for each of ``inputs``; ``None`` where the map does not depend on it.
+        :raises ConvergenceError: if the solve misses its tolerance and its solver was told to raise.
+        """
+        total: Gradients = ()
+        stats: list[SolverStat] = []
+        whole: list[Any] = [None]
+        for rows in self.solver.chunks(f, as_state(x_star, self.single)) or whole:
+            part = f if rows is None else f.select(rows)
+            assert part is not None  # chunks() has asked
+            x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
+            _, grads, stat = self._of_one_graph(part, x, inputs, cotangent)
+            total = tuple(map(_sum, total, grads)) if total else grads
+            stats += [] if stat is None else [stat]
+        if stats:
+            self.report(self.solver.joined(stats))
+        return total
+
+    def differentiable_gradient(
+        self, f: Map, x_hat: Tensors, inputs: Tensors, g: Tensors, fixed_point: Any
+    ) -> Gradients:
+        r"""The same product with a graph, as a function of ``inputs`` and of ``g``.
+
+        :param Map f: the map, with ``inputs``.
+        :param tuple[torch.Tensor, ...] x_hat: its fixed point, as a function of ``inputs``.
+        :param tuple[torch.Tensor, ...] inputs: values of ``f.inputs``.
+        :param tuple[torch.Tensor, ...] g: cotangent of the fixed point.
+        :param Callable fixed_point: gives the fixed point of a map its gradient.
+        :return: one gradient for each of ``inputs``; ``None`` where the map does not depend on it.
+        """
+        adjoint = AdjointMap(f, x_hat, inputs, g, self.single)
+        with torch.no_grad():
+            b, _, stat = self._of_one_graph(f, tuple(x.detach() for x in x_hat), inputs, g)
+        if stat is not None:
+            self.report(stat)
+        return adjoint.products(fixed_point(adjoint, b, adjoint.inputs))
+
+    def pull_back(
+        self,
+        image: Tensors,
+        x: Tensors,
+        inputs: Tensors,
+        g: Tensors,
+        inverse: Callable[[Any], Any] | None = None,
+    ) -> tuple[Tensors, Gradients, SolverStat | None]:
+        r"""Solve the adjoint equation on the graph from ``x`` and ``inputs`` to ``image``.
+
+        :param tuple[torch.Tensor, ...] image: the image of ``x``, with its graph.
+        :param tuple[torch.Tensor, ...] x: the fixed point.
+        :param tuple[torch.Tensor, ...] inputs: what else the image depends on.
+        :param tuple[torch.Tensor, ...] g: cotangent.
+        :param Callable, None inverse: preconditioner.
+        :return: the solution :math:`b`, the product :math:`b \, \partial F / \partial` ``inputs`` and the statistic.
+        """
+        if not self.exact:
+            return g, vjp(image, inputs, g), None
+
+        def linear(b: State) -> State:
+            return as_state(zeros_for_none(vjp(image, x, as_tuple(b), keep=True), x), self.single)
+
+        adjoint = AffineMap(linear, as_state(g, self.single), inverse)
+        start = as_state([torch.zeros_like(t) for t in g], self.single)
+        try:
+            solution, stat = self.solver(adjoint, start)
+            b = as_tuple(solution)
+            # the last product also gives b dF/dx, and with it the true residual of the adjoint equation
+            products = vjp(image, (*x, *inputs), b)
+            of_x = zeros_for_none(products[: len(x)], x)
+            measured = as_state([p + t for p, t in zip(of_x, g, strict=True)], self.single)
+            # a NaN cotangent gives a NaN gradient, as everywhere in PyTorch; GradScaler relies on it
+            self.solver.verify(solution, measured, adjoint.offset, stat)
+        except ConvergenceError as error:
+            if error.stat is not None:
+                self.report(error.stat)
+            raise
+        return b, products[len(x) :], stat
+
+    def _of_one_graph(
+        self, f: Map, x_star: Tensors, inputs: Tensors, g: Tensors
+    ) -> tuple[Tensors, Gradients, SolverStat | None]:
+        r"""The solution :math:`b`, the gradient and the statistic, with one evaluation that builds a graph."""
+        leaves = tuple(t.detach().requires_grad_() for t in (*x_star, *inputs))
+        x, inputs = leaves[: len(x_star)], leaves[len(x_star) :]
+        inverse = f.preconditioner(as_state(x_star, self.single)) if self.solver.precondition else None
+        with torch.enable_grad():
+            image = as_tuple(f.rebind(inputs)(as_state(x, self.single)))
+        _refuse_hidden_leaves(image, leaves)
+        return self.pull_back(image, x, inputs, g, inverse)
+
+
+class AdjointMap(Map):
+    r"""The map :math:`b \mapsto b \, \partial F / \partial x + g` of eq. 10, which can be differentiated any number of times.
+
+    Its inputs are the tensors on which the Jacobian depends (the fixed point and the inputs of :math:`F`) and :math:`g`.
+
+    :param Map f: the map :math:`F`.
+    :param tuple[torch.Tensor, ...] x: its fixed point.
+    :param tuple[torch.Tensor, ...] inputs: values of ``f.inputs``.
+    :param tuple[torch.Tensor, ...] g: cotangent.
+    :param bool single: whether a state is one tensor.
+    """
+
+    def __init__(self, f: Map, x: Tensors, inputs: Tensors, g: Tensors, single: bool):
+        self._f, self._x, self._of_f, self._g, self._single = f, x, inputs, g, single
+        self.inputs = (*x, *inputs, *g)
+
+    def rebind(self, inputs: Sequence[Tensor]) -> AdjointMap:
+        n, m = len(self._x), len(self._x) + len(self._of_f)
+        return AdjointMap(self._f, tuple(inputs[:n]), tuple(inputs[n:m]), tuple(inputs[m:]), self._single)
+
+    def __call__(self, b: Any) -> Any:
+        products = zeros_for_none(self._product(as_tuple(b), of_x=True), self._x)
+        return as_state([p + g for p, g in zip(products, self._g, strict=True)], self._single)
+
+    def products(self, b: Tensors) -> Gradients:
+        r"""The product :math:`b \, \partial F / \partial` ``inputs``, with a graph."""
+        return self._product(b, of_x=False)
+
+    def _product(self, b: Tensors, of_x: bool) -> Gradients:
+        with torch.enable_grad():
+            # views, to get partial derivatives: the fixed point itself depends on the inputs
+            x, inputs = (tuple(t.view_as(t) for t in tensors) for tensors in (self._x, self._of_f))
+            image = as_tuple(self._f.rebind(inputs)(as_state(x, self._single)))
+            return vjp(image, x if of_x else inputs, b, graph=True)
+
+
+def vjp(outputs: Tensors, inputs: Tensors, cotangent: Tensors, keep: bool = False, graph: bool = False) -> Gradients:
+    r"""Product of a cotangent with the Jacobian of ``outputs`` over ``inputs``.
+
+    :param tuple[torch.Tensor, ...] outputs: tensors with a graph.
+    :param tuple[torch.Tensor, ...] inputs: tensors of that graph.
+    :param tuple[torch.Tensor, ...] cotangent: one tensor for each of ``outputs``.
+    :param bool keep: whether the graph of ``outputs`` is used again.
+    :param bool graph: whether the product gets a graph of its own; if so, that of ``outputs`` is kept, too.
+    :return: one tensor for each of ``inputs``, ``None`` where there is no dependence.
+    """
+    pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangent, strict=True) if o.requires_grad]
+    if not pairs or not inputs:
+        return (None,) * len(inputs)
+    outs, cots = zip(*pairs, strict=True)
+    return torch.autograd.grad(outs, inputs, cots, retain_graph=keep or graph, create_graph=graph, allow_unused=True)
+
+
+def zeros_for_none(products: Gradients, like: Tensors) -> Tensors:
+    r"""The same products, with zeros where there is no dependence."""
+    return tuple(torch.zeros_like(t) if p is None else p for p, t in zip(products, like, strict=True))
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _refuse_hidden_leaves(image: Tensors, known: Tensors) -> None:
+    r"""Raise if the map depends on a trainable tensor that is none of its inputs: its gradient would be lost."""
+    known_ids, seen = {id(t) for t in known}, set[Any]()
+    nodes: list[Any] = [t.grad_fn for t in image]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known_ids:
+            raise RuntimeError(
+                f"The iteration depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and was none of "
+                "its inputs in the forward pass, so its gradient would be lost. If it was frozen then, unfreeze it before "
+                "the forward pass, and run that again. If it is no parameter, buffer or attribute of the iteration or the "
+                "physics, make it an attribute of one of them, or detach it."
+            )
+        nodes.extend(parent for parent, _ in node.next_functions)

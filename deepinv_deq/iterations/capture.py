@@ -1,0 +1,184 @@
+r"""What a bound map captures: private replicas, what is computed once from the measurements, and the tensors to differentiate."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from deepinv.physics import LinearPhysics, Physics
+from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
+
+from deepinv_deq.iterations.checks import Watch, fits, shape
+from deepinv_deq.iterations.circulant import Origin
+from deepinv_deq.iterations.replica import Replica
+from deepinv_deq.iterations.samples import Samples, sample_tensors
+from deepinv_deq.iterations.separability import Verdicts
+from deepinv_deq.iterations.terms import all_constants, constants_of_rows
+from deepinv_deq.states import Rows, State, as_tuple
+
+if TYPE_CHECKING:
+    from deepinv_deq.iterations.base import FixedPointIteration
+
+Put = Mapping[int, Tensor]
+
+
+class Capture:
+    r"""Everything on which a bound map depends, as it is when the map is bound.
+
+    :param FixedPointIteration iteration: the iteration.
+    :param deepinv.physics.Physics physics: forward operator.
+    :param torch.Tensor y: measurement.
+    :raises ValueError: if ``y`` does not fit ``physics``.
+
+    ``pristine`` is a replica that is never evaluated: what evaluations cache must not reach :meth:`replicate`.
+    """
+
+    def __init__(self, iteration: FixedPointIteration, physics: Physics, y: Any):
+        self.pristine = Replica([iteration, physics])
+        if any(isinstance(f.tensor, UninitializedParameter) for f in self.pristine.found.values()):
+            initialise(iteration, physics, y)
+            self.pristine = Replica([iteration, physics])
+        # the measurements are for a diagnosis only: a map lives until backward, and must not keep them alive
+        self._y = weakref.ref(y) if type(y).__weakrefoffset__ else lambda: y
+        self.batch = len(y if isinstance(y, Tensor) else y[0])
+        self.iteration, self.physics = self.pristine.roots
+        self.physics.__dict__["_origin"] = Origin(weakref.ref(physics), self.pristine, 1, self.batch)
+        self._copies = self._copy_inference_tensors()
+        self.constants: tuple[Tensor, ...] = ()
+        self.first = self.replicate()[0]
+        self.constants = self._compute_constants(physics, y)
+        self.watch = Watch(self.pristine.found.values(), self.constants)
+        self.graded = torch.is_grad_enabled()
+        self.inputs = self._find_inputs(y)
+        self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] | None = None
+        self._verdicts, self._separable = getattr(iteration, "_verdicts", None) or Verdicts(), False
+
+    def replicate(self, put: Put | None = None, rows: Rows | None = None) -> tuple[Replica, tuple[Tensor, ...]]:
+        r"""Replicas and constants of a map, with other tensors in some places.
+
+        :param Mapping put: tensors by the identity of those that they replace.
+        :param torch.Tensor, slice, None rows: which samples, default all.
+        :return: the replica and the constants.
+        """
+        places = {**self._copies, **(put or {})}
+        constants = tuple(places.get(id(c), c) for c in self.constants)
+        if rows is not None:
+            samples = self.samples()
+            places |= {id(t): places.get(id(t), t)[rows] for t in (() if samples is None else samples.rows)}
+            constants = cast(
+                Any, constants_of_rows(self.iteration, constants, rows)
+            )  # certain, or nothing is restricted
+        replica = self.pristine.again(places)
+        replica.roots[1].__dict__["_origin"] = self.physics.__dict__["_origin"].of(rows)
+        return replica, constants
+
+    def separable(self) -> bool:
+        r"""Whether the map can be restricted to samples."""
+        self._separable = self._separable or self._verdicts.separable(self)
+        return self._separable
+
+    def samples(self) -> Samples | None:
+        r"""Which tensors of the physics belong to samples; ``None`` where this is not certain."""
+        state = self.example()
+        return None if state is None else sample_tensors(self.physics, self.batch, len(state[0][0]))
+
+    def remember(self, x: State) -> None:
+        r"""Note the shapes of a state of all samples."""
+        if self._shapes is None:
+            self._shapes = [(t.shape, t.dtype, t.device) for t in as_tuple(x)]
+
+    def example(self) -> list[tuple[torch.Size, torch.dtype, torch.device]] | None:
+        r"""Shapes, types and devices of the tensors of a state, if they are known."""
+        y = self._y()
+        if self._shapes is None and y is not None:
+            replica = self.replicate()[0]
+            self.remember(replica.roots[0].init(y, replica.roots[1]))
+        return self._shapes
+
+    def diagnose(self) -> str:
+        r"""Compare the stepsize with the norm of the operator.
+
+        :return: a sentence with the stepsize that would do, or an empty string.
+        """
+        replica = self.replicate()[0]
+        iteration, physics = replica.roots
+        eta = float(iteration.stepsize.detach().max())
+        try:
+            # the power method draws its start: not from the generators that a resumed run must find as they were
+            with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+                image = physics.A_adjoint(self._y())
+                sqnorm = float(physics.compute_sqnorm(image, verbose=False))
+        except Exception:  # whatever is wrong with this operator, the message of the solve matters more
+            return ""
+        safe = iteration.safe_stepsize(sqnorm)
+        if eta < 2 * safe:
+            return ""
+        return (
+            f"The stepsize {eta:.3g} diverges for this operator, whose squared norm is {sqnorm:.3g} "
+            f"(physics.compute_sqnorm): use stepsize={safe:.2g}."
+        )
+
+    def _copy_inference_tensors(self) -> dict[int, Tensor]:
+        # they do not count changes in place; those that are to be trained are left for autograd to refuse
+        if torch.is_inference_mode_enabled():
+            return {}
+        tensors = [f.tensor for f in self.pristine.found.values()]
+        return {id(t): t.clone() for t in tensors if t.is_inference() and not t.requires_grad}
+
+    def _compute_constants(self, user_physics: Physics, y: Any) -> tuple[Tensor, ...]:
+        iteration, physics = self.first.roots
+        try:
+            constants = all_constants(iteration, y, physics)
+            if isinstance(physics, LinearPhysics):
+                fits.check(y, user_physics, physics, self.pristine.found.values())
+        except torch.cuda.OutOfMemoryError:  # a RuntimeError, but the measurements are not to blame
+            raise
+        except (RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
+            raise ValueError(
+                f"Measurements of shape {shape(y)} do not fit {type(physics).__name__}: {error}. Check that y comes "
+                "from this physics, at its image size, angles, coils or mask, and is on its device."
+            ) from error
+        if torch.is_inference_mode_enabled():
+            return constants
+        return tuple(c.clone() if c.is_inference() else c for c in constants)
+
+    def _find_inputs(self, y: Any) -> tuple[Tensor, ...]:
+        found = [f for f in self.pristine.found.values() if f.tensor.requires_grad and f.role != "closure"]
+        doubtful = [f.tensor for f in found if f.role in ("buffer", "plain") and not f.tensor.is_leaf]
+        if doubtful and self.graded:
+            unused = self._unused(doubtful, y)
+            found = [f for f in found if id(f.tensor) not in unused]
+        needed = {id(t): t for t in (*self.constants, *(f.tensor for f in found)) if t.requires_grad}
+        return tuple(needed.values())
+
+    def _unused(self, doubtful: Sequence[Tensor], y: Any) -> set[int]:
+        r"""Which tensors are left over from an earlier evaluation, as activations that a module keeps: the graph of one evaluation
+        shows which of them the map depends on."""
+        with torch.enable_grad():
+            leaves = {id(t): t.detach().requires_grad_() for t in doubtful}
+            replica = self.replicate(leaves)[0]
+            iteration, physics = replica.roots
+            image = iteration(iteration.init(y, physics), physics, *(c.detach() for c in self.constants))
+        used, todo, seen = set[int](), [t.grad_fn for t in as_tuple(image)], set[Any]()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            used.add(id(getattr(node, "variable", None)))
+            todo.extend(parent for parent, _ in node.next_functions)
+        return {key for key, leaf in leaves.items() if id(leaf) not in used}
+
+
+def initialise(iteration: FixedPointIteration, physics: Physics, y: Any) -> None:
+    r"""Give lazy layers (:class:`torch.nn.LazyConv2d`) their shapes by one evaluation of the user's modules.
+
+    :param FixedPointIteration iteration: the iteration.
+    :param deepinv.physics.Physics physics: forward operator.
+    :param torch.Tensor y: measurement.
+    """
+    with torch.no_grad():
+        iteration(iteration.init(y, physics), physics, *all_constants(iteration, y, physics))

@@ -1,0 +1,197 @@
+r"""Checks of what a user hands to an iteration, and of what happens to it between forward and backward."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from deepinv.distributed.framework import DistributedProcessing
+from deepinv.models import Denoiser
+from deepinv.physics import Physics
+from torch import Tensor, nn
+
+from deepinv_deq.iterations.replica import Found
+
+_LIMIT = 64  # measurement shapes remembered per physics
+
+
+def version(t: Tensor) -> int | None:
+    r"""How often a tensor was changed in place; ``None`` for inference tensors, which do not count."""
+    return None if t.is_inference() else t._version
+
+
+class Watch:
+    r"""Notices when a shared tensor is changed in place.
+
+    :param Iterable found: tensors of a replica. Running statistics of layers in training mode are not watched.
+    :param tuple[torch.Tensor, ...] constants: what the iteration computed from the measurements.
+    """
+
+    def __init__(self, found: Iterable[Found], constants: tuple[Tensor, ...]):
+        found = [f for f in found if not f.statistic]
+        # buffers that a layer in training mode may update itself, such as statistics of a user's own layer
+        self._own = [i for i, f in enumerate(found) if f.role == "buffer" and f.training and f.root == 0]
+        self._known = [(f.tensor, version(f.tensor)) for f in found] + [(c, version(c)) for c in constants]
+
+    def evaluated(self) -> None:
+        r"""Accept what layers in training mode did to their own buffers in an evaluation."""
+        for i in self._own:
+            t = self._known[i][0]
+            self._known[i] = (t, version(t))
+
+    def check(self) -> None:
+        r"""Compare the tensors with those of the forward pass.
+
+        :raises RuntimeError: if a tensor was changed in place.
+        """
+        for t, known in self._known:
+            if known is not None and version(t) != known:
+                raise RuntimeError(
+                    f"A tensor of shape {tuple(t.shape)} was changed in place between forward and backward: a tensor of the "
+                    "physics, a weight, a buffer or the measurements. The gradient would be that of another map. Replace a "
+                    "tensor of the physics instead of changing it (physics.update(...) does), step optimisers after "
+                    "backward, and clone measurements whose memory is used again."
+                )
+
+
+class OwnInput:
+    r"""Forward pre-hook: a network that writes to its input in place gets a copy.
+
+    The first evaluation always gets one, and tells whether later evaluations need one.
+    """
+
+    def __init__(self) -> None:
+        self.writes: bool | None = None
+        self._given: list[tuple[Tensor, int | None]] = []
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self.settle()
+        if self.writes is False:
+            return None
+        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        if self.writes is None:
+            self._given = [(a, version(a)) for a in args if isinstance(a, Tensor)]
+        return args
+
+    def settle(self) -> None:
+        r"""Conclude from the first evaluation."""
+        if self.writes is None and self._given:
+            # an inference tensor does not tell: copies are always safe
+            self.writes = any(known is None or version(t) != known for t, known in self._given)
+            self._given = []
+
+
+class Fits:
+    r"""Whether measurements fit a physics, checked once for each shape of measurements and of the physics' tensors."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[Physics, set[Any]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def check(self, y: Any, of: Physics, physics: Any, found: Iterable[Found]) -> None:
+        r"""Evaluate :math:`A` once: some operators broadcast measurements of a wrong shape in silence.
+
+        :param torch.Tensor y: measurement.
+        :param deepinv.physics.Physics of: the user's physics.
+        :param deepinv.physics.Physics physics: its replica.
+        :param Iterable found: tensors of the replica.
+        :raises RuntimeError: if the shapes do not fit.
+        """
+        key = shape(y), tuple(f.tensor.shape for f in found if 1 in f.roots)
+        with self._lock:
+            if key in self._known.get(of, ()):
+                return
+        with torch.no_grad():
+            image = physics.A_adjoint(y)
+            expected = shape(physics.A(image))
+        if expected != shape(y):
+            raise RuntimeError(f"A maps images of shape {shape(image)} to measurements of shape {expected}")
+        with self._lock:
+            known = self._known.setdefault(of, set())
+            if len(known) >= _LIMIT:
+                known.clear()
+            known.add(key)
+
+
+fits = Fits()
+
+
+def shape(y: Any) -> Any:
+    r"""Shape of measurements, of every part where there are several."""
+    of = y.shape
+    return tuple(of) if isinstance(of, torch.Size) else tuple(tuple(s) for s in of)
+
+
+def takes_sigma(denoiser: nn.Module, sigma: Any) -> bool:
+    r"""Whether a denoiser is called with a noise level.
+
+    :raises ValueError: if it needs one and gets none.
+    """
+    try:
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(denoiser.forward).parameters
+    except ValueError:  # a module of TorchScript has no signature
+        parameters = {}
+    takes = "sigma" in parameters or isinstance(denoiser, Denoiser)
+    required = takes and "sigma" in parameters and parameters["sigma"].default is inspect.Parameter.empty
+    if required and sigma is None:
+        raise ValueError(f"{type(denoiser).__name__} needs a noise level: pass sigma=, in units of the image.")
+    return takes and sigma is not None
+
+
+def positive(name: str, value: Any) -> Tensor:
+    r"""A setting as a tensor: one number, or one number per channel of shape ``(C, 1, ...)``.
+
+    :raises ValueError: if it is not positive, or has another shape.
+    """
+    t = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value))
+    if not bool((t > 0).all()):
+        raise ValueError(f"{name} must be positive, got {value}.")
+    per_channel = (t.ndim == 3 and t.shape[1:].numel() == 1) or (t.ndim > 3 and t.numel() == t.shape[1])
+    if t.numel() != 1 and not per_channel:
+        raise ValueError(
+            f"{name} must be one number, or one per channel with shape (C, 1, 1) or (1, C, 1, ...), got shape {tuple(t.shape)}."
+        )
+    return t
+
+
+def refuse_partial_gradients(denoiser: nn.Module) -> None:
+    r"""Refuse to train a distributed denoiser that is not synchronised.
+
+    :raises TypeError: if its gradients are each process' own part.
+    """
+    distributed = isinstance(denoiser, DistributedProcessing) and denoiser.ctx.world_size > 1
+    if torch.is_grad_enabled() and distributed:
+        raise TypeError(
+            "The gradients of a distributed denoiser are each process' own part. To train, wrap it in "
+            "deepinv_deq.distributed.SynchronisedDenoiser; to reconstruct, use torch.no_grad()."
+        )
+
+
+def unsuitable_layer(denoiser: nn.Module) -> str:
+    r"""The sentence of the warning about a layer in training mode for which the fixed point is not well defined, or ``""``."""
+    for name, module in denoiser.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+        if batch_norm or dropout:
+            effect = "couples the samples of a batch" if batch_norm else "changes from one evaluation to the next"
+            return (
+                f"{type(module).__name__} '{name}' of the denoiser is in training mode and {effect}, so the fixed "
+                "point is not well defined. Use group norm (EquilibriumUNet) or put the layer in eval mode."
+            )
+    return ""
+
+
+def warn_if_unsuitable(denoiser: nn.Module) -> bool:
+    r"""Warn about a layer for which the fixed point is not well defined.
+
+    :return: whether there was one.
+    """
+    message = unsuitable_layer(denoiser)
+    if message:
+        warnings.warn(message, stacklevel=4)
+    return bool(message)

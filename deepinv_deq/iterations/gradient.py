@@ -1,0 +1,151 @@
+r"""Gradient-based iterations: DE-Grad and DE-Prox."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from deepinv.physics import Physics
+from torch import Tensor
+
+from deepinv_deq.iterations.base import FixedPointIteration
+from deepinv_deq.iterations.circulant import inverse_filter, spectrum
+from deepinv_deq.states import State
+
+
+class DEProx(FixedPointIteration):
+    r"""DE-Prox: proximal gradient descent with a learned proximal map (eq. 5-6, :footcite:t:`gilton2021deep`).
+
+    .. math::
+
+        F_\theta(x; y) = D_\theta(x - \eta A^\top (A x - y))
+
+    For denoising (:math:`A = I`) with :math:`\eta \lambda = 1`, the right-hand side is :math:`D_\theta(y)` for every :math:`x`: a
+    solve then takes two evaluations and the implicit gradient is that of a plain network. Use a smaller stepsize if the
+    iteration shall do more than that.
+
+    :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
+    :param float stepsize: step :math:`\eta > 0`; the gradient step does not diverge for
+        :math:`\eta < 2 / (\lambda \|A\|^2)`.
+    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
+    :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
+        :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
+        normalised and the data are precise.
+
+    :raises TypeError: if ``denoiser`` is not a module.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+    """
+
+    def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
+        r"""Evaluate :math:`F_\theta(x; y)`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor constants: :math:`A^\top y`.
+        :return: image of the same shape as ``x``.
+        """
+        (aty,), context = self.split(constants)
+        return self.denoise(x - self.stepsize * self.data_gradient(x, physics, aty), *context)
+
+
+class DEGrad(FixedPointIteration):
+    r"""DE-Grad: gradient descent on data term plus RED (eq. 11, :footcite:t:`gilton2021deep,romano2017little`).
+
+    .. math::
+
+        F_\theta(x; y) = x - \eta A^\top (A x - y) - \eta (x - D_\theta(x))
+
+    :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
+    :param float stepsize: step :math:`\eta > 0`; for a firmly non-expansive residual :math:`x - D_\theta(x)` the iteration
+        does not diverge for :math:`\eta < 2 / (\lambda \|A\|^2 + 1)`.
+    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
+    :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
+        :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
+        normalised and the data are precise.
+
+    :raises TypeError: if ``denoiser`` is not a module.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+    """
+
+    def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
+        r"""Evaluate :math:`F_\theta(x; y)`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor constants: :math:`A^\top y`.
+        :return: image of the same shape as ``x``.
+        """
+        return x + self._change(x, physics, *constants)
+
+    def step(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
+        r"""The residual :math:`F_\theta(x; y) - x`, without the cancellation of a small step from :math:`x` to :math:`x`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor constants: :math:`A^\top y`.
+        :return: image of the same shape as ``x``.
+        """
+        return self._change(x, physics, *constants)
+
+    def _change(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
+        (aty,), context = self.split(constants)
+        return -self.stepsize * (self.data_gradient(x, physics, aty) + x - self.denoise(x, *context))
+
+    def contractive_part(
+        self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
+    ) -> tuple[State, Callable[[Any], Any] | None]:
+        r"""The denoiser, whose Jacobian has to stay below :math:`\lambda A^\top A + I`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: forward operator.
+        :param torch.Tensor constants: as in :meth:`forward`.
+        :param bool exact: whether :math:`P` is exact, by ``physics.prox_l2``, or a filter.
+        :return: the denoised image, and :math:`P \approx (\lambda A^\top A + I)^{-1}` where the physics is nearly a filter.
+        """
+        metric: Callable[[Any], Any] | None = None
+        if exact:
+            with torch.no_grad():
+                y = torch.zeros_like(physics.A(x))
+            metric = torch.no_grad()(lambda r: cast(Any, physics).prox_l2(r, y, gamma=self.data_weight))
+        elif (inverse := self.preconditioner(x, physics)) is not None:
+            eta = self.stepsize.detach()
+            metric = lambda r: eta * inverse(r)  # noqa: E731
+        return self.denoise(cast(Tensor, x), *self.split(constants)[1]), metric
+
+    def preconditioner(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
+        r"""A filter near to :math:`\frac{1}{\eta} (\lambda A^\top A + I)^{-1}`, where the physics is nearly a filter.
+
+        It is :math:`(I - \partial F_\theta / \partial x)^{-1}` for a denoiser that removes everything, and an upper bound
+        for one that keeps something.
+
+        :param torch.Tensor x: a state, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: a linear, self-adjoint map of states, or ``None`` where :math:`A^\top A` is far from any filter. Samples to whose
+            operator no filter comes near are divided by :math:`\eta`.
+        """
+        eigenvalues = spectrum(physics, x) if isinstance(x, Tensor) else None
+        if eigenvalues is None:
+            return None
+        response = self.stepsize * (self.data_weight * eigenvalues + 1)
+        return inverse_filter(torch.where(response.isnan(), self.stepsize, response).detach())
+
+    def natural(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
+        r"""The preconditioner, else division by :math:`\eta`: applied to :meth:`step`, the result does not depend on :math:`\eta`.
+
+        :param torch.Tensor x: a state, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: a linear map of states.
+        """
+        eta = self.stepsize.detach()
+        return self.preconditioner(x, physics) or (lambda r: r / eta)
+
+    def safe_stepsize(self, sqnorm: float) -> float:
+        r"""A stepsize for which the linear part of the iteration does not diverge.
+
+        :param float sqnorm: :math:`\|A\|^2`.
+        :return: :math:`\eta`.
+        """
+        return 1.0 / (float(self.data_weight) * sqnorm + 1.0)

@@ -1,0 +1,105 @@
+r"""Splitting iterations, whose data step is a proximal map: DE-HQS and DE-ADMM."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from deepinv.physics import Physics
+from torch import Tensor
+
+from deepinv_deq.iterations.base import FixedPointIteration
+from deepinv_deq.states import State, as_tuple
+
+
+class MeasurementIteration(FixedPointIteration):
+    r"""Iterations whose steps need the measurements themselves, and not only :math:`A^\top y`."""
+
+    per_channel = False  # the proximal map of the data term has one stepsize
+
+    def constants(self, y: Any, physics: Physics) -> tuple[Tensor, ...]:
+        r"""The measurements.
+
+        :param torch.Tensor y: measurement.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: tuple of tensors.
+        """
+        return as_tuple(y)
+
+
+class DEHQS(MeasurementIteration):
+    r"""DE-HQS: half-quadratic splitting with a learned proximal map.
+
+    .. math::
+
+        F_\theta(x; y) = D_\theta(\operatorname{prox}_{\eta \lambda f}(x)), \qquad f(x) = \tfrac12 \|A x - y\|^2
+
+    The proximal map of the data term converges for any step, where a gradient step would need :math:`\eta < 2/\|A\|^2`.
+
+    :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
+    :param float stepsize: :math:`\eta > 0`.
+    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
+    :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term.
+
+    :raises TypeError: if ``denoiser`` is not a module.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+    """
+
+    def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
+        r"""Evaluate :math:`F_\theta(x; y)`.
+
+        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor constants: the measurements.
+        :return: image of the same shape as ``x``.
+        """
+        y, context = self.split(constants)
+        return self.denoise(self.data_prox(x, physics, *y), *context)
+
+
+class DEADMM(MeasurementIteration):
+    r"""DE-ADMM: the alternating direction method of multipliers with a learned proximal map.
+
+    The state is a pair: the image and the scaled multiplier.
+
+    .. math::
+
+        z = \operatorname{prox}_{\eta \lambda f}(x - u), \qquad
+        F_\theta(x, u; y) = \big(x^+, \; u + z - x^+\big), \qquad x^+ = D_\theta(z + u)
+
+    :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
+    :param float stepsize: :math:`\eta > 0`.
+    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
+    :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param float data_weight: weight :math:`\lambda > 0` of the data term, :math:`f(x) = \frac12 \|A x - y\|^2`.
+
+    :raises TypeError: if ``denoiser`` is not a module.
+    :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+    """
+
+    def init(self, y: Any, physics: Physics) -> State:
+        r"""The fast linear reconstruction, and no multiplier yet.
+
+        :param torch.Tensor y: measurement.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: two images of shape ``(B, C, H, W)``, without gradient.
+        """
+        x = cast(Tensor, super().init(y, physics))
+        return x, torch.zeros_like(x)
+
+    def forward(  # type: ignore[override]
+        self, state: tuple[Tensor, Tensor], physics: Physics, *constants: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        r"""Evaluate :math:`F_\theta(x, u; y)`.
+
+        :param tuple[torch.Tensor, torch.Tensor] state: image and multiplier, of shape ``(B, C, H, W)`` each.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor constants: the measurements.
+        :return: a pair of the same shapes.
+        """
+        x, u = state
+        y, context = self.split(constants)
+        z = self.data_prox(x - u, physics, *y)
+        x = self.denoise(z + u, *context)
+        return x, u + z - x

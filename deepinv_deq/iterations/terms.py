@@ -1,0 +1,203 @@
+r"""The terms that iterations are made of: the denoiser, the data term, and what both need of the measurements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepinv.physics import Physics, StackedPhysics
+from deepinv.utils import TensorList
+from torch import Tensor, nn
+
+from deepinv_deq.iterations.checks import positive, takes_sigma
+from deepinv_deq.iterations.separability import Verdicts
+from deepinv_deq.states import Rows, State
+
+
+class Terms(nn.Module):
+    r"""Denoiser, stepsize, noise level and data weight of an iteration, see
+    :class:`FixedPointIteration <deepinv_deq.FixedPointIteration>` for the parameters."""
+
+    stepsize: Tensor
+    data_weight: Tensor
+    per_channel = True  # whether the stepsize may be one number for each channel
+    context = False  # for models that 0.1 saved whole
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        *,
+        stepsize: float | Tensor = 1.0,
+        sigma: float | Tensor | None = None,
+        learn_stepsize: bool = False,
+        data_weight: float = 1.0,
+        context: bool = False,
+    ):
+        super().__init__()
+        if not isinstance(denoiser, nn.Module):
+            raise TypeError(f"denoiser must be a torch.nn.Module, got {type(denoiser).__name__}.")
+        eta = positive("stepsize", stepsize)
+        if eta.numel() > 1 and not self.per_channel:
+            raise ValueError(
+                f"{type(self).__name__} needs one stepsize for all channels, got shape {tuple(eta.shape)}."
+            )
+        weight = positive("data_weight", float(data_weight))
+        self.denoiser = denoiser
+        if learn_stepsize:
+            self.stepsize = nn.Parameter(eta)
+        else:
+            self.register_buffer("stepsize", eta)
+        self.register_buffer("data_weight", weight)
+        if isinstance(sigma, Tensor) and not isinstance(sigma, nn.Parameter):
+            self.register_buffer("sigma", sigma)
+        else:
+            self.sigma = sigma
+        self._takes_sigma = takes_sigma(denoiser, sigma)
+        self.context = context or getattr(denoiser, "context_channels", 0) > 0
+        self._verdicts = Verdicts()
+        self._warned_stochastic = False
+
+    def constants(self, y: Tensor, physics: Physics) -> tuple[Tensor, ...]:
+        r"""What depends on the measurement alone, computed once per solve. Default: :math:`(A^\top y,)`.
+
+        :param torch.Tensor y: measurement.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: tuple of tensors, handed to :meth:`forward` after ``x`` and ``physics``.
+        """
+        return (physics.A_adjoint(y),)
+
+    def select_constants(self, constants: tuple[Tensor, ...], rows: Rows) -> tuple[Tensor, ...] | None:
+        r"""The constants of some samples. Default: their rows, if :meth:`constants` is that of this package.
+
+        Override it, together with :meth:`constants`, so that solvers may evaluate some samples of a batch only.
+
+        :param tuple[torch.Tensor, ...] constants: what :meth:`constants` returned for the batch.
+        :param torch.Tensor, slice rows: which samples.
+        :return: the constants; ``None`` where it is not certain which part of them belongs to which sample.
+        """
+        known = type(self).constants.__module__.startswith("deepinv_deq.") and "constants" not in self.__dict__
+        return tuple(c[rows] for c in constants) if known else None
+
+    def init(self, y: Tensor, physics: Physics) -> State:
+        r"""Starting point: the fast linear reconstruction, ``physics.fbp`` where there is one, else :math:`A^\top y`.
+
+        :param torch.Tensor y: measurement.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: image of shape ``(B, C, H, W)``, without gradient.
+        """
+        with torch.no_grad():
+            return linear_reconstruction(y, physics)
+
+    def output(self, state: State) -> Tensor:
+        r"""The reconstruction in a state: the state itself, or the first of several variables.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] state: a state, such as the fixed point.
+        :return: image of shape ``(B, C, H, W)``.
+        """
+        return state if isinstance(state, Tensor) else state[0]
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        r"""The modules that may write to their input in place, as networks that begin with ``ReLU(inplace=True)`` do.
+
+        :return: tuple of modules; a bound map gives them copies where necessary. Default: the denoiser.
+        """
+        return (self.denoiser,)
+
+    def denoise(self, x: Tensor, *context: Tensor) -> Tensor:
+        r"""Apply :math:`D_\theta`, with the noise level and the context if it takes them.
+
+        :param torch.Tensor x: image of shape ``(B, C, H, W)``.
+        :param torch.Tensor context: the linear reconstruction, where ``context`` is set.
+        :return: image of the same shape.
+        """
+        options: dict[str, Any] = {"sigma": self.sigma} if self._takes_sigma else {}
+        if context:
+            options["context"] = context[0]
+        return self.denoiser(x, **options)
+
+    def split(self, constants: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        r"""What :meth:`forward` gets besides ``x`` and ``physics``: the constants, and the context of the denoiser.
+
+        :param tuple[torch.Tensor, ...] constants: as :meth:`forward` got them.
+        :return: what :meth:`constants` returned, and one or no image.
+        """
+        return (constants[:-1], constants[-1:]) if self.context else (constants, ())
+
+    def data_gradient(self, x: Tensor, physics: Physics, aty: Tensor) -> Tensor:
+        r""":math:`\nabla \ell_{MC}(x) = \lambda A^\top (A x - y)` (eq. 6), with :math:`A^\top y` given.
+
+        :param torch.Tensor x: image of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor aty: :math:`A^\top y`, of the shape of ``x``.
+        :return: gradient, of the shape of ``x``.
+        """
+        return self.data_weight * (physics.A_adjoint_A(x) - aty)
+
+    def data_prox(self, z: Tensor, physics: Physics, *y: Tensor) -> Tensor:
+        r""":math:`\operatorname{arg\,min}_x \frac{\eta \lambda}{2} \|A x - y\|^2 + \frac12 \|x - z\|^2`, by the physics' own
+        ``prox_l2``: closed where there is a formula, else conjugate gradients to the accuracy of ``physics.tol``, which
+        bounds the residual that a solve can reach.
+
+        :param torch.Tensor z: image of shape ``(B, C, H, W)``.
+        :param deepinv.physics.Physics physics: linear forward operator.
+        :param torch.Tensor y: measurement.
+        :return: image of the same shape.
+        """
+        gamma = (self.stepsize * self.data_weight).reshape(())
+        return physics.prox_l2(z, measurement(y, physics), gamma=gamma)
+
+    def safe_stepsize(self, sqnorm: float) -> float:
+        r"""A stepsize for which the linear part of the iteration does not diverge.
+
+        :param float sqnorm: :math:`\|A\|^2`.
+        :return: :math:`\eta`.
+        """
+        return 1.0 / (float(self.data_weight) * sqnorm)
+
+    def _refuse_bad_stepsize(self) -> None:
+        # training may have moved it; NaN is left to the solver, which reports it
+        if isinstance(self.stepsize, nn.Parameter) and bool((self.stepsize.detach() <= 0).any()):
+            raise ValueError(
+                f"The learned stepsize has become {self.stepsize.detach().tolist()}, and must stay positive. Give it a smaller "
+                "learning rate, or clamp it after every optimiser step: iteration.stepsize.data.clamp_(min=1e-4)."
+            )
+
+
+def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
+    r"""Measurements that :func:`as_tuple` took apart."""
+    return TensorList(list(constants)) if isinstance(physics, StackedPhysics) else constants[0]
+
+
+def linear_reconstruction(y: Any, physics: Any) -> Tensor:
+    r"""The fast linear reconstruction: filtered back-projection where there is one, else :math:`A^\top y`.
+
+    :param torch.Tensor y: measurement.
+    :param deepinv.physics.Physics physics: forward operator.
+    :return: image of shape ``(B, C, H, W)``, differentiable in ``y``.
+    """
+    return physics.fbp(y) if hasattr(physics, "fbp") else physics.A_adjoint(y)
+
+
+def all_constants(iteration: Any, y: Any, physics: Any) -> tuple[Tensor, ...]:
+    r"""The constants of an iteration, and the context of its denoiser, which is differentiable in ``y``.
+
+    :param FixedPointIteration iteration: the iteration.
+    :param torch.Tensor y: measurement.
+    :param deepinv.physics.Physics physics: forward operator.
+    :return: tuple of tensors, handed to the iteration after ``x`` and ``physics``.
+    """
+    context = (linear_reconstruction(y, physics),) if iteration.context else ()
+    return (*iteration.constants(y, physics), *context)
+
+
+def constants_of_rows(iteration: Any, constants: tuple[Tensor, ...], rows: Rows) -> tuple[Tensor, ...] | None:
+    r"""What :func:`all_constants` returned, of some samples; ``None`` where it is not certain.
+
+    :param FixedPointIteration iteration: the iteration.
+    :param tuple[torch.Tensor, ...] constants: those of the batch.
+    :param torch.Tensor, slice rows: which samples.
+    :return: the constants.
+    """
+    own, context = iteration.split(constants)
+    own = iteration.select_constants(own, rows)
+    return None if own is None else (*own, *(c[rows] for c in context))

@@ -1,0 +1,199 @@
+r"""One cycle of GMRES: a Krylov space per sample, and the least residual in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepinv_deq.solvers.loop import STALL
+from deepinv_deq.solvers.problem import Evaluation, Linear, Problem
+from deepinv_deq.states import norms, where_rows
+
+_PIVOT = 8.0  # roundings of a product: a pivot below is noise
+# Where the residual stops falling, the null space of a singular system makes ever larger solutions of it. So one that is
+# neither accurate nor still improving must be worth its size: this much of that counts as residual.
+_SIZE = 1e-3
+_CONDITION = 1e4  # of a system whose residual stopped falling: such a map does not contract
+
+
+class Cycle:
+    r"""The Krylov space of the residual ``step`` at ``x``, which grows by one vector with every product.
+
+    ``absolute`` and ``relative`` measure the solution found so far, by the recurrence; ``active`` marks the samples that want
+    more products, ``used`` counts those they had. ``at_floor`` marks samples whose residual is below what rounding lets one
+    know of it, ``singular`` those where the space is exhausted, or where the residual stopped falling while the solution grew.
+    """
+
+    def __init__(
+        self, problem: Problem, linear: Linear, x: Tensor, step: Tensor, now: Evaluation, active: Tensor, columns: int
+    ):
+        self._problem, self._linear, self._x, self._floating = problem, linear, x, torch.finfo(x.dtype)
+        self._beta, self._start = norms(step), norms(x)
+        first = where_rows(active, step / self._beta[:, None].to(x.dtype), torch.zeros_like(x))
+        self._basis = _Basis(min(columns, 15) + 1, first, problem.precondition is not None)
+        self._least = _LeastSquares(self._beta, columns)
+        self._weights = x.new_zeros(len(x), columns, dtype=torch.float64)
+        self._rest = torch.nn.functional.pad(self._beta[:, None], (0, columns))
+        self._size = torch.zeros_like(self._beta)  # of the linear system, seen from its products
+        self._lefts: list[Tensor] = []
+        self.absolute, self.relative = now.absolute, now.relative
+        self._worth = self._first = now.absolute
+        self.active, self.used = active, torch.zeros_like(self._beta)
+        self.at_floor, self.singular = torch.zeros_like(active).repeat(2, 1)
+
+    @property
+    def size(self) -> int:
+        r"""Number of products so far."""
+        return len(self._lefts)
+
+    def advance(self, tol: float) -> None:
+        r"""One more product, and the least residual over the space with it."""
+        direction = (
+            self._basis.last if self._problem.precondition is None else self._problem.precondition(self._basis.last)
+        )
+        w = direction - self._linear(direction)
+        go = self.active & torch.isfinite(w).all(dim=1)
+        w = where_rows(go, w, torch.zeros_like(w))
+        self._size = torch.where(go, torch.maximum(self._size, torch.maximum(norms(w), norms(direction))), self._size)
+        noise = self._floating.eps * self._size
+        length, column = self._basis.append(w, direction, _PIVOT * noise)
+        y, rho = self._least.append(column, length, _PIVOT * noise)
+        left, grown = rho.norm(dim=1), y.norm(dim=1)
+        doubt = noise * (grown + self._start)  # rounding of the products with the solution
+        absolute, scale = self._measure(left, y, rho)
+        relative = torch.where(absolute == 0, absolute, absolute / scale)
+        at_floor = go & (left <= doubt) & (doubt > tol * scale)
+        done = go & (relative <= tol) & ~at_floor
+        claim = torch.hypot(absolute, doubt)
+        worth = torch.hypot(claim, _SIZE * self._size * grown)
+        known = torch.where(at_floor, claim, absolute), torch.where(at_floor, claim / scale, relative)
+        self._latest = y, rho, *known, worth
+        self._take(done | (go & (worth < self._worth)))
+        self.used = self.used + self.active
+        self._lefts.append(left)
+        hopeless = (length == 0) | (self.stagnates() & (self._size * grown > _CONDITION * self._beta))
+        self.at_floor = self.at_floor | at_floor
+        self.singular = self.singular | (go & hopeless & ~done & ~at_floor)
+        self.active = go & ~done & ~at_floor & ~self.singular
+
+    def _take(self, rows: Tensor) -> None:
+        y, rho, absolute, relative, worth = self._latest
+        j = y.shape[1]
+        self._weights[:, :j] = torch.where(rows[:, None], y, self._weights[:, :j])
+        self._rest[:, : j + 1] = torch.where(rows[:, None], rho, self._rest[:, : j + 1])
+        self.absolute, self.relative = (
+            torch.where(rows, absolute, self.absolute),
+            torch.where(rows, relative, self.relative),
+        )
+        self._worth = torch.where(rows, worth, self._worth)
+
+    def settle(self) -> None:
+        r"""Take the last solution of the samples that want more products, if their residual fell by half and goes on falling."""
+        left = self._latest[2]
+        self._take(self.active & ~self.stagnates() & (left < torch.minimum(self.absolute, 0.5 * self._first)))
+
+    def stagnates(self) -> Tensor:
+        r"""Whether the last products brought the residual down by less than a hundredth."""
+        if self.size <= STALL:
+            return torch.zeros_like(self.active)
+        return self._lefts[-1] > 0.99 * self._lefts[-1 - STALL]
+
+    def solution(self) -> tuple[Tensor, Tensor]:
+        r"""The point found, and its residual by the recurrence."""
+        return self._x + self._basis.combine(self._weights[:, : self.size]), self._basis.residual(self._rest)
+
+    def _measure(self, left: Tensor, y: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The residual in the units of the criterion, and what it is relative to."""
+        if self._problem.affine:
+            scale = norms(self._problem.offset)
+            return left, torch.where(scale > 0, scale, self._beta)
+        point, step = self._x + self._basis.combine(y), self._basis.residual(rho)
+        absolute = norms(step if self._problem.natural is None else self._problem.natural(step))
+        scale = norms(point)
+        return absolute, torch.where(scale > 0, scale, absolute)
+
+
+class _Basis:
+    r"""Orthonormal Krylov vectors ``V``, and the directions ``Z = P V`` that the solution is made of.
+
+    Without a preconditioner the two are one. With it, both are kept (flexible GMRES).
+    """
+
+    def __init__(self, size: int, first: Tensor, preconditioned: bool):
+        self._count, self._v = 1, first.new_zeros(first.shape[0], size, first.shape[1])
+        self._v[:, 0] = first
+        self._z = torch.zeros_like(self._v) if preconditioned else None
+
+    @property
+    def last(self) -> Tensor:
+        r"""The newest vector."""
+        return self._v[:, self._count - 1]
+
+    def append(self, w: Tensor, direction: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Take in the product ``w`` with a direction.
+
+        :return: the length of ``w`` beyond the others, 0 where that is less than ``noise``, and its components along them,
+            of shape ``(B, count)``.
+        """
+        known, column = self._v[:, : self._count], []
+        for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
+            h = torch.bmm(known, w[:, :, None])
+            w = torch.baddbmm(w[:, None], h.transpose(1, 2), known, alpha=-1)[:, 0]
+            column.append(h[..., 0].double())
+        length = norms(w)
+        length = torch.where(length > noise, length, 0.0)
+        if self._count == self._v.shape[1]:  # grows, since few solves need all of their budget
+            self._v = torch.cat([self._v, torch.zeros_like(self._v)], dim=1)
+            self._z = None if self._z is None else torch.cat([self._z, torch.zeros_like(self._z)], dim=1)
+        if self._z is not None:
+            self._z[:, self._count - 1] = direction
+        self._v[:, self._count] = where_rows(length > 0, w / length[:, None].to(w.dtype), torch.zeros_like(w))
+        self._count += 1
+        return length, column[0] + column[1]
+
+    def combine(self, y: Tensor) -> Tensor:
+        r"""The solution's part in the space: ``Z y``."""
+        return self._sum(self._v if self._z is None else self._z, y)
+
+    def residual(self, rho: Tensor) -> Tensor:
+        r"""What is left of the first residual: ``V rho``."""
+        return self._sum(self._v, rho[:, : self._count])
+
+    def _sum(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        return torch.bmm(weights[:, None].to(vectors.dtype), vectors[:, : weights.shape[1]])[:, 0]
+
+
+class _LeastSquares:
+    r"""Least-squares weights ``y`` for :math:`\beta e_1 \approx H y`, per sample, while the Hessenberg matrix ``H`` grows.
+
+    Keeps :math:`Q H = R` by one Givens rotation per column, so a step costs the same few small products at any size.
+    """
+
+    def __init__(self, beta: Tensor, columns: int):
+        batch, n = beta.shape[0], columns + 1
+        self.beta, self.size = beta, 0
+        self.q = torch.eye(n, dtype=beta.dtype, device=beta.device).repeat(batch, 1, 1)
+        self.r = beta.new_zeros(batch, n, columns)
+
+    def append(self, above: Tensor, below: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Add a column of ``H``: its entries down to the diagonal, ``(B, j)``, and the one below, ``(B,)``.
+
+        :return: the weights, of shape ``(B, j)``, and what they leave of it, :math:`\beta e_1 - H y`, of shape ``(B, j + 1)``.
+        """
+        self.size = j = self.size + 1
+        q, r = self.q[:, : j + 1, : j + 1], self.r[:, :j, :j]
+        rotated = torch.bmm(q[:, :, :j], above[:, :, None])[..., 0]
+        a, b = rotated[:, j - 1], below  # the new row of Q is still that of the identity
+        length = torch.hypot(a, b)
+        # a column of noise (a frozen sample, a singular map) reaches nothing: an infinite pivot gives it the weight zero,
+        # and the swap of two rows hands what is left to reach to the next column
+        usable = length > noise
+        c, s = torch.where(usable, a / length, 0.0), torch.where(usable, b / length, 1.0)
+        upper, lower = q[:, j - 1].clone(), q[:, j].clone()
+        q[:, j - 1] = c[:, None] * upper + s[:, None] * lower
+        q[:, j] = c[:, None] * lower - s[:, None] * upper
+        r[:, : j - 1, j - 1] = rotated[:, : j - 1]
+        r[:, j - 1, j - 1] = torch.where(usable, length, torch.inf)
+        rhs = self.beta[:, None] * q[:, :, 0]
+        y = torch.linalg.solve_triangular(r, rhs[:, :j, None], upper=True)[..., 0].nan_to_num(0.0)
+        return y, rhs[:, j, None] * q[:, j]  # what no column reaches: the last direction of Q

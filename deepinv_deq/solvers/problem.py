@@ -1,0 +1,177 @@
+r"""A fixed-point problem as solvers see it: a map of ``(B, N)`` matrices, counted, measured, and restricted to some samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepinv_deq.maps import AffineMap, Map
+from deepinv_deq.states import WORTH, Layout, norms, unit_size
+
+Linear = Callable[[Tensor], Tensor]
+_CANCELLED = 0.1  # roundings: where F(x) - x is enlarged by the change of units, a smaller value of it says nothing
+
+
+class Evaluation(NamedTuple):
+    r"""What one evaluation says of a point; all but the first two have one number per sample, in double precision.
+
+    ``absolute`` is :math:`\|N (F(x) - x)\|`, ``relative`` the criterion, ``plain`` is :math:`\|F(x) - x\| / \|F(x)\|`, ``size``
+    is :math:`\|F(x)\|`, and ``rounding`` estimates what the rounding of :math:`F(x)` adds to ``relative``. The first three are
+    Inf where the image is not finite. ``image`` is what a method works with: :math:`F(x)`, or :math:`x + P (F(x) - x)`; ``step``
+    is its difference to :math:`x`.
+    """
+
+    image: Tensor
+    step: Tensor
+    absolute: Tensor
+    relative: Tensor
+    plain: Tensor
+    size: Tensor
+    rounding: Tensor
+
+
+class Problem:
+    r"""Find :math:`x = F(x)` for each row of a matrix.
+
+    The criterion is :math:`\|N (F(x) - x)\| / \|x\|` with ``f.natural`` as :math:`N`. For an :class:`AffineMap`
+    :math:`b \mapsto \ell(b) + c` it is :math:`\|\ell(b) + c - b\| / \|c\|`; its rows are scaled to a constant of unit size, since
+    the answer is linear in :math:`c`.
+
+    :param Map f: the map of states.
+    :param Layout layout: how states lie in matrices.
+    :param torch.Tensor x: the first point, of shape ``(B, N)``.
+    :param bool precondition: whether to use the preconditioner of ``f``.
+    """
+
+    def __init__(self, f: Map, layout: Layout, x: Tensor, precondition: bool, count: list[int] | None = None):
+        self._f, self._layout, self._precondition = f, layout, precondition
+        self._count = [0, 0] if count is None else count
+        self.affine = isinstance(f, AffineMap)
+        self._steps = type(f).step is not Map.step  # the map has a better way to its residual than a difference
+        self._amplification: Tensor | None = None
+        # closures without self: a reference cycle would keep the graph that f holds alive until the garbage collector runs
+        state = layout.unpack(x)
+        offered = f.preconditioner(state) if precondition else None
+        self.precondition = _of_matrices(offered, layout)
+        self.natural: Linear | None = None
+        if isinstance(f, AffineMap):
+            self.linear = _counting(f.linear, layout, self._count)
+            c = layout.pack(f.offset)
+            self.lost = ~torch.isfinite(c).all(dim=1)  # b = l(b) + NaN has the solution NaN
+            c = c.masked_fill(self.lost[:, None], 0.0)
+            self.unit = unit_size(c)
+            self.offset = c / self.unit
+        else:
+            self._evaluate = _counting(f.step if self._steps else f, layout, self._count)
+            units = offered if precondition and type(f).natural is Map.natural else f.natural(state)
+            self.natural = self.precondition if units is offered and precondition else _of_matrices(units, layout)
+
+    @property
+    def evaluations(self) -> int:
+        r"""Number of evaluations of the map."""
+        return self._count[0]
+
+    @property
+    def samples(self) -> int:
+        r"""Number of evaluations of single samples."""
+        return self._count[1]
+
+    @property
+    def precision(self) -> torch.dtype:
+        r"""The coarsest floating-point type that the map computes in."""
+        types = [t.real.dtype if t.is_complex() else t.dtype for t in self._layout.like]
+        device = self._layout.like[0].device.type
+        if torch.is_autocast_enabled(device):
+            types.append(torch.get_autocast_dtype(device))
+        return max(types, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def __call__(self, x: Tensor, tau: float = 1.0) -> Tensor:
+        r"""The image of ``x``. TorchDEQ's plain iteration passes a damping factor ``tau``."""
+        fx = self.image_and_step(x)[0]
+        return fx if tau == 1.0 else tau * fx + (1 - tau) * x
+
+    def enter(self, x: Tensor) -> Tensor:
+        r"""A point in the units that the problem is solved in."""
+        return x / self.unit if self.affine else x
+
+    def leave(self, x: Tensor, info: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        r"""The solution, and what is told of it, in the units of the map. NaN for samples whose constant is not finite."""
+        info.setdefault("singular", torch.zeros_like(info["converged"]))
+        if self.affine:
+            x = (x * self.unit).masked_fill(self.lost[:, None], torch.nan)
+            info["abs_lowest"], info["abs_trace"] = info["abs_lowest"] * self.unit[:, 0], info["abs_trace"] * self.unit
+            info["rel_lowest"] = info["rel_lowest"].masked_fill(self.lost, torch.inf)
+            info["converged"] = info["converged"] & ~self.lost
+        return x, info
+
+    def image_and_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Evaluate the map once: the image of ``x``, and its difference to ``x``."""
+        if self.affine:
+            image = self.linear(x) + self.offset
+            return image, image - x
+        out = self._evaluate(x)
+        return (x + out, out) if self._steps else (out, out - x)
+
+    def evaluate(self, x: Tensor) -> Evaluation:
+        r"""Evaluate the map once, and measure the point."""
+        return self.measure(x, *self.image_and_step(x))
+
+    def measure(self, x: Tensor, image: Tensor, step: Tensor) -> Evaluation:
+        r"""Measure a point whose image and whose residual ``step`` are known."""
+        change = step if self.natural is None else self.natural(step)
+        absolute, size = norms(change), norms(image)
+        plain = absolute if change is step else norms(step)
+        scale = norms(self.offset if self.affine else x)
+        scale = torch.where(scale > 0, scale, absolute)  # at x = 0 any step is a relative change of 1
+        finite = torch.isfinite(absolute) & torch.isfinite(size)
+        relative, plain = (torch.where(a == 0, a, a / s) for a, s in ((absolute, scale), (plain, size)))
+        absolute, relative, plain = (torch.where(finite, t, torch.inf) for t in (absolute, relative, plain))
+        if self._amplification is None:
+            gain = self._amplify(image)
+            # without a difference that cancels digits, rounding is that of the terms of the step, of the size of the first one
+            self._amplification = torch.minimum(gain, relative.clamp_min(1.0)) if self._steps else gain
+        rounding = torch.finfo(self.precision).eps * self._amplification * size / scale
+        if self.natural is not None and not self._steps:
+            relative = torch.maximum(relative, _CANCELLED * rounding)
+        if self.precondition is not None:
+            step = change if self.precondition is self.natural else self.precondition(step)
+            image = x + step
+        return Evaluation(image, step, absolute, relative, plain, size, rounding)
+
+    def subset(self, rows: Tensor, x: Tensor) -> Problem | None:
+        r"""The problem of some samples, or ``None`` where that is not possible or not worth it; ``x`` is a point of all."""
+        if self.affine or x.numel() < WORTH or self._layout.batch == 1:
+            return None
+        part = self._f.select(rows)
+        if part is None:
+            return None
+        problem = Problem(part, self._layout.select(rows), x[rows], self._precondition, self._count)
+        if self._amplification is not None:
+            problem._amplification = self._amplification[rows]
+        return problem
+
+    def _amplify(self, image: Tensor) -> Tensor:
+        r"""By how much the change of units enlarges noise, such as rounding, that has the size of the image everywhere."""
+        one = torch.ones(image.shape[0], dtype=torch.float64, device=image.device)
+        if self.natural is None or not image.shape[1]:
+            return one
+        n = torch.arange(image.shape[1], device=image.device, dtype=torch.float64)
+        noise = image * torch.cos(0.7 * n * n).to(image.dtype)  # a chirp has a flat spectrum, and needs no generator
+        gain = norms(self.natural(noise)) / norms(noise)
+        return torch.where(torch.isfinite(gain), gain, one)
+
+
+def _of_matrices(linear: Callable[[Any], Any] | None, layout: Layout) -> Linear | None:
+    return None if linear is None else lambda r: layout.pack(linear(layout.unpack(r)))
+
+
+def _counting(f: Callable[[Any], Any], layout: Layout, count: list[int]) -> Linear:
+    def counted(x: Tensor) -> Tensor:
+        count[0] += 1
+        count[1] += x.shape[0]
+        return layout.pack(f(layout.unpack(x)))
+
+    return counted

@@ -1,0 +1,231 @@
+r"""A fixed-point method with its settings: ``solver(f, x0) -> (x, stat)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deepinv_deq.maps import Map, as_map
+from deepinv_deq.solvers.loop import Settings
+from deepinv_deq.solvers.methods import METHODS, available_methods, foreign
+from deepinv_deq.solvers.problem import Problem
+from deepinv_deq.solvers.stat import SolverStat, report
+from deepinv_deq.states import Layout, State, chunks, join, take
+
+_FAILURE = ("warn", "raise", "ignore")
+_SYNC_EVERY = 4  # on accelerators: a few extra evaluations are cheaper than a host-device synchronisation
+
+
+class _Options(dict[str, Any]):
+    r"""A dictionary that cannot be changed; unlike a mapping proxy it can be pickled and copied."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("The options of a Solver cannot be changed: make another with dataclasses.replace.")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Options, (dict(self),)
+
+
+@dataclass(frozen=True)
+class Solver:
+    r"""A fixed-point method with its settings: ``solver(f, x0)`` returns :math:`x = f(x)` and a statistic.
+
+    Every sample (index of dimension 0) is solved by itself, and depends on no other. It stops, and is frozen from then on, when
+    its **relative error in natural units**
+
+    .. math::
+
+        \|N (f(x) - x)\|_2 / \|x\|_2 \leq \mathrm{tol},
+
+    where the map may offer a linear :math:`N` (:meth:`Map.natural <deepinv_deq.maps.Map.natural>`) that turns a residual into
+    a change of the state: so a tolerance means the same for any stepsize. Without it, this is the plain residual. For an affine map
+    :math:`b \mapsto \ell(b) + c`, such as the adjoint equation, the criterion is :math:`\|\ell(b) + c - b\|_2 / \|c\|_2`, as is usual
+    for GMRES. A fixed point at zero has no relative error: it is reached at the rounding of the first image. The point returned is
+    the best one evaluated, with its residual in the statistic. A state with at most one dimension is one sample.
+
+    :param str method: ``"anderson"`` (:footcite:t:`walker2011anderson`), ``"broyden"`` (:footcite:t:`broyden1965class`),
+        ``"fixed_point_iter"`` (Picard), ``"gmres"`` (:footcite:t:`saad1986gmres`, for affine maps such as eq. 10 of the
+        paper), another name in :data:`deepinv_deq.solvers.METHODS`, or one in TorchDEQ's registry.
+    :param int max_iter: largest number of evaluations of ``f``, the one at ``x0`` included.
+    :param float tol: relative error to reach, no unit.
+    :param int, None history: number of past points kept: Anderson's depth (default 8), Broyden's rank (default: all),
+        GMRES' restart length (default 30).
+    :param float damping: step :math:`\beta` along the residual in Picard and Anderson steps, in :math:`(0, 1]`.
+    :param str on_failure: ``"warn"`` (once per solver and cause, and again where it is ten times worse), ``"raise"`` or
+        ``"ignore"`` where the tolerance is missed.
+    :param bool batched: ``False`` treats the whole state as one sample, for maps that couple the samples of a batch.
+    :param int, None chunk_size: number of samples that are solved at a time, for maps that can be restricted to samples.
+        A sample's result does not depend on it; time and memory do. ``None`` is the whole batch on accelerators, and on CPU
+        as many samples as have :math:`2^{15}` numbers, which fit the cache.
+    :param int, None sync_every: number of evaluations after which the host checks whether all samples are done. A larger number
+        keeps an accelerator busy, at the cost of up to ``sync_every - 1`` unnecessary evaluations. ``None`` is 4 on
+        accelerators, 1 on CPU.
+    :param bool precondition: whether to use the preconditioner that a map may offer, as :class:`DEGrad` does where the
+        physics is nearly a filter: fewer evaluations, the same solution and the same criterion.
+    :param dict options: further keyword arguments for a function in TorchDEQ's registry.
+
+    :raises ValueError: at construction, for an unknown method or a setting out of range.
+    :raises ConvergenceError: when called, if the tolerance is missed and ``on_failure="raise"``.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deq import Solver
+    >>> x, stat = Solver("anderson", tol=1e-6)(torch.cos, torch.zeros(1, 1, dtype=torch.float64))
+    >>> round(x.item(), 5), bool(stat.converged)
+    (0.73909, True)
+    """
+
+    method: str = "anderson"
+    _: KW_ONLY
+    max_iter: int = 50
+    tol: float = 1e-4
+    history: int | None = None
+    damping: float = 1.0
+    on_failure: Literal["warn", "raise", "ignore"] = "warn"
+    batched: bool = True
+    chunk_size: int | None = None
+    sync_every: int | None = None
+    precondition: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        object.__setattr__(self, "options", _Options(self.options))
+        object.__setattr__(self, "_warned", {})  # no field: it is no setting
+
+    @torch.no_grad()
+    def __call__(self, f: Callable[[Any], Any], x0: Any) -> tuple[Any, SolverStat]:
+        r"""Solve :math:`x = f(x)` from ``x0``, without an autograd graph.
+
+        :param Callable f: the map; takes and returns a state. A :class:`deepinv_deq.maps.Map` may offer more.
+        :param torch.Tensor, tuple[torch.Tensor, ...] x0: initial state, dimension 0 is the batch.
+        :return: the fixed point, shaped like ``x0``, and its :class:`SolverStat`.
+        :raises ValueError: if ``f`` returns another shape than it was given.
+        :raises ConvergenceError: if the tolerance is missed and ``on_failure="raise"``.
+        """
+        whole = as_map(f)
+        solved = [self._solve(part, start) for part, start in self._parts(whole, x0)]
+        torch.clear_autocast_cache()  # casts made here carry no graph and must not serve an evaluation with one
+        stat = self.joined([stat for _, stat in solved])
+        self.report(stat, whole.diagnose)
+        return join([x for x, _ in solved]), stat
+
+    def chunks(self, f: Callable[[Any], Any], x: Any) -> list[slice] | None:
+        r"""Which samples are solved together.
+
+        :param Callable f: the map.
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
+        :return: slices of the batch; ``None`` for all samples at once, as where the map cannot be restricted to some.
+        """
+        rows = chunks(x, self.chunk_size) if self.batched else []
+        return rows if len(rows) > 1 and as_map(f).select(rows[0]) is not None else None
+
+    def joined(self, stats: Sequence[SolverStat]) -> SolverStat:
+        r"""One statistic for the chunks of a batch.
+
+        :param Sequence[SolverStat] stats: statistics of this solver, in the order of the samples.
+        :return: the statistic of all samples.
+        """
+        return SolverStat.join(stats, self.method, self.tol)
+
+    def report(self, stat: SolverStat, diagnose: Callable[[], str] | None = None) -> None:
+        r"""Warn or raise, as configured, if a statistic says that the tolerance was missed.
+
+        :param SolverStat stat: statistic of a solve.
+        :param Callable, None diagnose: asked for one more sentence about the map.
+        :raises ConvergenceError: if a sample missed the tolerance and ``on_failure="raise"``.
+        """
+        report(stat, self.on_failure, self._warned, diagnose)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def verify(self, x: Any, fx: Any, offset: Any, stat: SolverStat) -> None:
+        r"""Replace the residual that a method computed by a recurrence by the measured one, for an affine map.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: the point.
+        :param torch.Tensor, tuple[torch.Tensor, ...] fx: its image.
+        :param torch.Tensor, tuple[torch.Tensor, ...] offset: the constant of the map.
+        :param SolverStat stat: statistic of the solve, changed in place.
+        :raises ConvergenceError: if the solve claimed to have converged, has not, and ``on_failure="raise"``.
+        """
+        worst = stat.verify(Layout(x, self.batched), x, fx, offset, self.method, self.tol)
+        if worst is not None:
+            stat["outcome"] = _contradicted(self, worst, stat.residual.device.type)
+            self.report(stat)
+
+    def _parts(self, f: Map, x0: State) -> list[tuple[Map, State]]:
+        parts = [(f.select(rows), take(x0, rows)) for rows in self.chunks(f, x0) or []]
+        chosen = [(part, start) for part, start in parts if part is not None]
+        return chosen if parts and len(chosen) == len(parts) else [(f, x0)]
+
+    def _solve(self, f: Map, x0: State) -> tuple[State, SolverStat]:
+        layout, method = Layout(x0, self.batched), METHODS.get(self.method)
+        start = layout.pack(x0)
+        precondition = self.precondition and self.batched and method is not None and method.preconditioned
+        problem = Problem(f, layout, start, precondition)
+        start = problem.enter(start)
+        if method is None:
+            x, info = _run_foreign(self, problem, start)
+        else:
+            sync_every = self.sync_every or (1 if start.device.type == "cpu" else _SYNC_EVERY)
+            settings = Settings(self.max_iter, self.tol, self.history, self.damping, sync_every)
+            x, info = method(start, settings).solve(problem, start, settings)
+        x, info = problem.leave(x, info)
+        stat = SolverStat(**info, precision=problem.precision)
+        stat["evaluations"], stat["work"] = problem.evaluations, problem.samples / max(1, len(x))
+        stat.judge(self.method, self.tol)
+        return layout.unpack(x), stat
+
+
+def _contradicted(solver: Solver, worst: float, device: str) -> str:
+    cause = "the map is not deterministic, or couples the samples of the batch (then use Solver(..., batched=False))."
+    if torch.is_autocast_enabled(device):
+        precision = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        cause = f"products in {precision} cannot reach {solver.tol:.1e}."
+    return f"{solver.method} reported convergence, but the measured residual is {worst:.1e}: {cause}"
+
+
+def _run_foreign(solver: Solver, problem: Problem, start: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    r"""Run a solver of TorchDEQ's registry, with the same settings under TorchDEQ's names, and measure its point."""
+    function = foreign(solver.method)
+    if function is None:
+        raise ValueError(f"The solver {solver.method!r} is no longer in TorchDEQ's registry.")
+    settings = {"stop_mode": "rel", "tau": solver.damping, "m": solver.history or 6, "LBFGS_thres": solver.history}
+    settings |= {"max_iter": solver.max_iter, "tol": solver.tol} | dict(solver.options)
+    x, _, info = function(problem, start, **settings)
+    now = problem.evaluate(x)
+    measured = {"abs_lowest": now.absolute, "rel_lowest": now.relative, "plain_residual": now.plain}
+    none = torch.zeros_like(now.relative, dtype=torch.bool)
+    verdict = {"converged": now.relative <= solver.tol, "at_floor": none, "singular": none}
+    return x, dict(info) | {key: value.to(x.dtype) for key, value in measured.items()} | verdict
+
+
+def _check(solver: Solver) -> None:
+    if solver.method not in available_methods() and foreign(solver.method) is None:
+        raise ValueError(f"Unknown solver method {solver.method!r}: must be one of {', '.join(available_methods())}.")
+    if not solver.tol > 0:
+        raise ValueError(f"tol is a relative error and must be positive, got {solver.tol}.")
+    if solver.max_iter < 1:
+        raise ValueError(f"max_iter counts evaluations of f and must be at least 1, got {solver.max_iter}.")
+    if solver.history is not None and solver.history < 1:
+        raise ValueError(f"history must be at least 1 (or None for the method's default), got {solver.history}.")
+    for name in ("chunk_size", "sync_every"):
+        if getattr(solver, name) is not None and getattr(solver, name) < 1:
+            raise ValueError(f"{name} must be at least 1 (or None for the default), got {getattr(solver, name)}.")
+    if not 0 < solver.damping <= 1:
+        raise ValueError(f"damping must be in (0, 1], got {solver.damping}.")
+    if solver.on_failure not in _FAILURE:
+        raise ValueError(f"on_failure must be one of {', '.join(_FAILURE)}, got {solver.on_failure!r}.")
+    if solver.options and solver.method in METHODS:
+        raise ValueError(
+            f"options are for functions in TorchDEQ's registry; {solver.method!r} takes its settings as arguments of "
+            f"Solver, not {', '.join(solver.options)}."
+        )

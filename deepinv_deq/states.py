@@ -1,0 +1,117 @@
+r"""States of any shape as one real ``(B, N)`` matrix, and the algebra of rows that all solvers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+State = Tensor | tuple[Tensor, ...]
+Rows = Tensor | slice
+WORTH = 2**15  # numbers: below this size call overhead dominates, and dropping samples does not pay
+
+
+def as_tuple(state: State) -> tuple[Tensor, ...]:
+    r"""The tensors of a state."""
+    return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def chunks(state: State, size: int | None) -> list[slice]:
+    r"""Slices of the batch of a state, of ``size`` samples; by default of few enough to be worked on in a CPU's cache."""
+    tensors = as_tuple(state)
+    if not tensors or not isinstance(tensors[0], Tensor) or tensors[0].ndim < 2:
+        return []
+    batch, numbers = len(tensors[0]), sum(t.numel() for t in tensors)
+    if size is None:
+        size = batch if tensors[0].device.type != "cpu" else -(-WORTH * batch // max(1, numbers))
+    return [slice(start, start + size) for start in range(0, batch, max(1, size))]
+
+
+def take(state: State, rows: Rows) -> State:
+    r"""Some samples of a state."""
+    return state[rows] if isinstance(state, Tensor) else tuple(t[rows] for t in state)
+
+
+def join(states: Sequence[State]) -> State:
+    r"""The inverse of taking slices."""
+    if len(states) == 1:
+        return states[0]
+    if isinstance(states[0], Tensor):
+        return torch.cat(cast(list[Tensor], states))
+    return tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+
+
+class Layout:
+    r"""How a state (a tensor or a tuple of tensors, real or complex) lies in one real ``(B, N)`` matrix."""
+
+    def __init__(self, state: State, batched: bool):
+        self.single = isinstance(state, Tensor)
+        tensors = (state,) if self.single else tuple(state)
+        if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+            raise ValueError(f"A state must be a tensor or a non-empty tuple of tensors, got {type(state).__name__}.")
+        self.like = tensors
+        joint = not batched or all(t.ndim <= 1 for t in tensors)
+        self.batch = 1 if joint else tensors[0].shape[:1].numel()
+        if not joint and any(t.shape[:1] != tensors[0].shape[:1] for t in tensors):
+            raise ValueError(
+                "All tensors of a state must have the same batch size in dimension 0, got shapes "
+                f"{[tuple(t.shape) for t in tensors]}. Use Solver(..., batched=False) for one joint sample."
+            )
+        # real numbers per sample; told explicitly, because an empty batch gives reshape(-1) nothing to infer them from
+        self.sizes = [(t.shape if joint else t.shape[1:]).numel() * (2 if t.is_complex() else 1) for t in tensors]
+        # half precision is for the map; the solver's own sums are in single precision at least
+        real = [t.real.dtype if t.is_complex() else t.dtype for t in tensors]
+        self.dtype = torch.float32
+        for dtype in real:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+
+    def pack(self, state: State) -> Tensor:
+        r"""The matrix of a state."""
+        tensors = as_tuple(state)
+        if [t.shape for t in tensors] != [t.shape for t in self.like]:
+            raise ValueError(
+                f"The map must return the shape it is given: {[tuple(t.shape) for t in self.like]} became "
+                f"{[tuple(t.shape) for t in tensors]}."
+            )
+        reals = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        rows = [t.reshape(self.batch, size) for t, size in zip(reals, self.sizes, strict=True)]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).to(self.dtype)
+
+    def unpack(self, flat: Tensor) -> State:
+        r"""The state of a matrix."""
+        out, start = [], 0
+        for t, size in zip(self.like, self.sizes, strict=True):
+            rows = flat[:, start : start + size]
+            if t.is_complex():
+                rows = torch.view_as_complex(rows.to(t.real.dtype).reshape(*t.shape, 2).contiguous())
+            out.append(rows.reshape(t.shape).to(t.dtype))
+            start += size
+        return out[0] if self.single else tuple(out)
+
+    def select(self, rows: Rows) -> Layout:
+        r"""The layout of some samples."""
+        like = tuple(t[rows] for t in self.like)
+        return Layout(like[0] if self.single else like, batched=True)
+
+
+def norms(x: Tensor) -> Tensor:
+    r"""Euclidean norm of each row, in double precision; right at any scale that the entries of ``x`` can have."""
+    if x.dtype != torch.float64:
+        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    unit = unit_size(x)
+    return torch.linalg.vector_norm(x / unit, dim=1) * unit[:, 0]
+
+
+def unit_size(c: Tensor) -> Tensor:
+    r"""A power of two of the size of each row, of shape ``(B, 1)``: dividing by it is exact. 1 for rows of zeros, NaN or Inf."""
+    size = c.abs().amax(dim=1, keepdim=True) if c.shape[1] else c.new_ones(c.shape[0], 1)
+    exponent = torch.frexp(size).exponent - 1
+    unit = torch.ldexp(torch.ones_like(size), exponent).clamp_min(torch.finfo(size.dtype).tiny)
+    return torch.where((size > 0) & torch.isfinite(size), unit, 1.0)
+
+
+def where_rows(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    r"""Rows of ``a`` where ``mask`` is true, else of ``b``."""
+    return torch.where(mask[:, None], a, b)

@@ -1,0 +1,54 @@
+r"""Parts of :mod:`deepinv.distributed` in a deep equilibrium model that several processes evaluate together.
+
+Distributed physics (``distribute(physics, context)``) can be used as they are. A denoiser whose tiles are distributed needs
+:class:`SynchronisedDenoiser`. To train with a part of every batch in each process, use PyTorch's
+:class:`torch.nn.parallel.DistributedDataParallel` instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def _framework() -> tuple[Any, Any, Any]:
+    r"""Classes of deepinv that are no part of its public interface (0.5), imported when they are needed."""
+    from deepinv.distributed.framework import DistributedProcessing, DistributedReplicatedParameters
+    from deepinv.distributed.framework.distributed_utils import DistributedGradientSync
+
+    return DistributedProcessing, DistributedReplicatedParameters, DistributedGradientSync
+
+
+class SynchronisedDenoiser(nn.Module):
+    r"""A distributed denoiser whose gradients are the same in all processes.
+
+    deepinv leaves the gradient of a denoiser's input, and of weights that are not leaves of the graph, as the part of the
+    process' own tiles, and averages later. An adjoint equation is solved with such gradients, so they must be complete in
+    every process: else each would solve another equation, and stop at another iteration, while the others wait.
+
+    :param torch.nn.Module tiles: what ``deepinv.distributed.distribute(denoiser, context)`` returns.
+
+    :raises TypeError: for anything else.
+    """
+
+    def __init__(self, tiles: nn.Module):
+        super().__init__()
+        processing, replicated_parameters, _ = _framework()
+        if not isinstance(tiles, processing):
+            raise TypeError(
+                f"tiles must come from deepinv.distributed.distribute(denoiser, ...), got {type(tiles).__name__}."
+            )
+        self.tiles = tiles
+        replicated_parameters(tiles.ctx, list(tiles.parameters()))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        r"""Denoise.
+
+        :param torch.Tensor x: image of shape ``(B, C, H, W)``, the same in all processes.
+        :param args: handed on.
+        :param kwargs: handed on, such as the noise level.
+        :return: image of the same shape.
+        """
+        synchronise = _framework()[2]
+        return self.tiles(synchronise.apply(x, self.tiles.ctx), *args, **kwargs)

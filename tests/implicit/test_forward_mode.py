@@ -1,0 +1,307 @@
+r"""Forward mode against reverse mode and against unrolled solves, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from deepinv.physics import BlurFFT, Denoising
+from torch import nn
+
+from deepinv_deq import DEADMM, DEHQS, DEGrad, DEQReconstructor, ModularIDHook, Solver
+from tests.implicit.common import ei_loss
+from tests.problems import F64, TEMPLATES, MatrixPhysics, Parametric, SmallDenoiser, imaging, relative_error, unrolled
+
+jacobian = torch.autograd.functional.jacobian
+
+
+def direction(t, seed=1):
+    return torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def dual_tangent(function, *pairs):
+    r"""The tangent of a function of dual tensors."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(*(forward_ad.make_dual(p, t) for p, t in pairs))).tangent
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_tangent_of_the_measurements(template):
+    model, physics, _, y = imaging(template)
+    v = direction(y)
+    exact = dual_tangent(lambda y: unrolled(model, y, physics, 150), (y, v))
+    assert relative_error(dual_tangent(lambda y: model(y, physics), (y, v)), exact) <= 1e-8
+    for p in model.parameters():
+        p.requires_grad_(False)
+    value, tangent = torch.func.jvp(lambda y: model(y, physics), (y,), (v,))
+    assert relative_error(tangent, exact) <= 1e-8 and relative_error(value, unrolled(model, y, physics)) <= 1e-10
+
+
+@pytest.mark.parametrize("template", [DEHQS, DEADMM])
+def test_tangent_of_splittings(template):
+    model, _, y, _ = imaging(template)  # ADMM has a state of two variables
+    physics = Denoising()
+    v = direction(y)
+    exact = dual_tangent(lambda y: unrolled(model, y, physics, 150), (y, v))
+    assert relative_error(dual_tangent(lambda y: model(y, physics), (y, v)), exact) <= 1e-8
+    assert relative_error(torch.func.jvp(lambda y: model(y, physics), (y,), (v,))[1], exact) <= 1e-8
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_tangent_does_not_depend_on_the_start(warm):
+    model, physics, _, y = imaging()
+    init = model(y, physics).detach() if warm else torch.zeros(2, 1, 4, 4, dtype=F64)
+    v = direction(y)
+    exact = dual_tangent(lambda y: unrolled(model, y, physics, 150), (y, v))
+    found = dual_tangent(lambda y: model(y, physics, init=init), (y, v))
+    assert relative_error(found, exact) <= 1e-8
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_tangent_of_the_physics(template):
+    model, physics, _, y = imaging(template)
+    v = direction(physics.matrix)
+    exact = dual_tangent(lambda m: unrolled(model, y, MatrixPhysics(m, 4)), (physics.matrix, v))
+    assert relative_error(dual_tangent(lambda m: model(y, MatrixPhysics(m, 4)), (physics.matrix, v)), exact) <= 1e-8
+    found = torch.func.jvp(lambda m: model(y, MatrixPhysics(m, 4)), (physics.matrix,), (v,))[1]
+    assert relative_error(found, exact) <= 1e-8
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["dual", "func"])
+def test_tangent_of_the_parameters(template, kind):
+    model, physics, _, y = imaging(template)
+    names = [name for name, _ in model.named_parameters()]
+    values = [p.detach() for p in model.parameters()]
+    steps = [direction(p, seed) for seed, p in enumerate(values)]
+    call = lambda *ps: torch.func.functional_call(model, dict(zip(names, ps, strict=True)), (y, physics))  # noqa: E731
+    found = (
+        dual_tangent(call, *zip(values, steps, strict=True))
+        if kind == "dual"
+        else torch.func.jvp(call, tuple(values), tuple(steps))[1]
+    )
+    x_hat = model(y, physics)  # g · v by reverse mode, for a direction g
+    g = direction(x_hat, 9)
+    reverse = torch.autograd.grad(x_hat, list(model.parameters()), g)
+    exact = sum((r * s).sum() for r, s in zip(reverse, steps, strict=True))
+    assert (g * found).sum().item() == pytest.approx(exact.item(), rel=1e-8)
+
+
+def test_tangent_through_two_passes():
+    model, physics, _, y = imaging()
+    v = direction(y)
+    exact = dual_tangent(lambda y: ei_loss(lambda y, p: unrolled(model, y, p, 150), y, physics), (y, v))
+    assert dual_tangent(lambda y: ei_loss(model, y, physics), (y, v)).item() == pytest.approx(exact.item(), rel=1e-8)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_jacobians_of_every_kind_agree(batch):
+    model, physics, _, y = imaging(batch=batch)
+    f = lambda y: model(y, physics)  # noqa: E731
+    exact = jacobian(lambda y: unrolled(model, y, physics, 120), y)
+    assert relative_error(jacobian(f, y), exact) <= 1e-8
+    assert relative_error(jacobian(f, y, vectorize=True), exact) <= 1e-8
+    assert relative_error(jacobian(f, y, vectorize=True, strategy="forward-mode"), exact) <= 1e-8
+    assert relative_error(torch.func.jacfwd(f)(y), exact) <= 1e-8
+
+
+def test_jacobian_with_a_preconditioner():
+    physics = BlurFFT((1, 3, 3), filter=torch.tensor([[[[0.2, 0.6, 0.2]]]])).to(F64)
+    solver = Solver("anderson", max_iter=300, tol=1e-13)
+    model = DEQReconstructor(
+        DEGrad(SmallDenoiser(), stepsize=0.3, data_weight=2.0).to(F64),
+        solver=solver,
+        hook=ModularIDHook(Solver("gmres", max_iter=300, tol=1e-13)),
+    )
+    y = physics(torch.rand(2, 1, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(0)))
+    assert model.iteration.bind(y, physics).preconditioner(y) is not None
+    exact = jacobian(lambda y: unrolled(model, y, physics, 120), y)
+    for strategy in ("forward-mode", "reverse-mode"):
+        found = jacobian(lambda y: model(y, physics), y, vectorize=True, strategy=strategy)
+        assert relative_error(found, exact) <= 1e-8
+    assert relative_error(torch.func.jacfwd(lambda y: model(y, physics))(y), exact) <= 1e-8
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+def test_tangent_of_a_callable(complex_):
+    dtype = torch.complex128 if complex_ else F64
+    c = direction(torch.zeros(2, 3, dtype=dtype))
+    hook, solver = ModularIDHook(Solver("gmres", tol=1e-14)), Solver("anderson", tol=1e-14, max_iter=200)
+
+    def fixed_point(c, steps=0):
+        f = lambda x: 0.4 * torch.sin(x) + c  # noqa: E731
+        x = torch.zeros_like(c)
+        for _ in range(steps):
+            x = f(x)
+        return x if steps else hook(f, solver(f, x)[0])
+
+    v = direction(c, 2)
+    exact = dual_tangent(lambda c: fixed_point(c, 200), (c, v))
+    assert relative_error(dual_tangent(fixed_point, (c, v)), exact) <= 1e-10
+    assert relative_error(torch.func.jvp(fixed_point, (c,), (v,))[1], exact) <= 1e-10
+
+
+def test_tangent_and_gradient_in_one_pass():
+    model, physics, _, y = imaging()
+    v = direction(y)
+    expected = torch.autograd.grad(model(y, physics).square().sum(), list(model.parameters()))
+    exact = dual_tangent(lambda y: unrolled(model, y, physics, 150), (y, v))
+    with forward_ad.dual_level():
+        x_hat = model(forward_ad.make_dual(y, v), physics)
+        assert relative_error(forward_ad.unpack_dual(x_hat).tangent, exact) <= 1e-8
+        primal = forward_ad.unpack_dual(x_hat).primal
+        assert relative_error(torch.autograd.grad(primal.square().sum(), list(model.parameters())), expected) <= 1e-10
+
+
+def test_tangent_of_jfb_is_that_of_one_evaluation():
+    model, physics, _, y = imaging(mode="jfb")
+    v, x_star = direction(y), model(y, physics).detach()
+    exact = dual_tangent(lambda y: model.iteration.bind(y, physics)(x_star), (y, v))
+    assert relative_error(dual_tangent(lambda y: model(y, physics), (y, v)), exact) <= 1e-12
+
+
+def test_nothing_changes_where_nothing_has_a_tangent():
+    model, physics, _, y = imaging()
+    told = []
+    model.on_solve(lambda which, stat: told.append(which))
+    with forward_ad.dual_level():
+        x_hat = model(y, physics)
+        assert forward_ad.unpack_dual(x_hat).tangent is None
+        x_hat.sum().backward()
+    assert told == ["forward", "backward"]
+
+
+def test_solves_of_tangents_are_reported():
+    model, physics, _, y = imaging()
+    told = []
+    model.on_solve(lambda which, stat: told.append((which, bool(stat.converged.all()))))
+    dual_tangent(lambda y: model(y, physics), (y, direction(y)))
+    assert told == [("forward", True), ("tangent", True)]
+
+
+class WithoutJVP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 0.5 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 0.5 * g
+
+
+@pytest.mark.parametrize("where", ["denoiser", "physics"])
+def test_an_operator_without_a_jvp_says_so_itself(where):
+    class Layer(nn.Module):
+        def forward(self, x):
+            return WithoutJVP.apply(x)
+
+    class Physics(MatrixPhysics):
+        def A_adjoint(self, y, **_):
+            return WithoutJVP.apply(2 * super().A_adjoint(y))
+
+    model, physics, _, y = imaging()
+    if where == "denoiser":
+        model.iteration.denoiser = Layer()
+    else:
+        physics = Physics(physics.matrix, 4)
+    model(y, physics)
+    # the physics is evaluated in bind, which says that the measurements do not fit, and why: the operator's own words
+    with pytest.raises((RuntimeError, NotImplementedError, ValueError), match="must implement the jvp function"):
+        dual_tangent(lambda y: model(y, physics), (y, direction(y)))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, y: torch.func.jacrev(f)(y),
+        lambda f, y: torch.func.grad(lambda y: f(y).sum())(y),
+        lambda f, y: torch.func.vjp(f, y),
+        lambda f, y: torch.func.hessian(lambda y: f(y).sum())(y),
+        lambda f, y: torch.func.jvp(lambda y: torch.func.jvp(f, (y,), (y,))[1], (y,), (y,)),
+    ],
+)
+def test_transforms_that_do_not_work_say_what_to_use(transform):
+    model, physics, _, y = imaging()
+    with pytest.raises(RuntimeError, match=r"Use torch.autograd.grad|use torch.autograd.grad"):
+        transform(lambda y: model(y, physics), y)
+
+
+def test_reverse_of_a_transform_is_no_silent_zero():
+    model, physics, _, y = imaging()
+    value, tangent = torch.func.jvp(lambda y: model(y, physics), (y,), (direction(y),))
+    for out in (value, tangent):
+        with pytest.raises(RuntimeError, match="no implicit gradient|no further derivative"):
+            out.sum().backward()
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(y, direction(y)), physics)).tangent
+        with pytest.raises(RuntimeError, match="no further derivative"):
+            tangent.sum().backward()
+
+
+def test_forward_over_reverse_is_refused():
+    model, physics, _, y = imaging()
+    y.requires_grad_()
+    with forward_ad.dual_level():
+        x_hat = model(forward_ad.make_dual(y, direction(y)), physics)
+        with pytest.raises(RuntimeError, match="no further derivative"):
+            torch.autograd.grad(x_hat.square().sum(), y)
+
+
+@pytest.mark.parametrize("what", ["measurements", "parameters"])
+def test_vmap_says_what_to_use(what):
+    model, physics, _, y = imaging()
+    with pytest.raises(RuntimeError, match="batch dimension, where each is solved by itself"):
+        if what == "measurements":
+            torch.vmap(lambda y: model(y, physics))(torch.stack([y, y]))
+        else:
+            params = {k: torch.stack([p.detach(), p.detach()]) for k, p in model.named_parameters()}
+            torch.vmap(lambda p: torch.func.functional_call(model, p, (y, physics)))(params)
+
+
+def test_second_derivatives_by_vmap():
+    model, physics, _, y = imaging(side=2, batch=1)
+    exact = torch.autograd.functional.hessian(lambda y: unrolled(model, y, physics, 150).square().sum(), y)
+    loss = lambda y: model(y, physics).square().sum()  # noqa: E731
+    assert relative_error(torch.autograd.functional.hessian(loss, y), exact) <= 1e-8
+    assert relative_error(torch.autograd.functional.hessian(loss, y, vectorize=True), exact) <= 1e-8
+    with pytest.raises(RuntimeError, match="without vectorize"):
+        jacobian(lambda y: model(y, physics), y, vectorize=True, create_graph=True)
+
+
+def test_tangent_of_a_map_that_names_its_inputs():
+    w = torch.tensor(0.4, dtype=F64)
+
+    def fixed_point(w, steps=0):
+        f = Parametric(lambda x, w: (w * x[1] + 1, w * x[0] + x[0].square() / 9), w)
+        x = (torch.zeros(2, 1, dtype=F64), torch.zeros(2, 1, dtype=F64))
+        for _ in range(steps):
+            x = f(x)
+        if not steps:
+            star, _ = Solver("anderson", tol=1e-15, max_iter=100)(f, x)
+            x = ModularIDHook(Solver("gmres", tol=1e-14))(f, star)
+        return torch.cat(x)
+
+    one = torch.ones_like(w)
+    exact = dual_tangent(lambda w: fixed_point(w, 200), (w, one))
+    assert relative_error(dual_tangent(fixed_point, (w, one)), exact) <= 1e-10
+    assert relative_error(torch.func.jvp(fixed_point, (w,), (one,))[1], exact) <= 1e-10
+    assert relative_error(torch.func.jacfwd(fixed_point)(w), exact) <= 1e-10
+
+
+def test_tangents_of_a_variable_that_does_not_depend_on_the_input():
+    w = torch.tensor([0.4, 0.7], dtype=F64)
+
+    def fixed_point(w, steps=0):
+        f = Parametric(lambda x, w: (w * x[1].sin() + 0.2 * x[0], 0.3 * x[1] + 0.1 * x[0].cos()), w)
+        x = (torch.zeros(1, 2, dtype=F64), torch.zeros(1, 2, dtype=F64))
+        for _ in range(steps):
+            x = f(x)
+        if not steps:
+            star, _ = Solver("anderson", tol=1e-15, max_iter=200)(f, x)
+            x = ModularIDHook(Solver("gmres", tol=1e-14))(f, star)
+        return torch.cat(x)
+
+    exact = jacobian(lambda w: fixed_point(w, 200), w)
+    assert relative_error(torch.func.jacfwd(fixed_point)(w), exact) <= 1e-10
+    assert relative_error(jacobian(fixed_point, w, vectorize=True, strategy="forward-mode"), exact) <= 1e-10
+    assert relative_error(jacobian(fixed_point, w), exact) <= 1e-10

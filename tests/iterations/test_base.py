@@ -1,0 +1,257 @@
+r"""Templates, binding, and every kind of wrong input a user can hand to them."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from deepinv.models import DnCNN
+from deepinv.physics import MRI, Denoising, Inpainting, LinearPhysics, Physics, Tomography
+from torch import nn
+
+from deepinv_deq import (
+    DEADMM,
+    DEHQS,
+    ConvergenceWarning,
+    DEGrad,
+    DEProx,
+    DEQReconstructor,
+    EquilibriumUNet,
+    FixedPointIteration,
+    Solver,
+)
+from tests.problems import F64, TEMPLATES, MatrixPhysics, imaging
+
+
+def test_formulas():
+    model, physics, x, y = imaging(DEProx)
+    denoiser, eta = model.iteration.denoiser, 0.5
+    gradient = physics.A_adjoint(physics.A(x) - y * 2)
+    torch.testing.assert_close(model.iteration.bind(y * 2, physics)(x), denoiser(x - eta * gradient))  # eq. 6
+    weighted = DEProx(denoiser, stepsize=eta / 4, data_weight=4.0)
+    torch.testing.assert_close(weighted.bind(y * 2, physics)(x), denoiser(x - eta * gradient))
+    grad = DEGrad(denoiser, stepsize=eta)
+    torch.testing.assert_close(grad.bind(y * 2, physics)(x), x - eta * gradient - eta * (x - denoiser(x)))  # eq. 11
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_adjoint_of_y_is_computed_once_per_solve(template):
+    model, physics, _, y = imaging(template)
+    calls = []
+    adjoint = physics.A_adjoint
+    physics.A_adjoint = lambda v, **kwargs: (calls.append(v is y or v.shape), adjoint(v, **kwargs))[1]
+    f = model.iteration.bind(y, physics)
+    x = physics.A_adjoint(y)
+    calls.clear()
+    for _ in range(3):
+        f(x)
+    assert len(calls) == 3 and True not in calls  # A^T(Ax) only, one per evaluation
+
+
+def test_init_is_fbp_or_adjoint():
+    physics = Tomography(angles=8, img_width=16, normalize=True)
+    x = torch.rand(1, 1, 16, 16)
+    iteration = DEGrad(nn.Identity())
+    torch.testing.assert_close(iteration.init(physics.A(x), physics), physics.fbp(physics.A(x)))
+    _, matrix_physics, _, y = imaging()
+    torch.testing.assert_close(iteration.init(y, matrix_physics), matrix_physics.A_adjoint(y))
+    assert not iteration.init(y.requires_grad_(), matrix_physics).requires_grad
+
+
+def test_stepsize_is_saved_and_optionally_trained():
+    fixed, learned = DEProx(nn.Identity(), stepsize=0.3), DEProx(nn.Identity(), stepsize=0.3, learn_stepsize=True)
+    assert not list(fixed.parameters()) and [name for name, _ in learned.named_parameters()] == ["stepsize"]
+    other = DEProx(nn.Identity(), stepsize=0.9)
+    other.load_state_dict(fixed.state_dict())
+    assert float(other.stepsize) == pytest.approx(0.3)
+
+
+def test_sigma_is_handed_to_denoisers_that_want_it():
+    class Wants(nn.Module):
+        def forward(self, x, sigma):
+            return x * sigma
+
+    x, physics = torch.ones(1, 1, 4, 4), Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
+    y = physics.A(x)
+    torch.testing.assert_close(DEProx(Wants(), sigma=0.25).bind(y, physics)(x), 0.25 * x)
+    torch.testing.assert_close(DEProx(nn.Identity(), sigma=0.25).bind(y, physics)(x), x)
+    with pytest.raises(ValueError, match="pass sigma="):
+        DEProx(Wants())
+    trained = DEProx(Wants(), sigma=nn.Parameter(torch.tensor(0.25)))
+    assert "sigma" in dict(trained.named_parameters())
+    model = DEQReconstructor(trained)
+    model(y, physics).sum().backward()
+    assert trained.sigma.grad.abs() > 0
+    assert DEProx(DnCNN(1, 1, depth=2, nf=4, pretrained=None), sigma=0.1).bind(y, physics)(x).shape == x.shape
+
+
+def test_a_stepsize_for_each_channel():
+    physics, x = Inpainting((3, 4, 4), mask=torch.ones(3, 4, 4)), torch.rand(2, 3, 4, 4)
+    eta = torch.tensor([0.1, 0.5, 0.9]).reshape(3, 1, 1)
+    y = physics.A(x.flip(0))
+    for template in (DEProx, DEGrad):
+        f = template(nn.Tanh(), stepsize=eta, learn_stepsize=True).bind(y, physics)
+        for c in range(3):
+            one = template(nn.Tanh(), stepsize=float(eta[c])).bind(y, physics)
+            torch.testing.assert_close(f(x)[:, c], one(x)[:, c])
+    for template in (DEHQS, DEADMM):
+        with pytest.raises(ValueError, match=r"needs one stepsize for all channels, got shape \(3, 1, 1\)"):
+            template(nn.Tanh(), stepsize=eta)
+    for shape in [(3,), (2, 1, 1, 1), (3, 4, 4)]:
+        with pytest.raises(ValueError, match="must be one number, or one per channel"):
+            DEProx(nn.Tanh(), stepsize=torch.ones(shape))
+    with pytest.raises(ValueError, match="stepsize must be positive"):
+        DEProx(nn.Tanh(), stepsize=eta - 0.2)
+
+
+def test_a_learned_stepsize_that_training_made_negative_is_an_error():
+    iteration = DEProx(nn.Identity(), stepsize=0.3, learn_stepsize=True)
+    physics = Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
+    iteration.stepsize.data.fill_(-0.1)
+    with pytest.raises(ValueError, match=r"learned stepsize has become -0.1.*, and must stay positive.*clamp"):
+        iteration.bind(torch.ones(1, 1, 4, 4), physics)
+    iteration.load_state_dict(DEProx(nn.Identity(), stepsize=0.2).state_dict())
+    assert float(iteration.stepsize.detach()) == pytest.approx(0.2)
+    iteration.bind(torch.ones(1, 1, 4, 4), physics)
+
+
+def test_denoising_with_a_stepsize_of_one_is_one_pass_of_the_denoiser():
+    physics, y = Denoising(), torch.rand(1, 1, 4, 4)
+    model = DEQReconstructor(DEProx(nn.Tanh(), stepsize=1.0))
+    torch.testing.assert_close(model(y, physics), torch.tanh(y))
+    assert model.forward_stat.evaluations <= 2 and "plain network" in DEProx.__doc__
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_construction():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        DEProx(torch.tanh)
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="stepsize must be positive"):
+            DEGrad(nn.Identity(), stepsize=bad)
+        with pytest.raises(ValueError, match="data_weight must be positive"):
+            DEGrad(nn.Identity(), data_weight=bad)
+    with pytest.raises(NotImplementedError, match="must implement forward"):
+        FixedPointIteration(nn.Identity())(torch.zeros(1), None)
+
+
+def test_a_physics_without_adjoint():
+    with pytest.raises(
+        TypeError, match="which Physics is not. Use a deepinv.physics.LinearPhysics, or deepinv_deq.FromOptim"
+    ):
+        DEProx(nn.Identity()).bind(torch.zeros(1, 1, 4, 4), Physics(A=torch.sin))
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (2, 1, 9), (1,)])
+def test_measurements_of_a_wrong_shape(shape):
+    model, physics, _, _ = imaging()
+    with pytest.raises(ValueError, match="do not fit MatrixPhysics"):
+        model(torch.zeros(shape, dtype=F64), physics)
+
+
+def test_measurements_that_would_broadcast():
+    physics = LinearPhysics(A=lambda x, **_: x[..., :1, :], A_adjoint=lambda y, **_: y.expand(-1, -1, 4, -1))
+    with pytest.raises(ValueError, match=r"to measurements of shape \(1, 1, 1, 4\)"):
+        DEProx(nn.Identity()).bind(torch.zeros(1, 1, 4, 4), physics)
+
+
+def test_tomography_with_other_angles():
+    physics = Tomography(angles=8, img_width=16, normalize=True)
+    other = Tomography(angles=9, img_width=16, normalize=True)
+    with pytest.raises(ValueError, match="angles"):
+        DEGrad(nn.Identity()).bind(other.A(torch.zeros(1, 1, 16, 16)), physics)
+
+
+@pytest.mark.parametrize("template,remedy", [(DEProx, "use stepsize=0.25"), (DEGrad, "use stepsize=0.2")])
+def test_a_stepsize_that_diverges_is_explained(template, remedy):
+    physics = MatrixPhysics(2 * torch.eye(16), 4)  # squared norm 4
+    model = DEQReconstructor(template(nn.Identity(), stepsize=1.0), solver=Solver("fixed_point_iter", max_iter=30))
+    with pytest.warns(ConvergenceWarning, match=f"diverges for this operator, whose squared norm is 4 .*{remedy}"):
+        model(torch.rand(2, 16), physics)
+
+
+def test_the_diagnosis_leaves_the_random_generators_alone_and_never_crashes():
+    physics = MatrixPhysics(2 * torch.eye(16), 4)
+    model = DEQReconstructor(DEProx(nn.Identity()), solver=Solver("fixed_point_iter", max_iter=3))
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    with pytest.warns(ConvergenceWarning, match="diverges"):
+        model(torch.ones(2, 16), physics)
+    assert torch.rand(1) == expected
+    mask = (torch.rand(3, 2, 8, 8) > 0.5).float()  # one mask per sample, as deepinv's generators make them
+    mri = MRI(mask=mask, img_size=(2, 8, 8))
+    model = DEQReconstructor(DEProx(nn.Identity(), stepsize=3.0), solver=Solver("fixed_point_iter", max_iter=3))
+    with pytest.warns(ConvergenceWarning, match="use stepsize=1"):
+        model(mri.A(torch.rand(3, 2, 8, 8)), mri, init=torch.ones(3, 2, 8, 8))
+
+
+def test_templates_may_precompute_what_they_like():
+    class Late(DEProx):
+        def constants(self, y, physics):
+            return (y,)
+
+        def forward(self, x, physics, y):
+            return super().forward(x, physics, physics.A_adjoint(y))
+
+    model, physics, x, y = imaging()
+    late = Late(model.iteration.denoiser, stepsize=0.5).double()
+    torch.testing.assert_close(late.bind(y, physics)(x), model.iteration.bind(y, physics)(x))
+
+
+def test_sigma_by_name_and_as_a_buffer():
+    class Masked(nn.Module):
+        def forward(self, x, mask=None, sigma=None):
+            assert mask is None
+            return x * sigma
+
+    x, physics = torch.ones(1, 1, 4, 4), Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
+    iteration = DEProx(Masked(), sigma=torch.tensor(0.5)).double()
+    assert iteration.sigma.dtype == F64 and "sigma" in iteration.state_dict()
+    torch.testing.assert_close(iteration.bind(x, physics)(x), 0.5 * x, check_dtype=False)
+
+
+def test_a_failure_that_is_not_the_stepsizes_is_not_blamed_on_it():
+    model, physics, _, y = imaging()
+    model.solver = Solver("anderson", max_iter=2, tol=1e-12)
+    with pytest.warns(ConvergenceWarning) as caught:
+        model(y, physics)
+    assert "stepsize" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(1), nn.Dropout(0.5)])
+def test_layers_that_make_the_fixed_point_ill_defined_warn_once(layer):
+    physics = Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
+    y = physics.A(torch.rand(2, 1, 4, 4))
+    iteration = DEProx(nn.Sequential(layer, nn.Tanh()))
+    with pytest.warns(UserWarning, match="training mode"):
+        iteration.bind(y, physics)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        iteration.bind(y, physics)
+        DEProx(nn.Sequential(layer, nn.Tanh())).eval().bind(y, physics)
+        DEProx(EquilibriumUNet(channels=(2, 4))).bind(y, physics)
+
+
+def test_binding_does_not_change_modules():
+    model, physics, _, y = imaging()
+    before = {k: v.clone() for k, v in [*model.state_dict().items(), *physics.state_dict().items()]}
+    f = model.iteration.bind(y.requires_grad_(), physics)
+    f.rebind([torch.zeros_like(t) for t in f.inputs])(torch.zeros(2, 1, 4, 4, dtype=F64))
+    after = {**model.state_dict(), **physics.state_dict()}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+def test_a_bound_map_does_not_keep_the_measurements_alive():
+    model, physics, _, y = imaging()
+    f = model.iteration.bind(y, physics)
+    assert f.diagnose() == ""
+    gone = weakref.ref(y)
+    del y
+    assert gone() is None and f.diagnose() == ""

@@ -1,0 +1,86 @@
+r"""What a user hands to a model: starting points that fit, and those that do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepinv.physics import Denoising
+from torch import nn
+
+from deepinv_deq import DEADMM, DEProx, DEQReconstructor
+from tests.problems import F64, deq, imaging
+
+GOOD = torch.full((2, 1, 4, 4), 0.3, dtype=F64)
+
+
+@pytest.mark.parametrize(
+    "init, error, message",
+    [
+        ((GOOD, GOOD), TypeError, r"init must be a tensor of shape \(2, 1, 4, 4\) for DEProx, got a tuple of Tensor, Tensor"),
+        (3.0, TypeError, "got float"),
+        ({"est": GOOD}, TypeError, "got dict"),
+        (lambda y, physics: "image", TypeError, r"init\(y, physics\) must be a tensor .* got str"),
+        (torch.zeros(2, 3, 4, 4), ValueError, r"init has shape \(2, 3, 4, 4\), but the iterates of DEProx have shape \(2, 1, 4, 4\)"),
+        (torch.zeros(1, 1, 4, 4), ValueError, r"\(1, 1, 4, 4\)"),
+        (torch.zeros(2, 1, 5, 4), ValueError, r"\(2, 1, 5, 4\)"),
+        (torch.zeros(2, 16), ValueError, r"\(2, 16\)"),
+        (lambda y, physics: torch.zeros(2, 1, 4), ValueError, r"init\(y, physics\) has shape \(2, 1, 4\)"),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.long), ValueError, "init has dtype torch.int64"),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.complex64), ValueError, "init has dtype torch.complex64"),
+        (torch.zeros(2, 1, 4, 4, device="meta"), ValueError, "init is on meta, but the iterates are on cpu"),
+    ],
+)  # fmt: skip
+def test_init_that_does_not_fit_is_an_error(init, error, message):
+    model, physics, _, y = imaging()
+    with pytest.raises(error, match=message):
+        model(y, physics, init=init)
+
+
+def test_init_of_another_channel_count_is_seen_where_broadcasting_would_hide_it():
+    model = DEQReconstructor(DEProx(nn.Tanh(), stepsize=0.5))
+    with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\)"):
+        model(torch.rand(1, 1, 8, 8), Denoising(), init=torch.zeros(1, 3, 8, 8))
+
+
+def test_init_of_several_variables():
+    y = torch.rand(2, 1, 4, 4, dtype=F64)
+    model = deq(DEADMM(nn.Conv2d(1, 1, 1), stepsize=0.5))
+    expected = model(y, Denoising())
+    for init in ((y, 0 * y), [y, 0 * y], lambda y, physics: (y, 0 * y)):
+        torch.testing.assert_close(model(y, Denoising(), init=init), expected)
+    with pytest.raises(TypeError, match="init must be a tuple of 2 tensors .* got Tensor"):
+        model(y, Denoising(), init=y)
+    with pytest.raises(TypeError, match="got a tuple of Tensor$|got a tuple of Tensor\\."):
+        model(y, Denoising(), init=(y,))
+
+
+@pytest.mark.parametrize("init", [GOOD, GOOD.float(), lambda y, physics: GOOD, GOOD.clone().requires_grad_()])
+def test_init_that_fits_gives_the_same_fixed_point(init):
+    model, physics, _, y = imaging()
+    x_hat = model(y, physics, init=init)
+    assert x_hat.dtype == F64  # not that of a less precise start
+    torch.testing.assert_close(x_hat, model(y, physics))
+
+
+def test_init_is_not_written_to():
+    class Writes(nn.Module):
+        def forward(self, x):
+            return x.mul_(0.5)
+
+    init = torch.ones(1, 1, 4, 4)
+    model = DEQReconstructor(DEProx(nn.Sequential(Writes()), stepsize=1.0))
+    model(torch.rand(1, 1, 4, 4), Denoising(), init=init)
+    assert torch.equal(init, torch.ones(1, 1, 4, 4))
+
+
+def test_init_is_all_there_is_where_an_iteration_has_none():
+    class Startless(DEProx):
+        def init(self, y, physics):
+            raise NotImplementedError("give init=")
+
+    model, physics, _, y = imaging(Startless)
+    torch.testing.assert_close(model(y, physics, init=GOOD), imaging()[0](y, physics))
+    with pytest.raises(TypeError, match="init must be a tensor"):
+        model(y, physics, init="zeros")
+    with pytest.raises(NotImplementedError, match="give init="):
+        model(y, physics)
