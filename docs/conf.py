@@ -23,7 +23,9 @@ project = "deepinv-deq"
 author = "The deepinv-deq authors"
 copyright = "2026, the deepinv-deq authors"  # noqa: A001
 version = release = deepinv_deq.__version__
-description = "Deep equilibrium models for imaging inverse problems: exact implicit gradients, with or without ground truth"
+description = (
+    "Deep equilibrium models for imaging inverse problems: exact implicit gradients, with or without ground truth"
+)
 
 # the address of the repository has one place, [project.urls] in pyproject.toml; example.org means "not published yet"
 repository = re.search(r'^Repository = "(.*)"$', (HERE.parent / "pyproject.toml").read_text(), flags=re.M)[1]

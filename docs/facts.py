@@ -12,7 +12,9 @@ def render() -> str:
     rows = {(row["task"], row["method"]): row["MB"] for row in parts["memory"]["rows"]}
     less = [rows[task, "deepinv DEQ"] / rows[task, "deepinv-deq"] for task in ("ct", "mri")]
     speed = [
-        min(row["ratio"] for row in parts[f"equal error, {task}"]["rows"] if not row["method"].startswith("deepinv-deq"))
+        min(
+            row["ratio"] for row in parts[f"equal error, {task}"]["rows"] if not row["method"].startswith("deepinv-deq")
+        )
         for task in ("ct", "mri")
     ]
     errors = json.loads((RECORDS / "exactness.json").read_text())["rows"]

@@ -39,7 +39,9 @@ def heading(text: str) -> str:
 def sentences(text: str) -> list[str]:
     """Sentences of paragraphs, bullets and table cells, without code, mathematics, tables of data and directives."""
     text = re.sub(r"```.*?```|<!-- (?!.*command).*?-->.*?<!-- end -->", "\n\n", text, flags=re.S)
-    text = re.sub(r"^\.\. (code-block|math|literalinclude|toctree|footbibliography).*\n((\n| +.*\n)*)", "\n", text, flags=re.M)
+    text = re.sub(
+        r"^\.\. (code-block|math|literalinclude|toctree|footbibliography).*\n((\n| +.*\n)*)", "\n", text, flags=re.M
+    )
     text = re.sub(r"^ *(\.\. .*|:[\w-]+:.*|>>> .*|\.\.\. .*|\|.*|=+( +=+)+)$", "", text, flags=re.M)
     text = re.sub(rf"^.*\n{RULE}$|^#+ .*$", "\n", text, flags=re.M)  # headings
     text = re.sub(r":[\w:]+:`[^`<]*`", "NAME", text)
@@ -72,12 +74,16 @@ def main() -> int:
         bad = mean > MEAN or max(lengths) > LONGEST
         beyond += bad
         name = str(path.relative_to(ROOT))
-        print(f"{name:44} {heading(text)[:52]:52} {sum(lengths):6} {mean:5.1f} {max(lengths):7}{'  beyond' if bad else ''}")
+        print(
+            f"{name:44} {heading(text)[:52]:52} {sum(lengths):6} {mean:5.1f} {max(lengths):7}{'  beyond' if bad else ''}"
+        )
         long += [f"{name}: {sentence}" for sentence in found if len(words(sentence)) > LONGEST]
     if "--all" in sys.argv:
         print("\n" + "\n".join(long))
     if beyond:
-        print(f"{beyond} pages are beyond {MEAN:.0f} words a sentence or {LONGEST} words in one. --all prints the sentences.")
+        print(
+            f"{beyond} pages are beyond {MEAN:.0f} words a sentence or {LONGEST} words in one. --all prints the sentences."
+        )
     return 1 if beyond else 0
 
 

@@ -79,7 +79,9 @@ def solve_from_all(model):
 
 def draw_curves(axis, points):
     for name, course in points.items():
-        axis.plot([psnr(point, x).item() for point in course], label=f"from {name}: {psnr(course[-1], x).item():.1f} dB")
+        axis.plot(
+            [psnr(point, x).item() for point in course], label=f"from {name}: {psnr(course[-1], x).item():.1f} dB"
+        )
     axis.set(xlabel="evaluations", ylabel="PSNR (dB)", ylim=(5, 45))
     axis.legend(fontsize="small")
 
