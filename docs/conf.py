@@ -1,5 +1,6 @@
 """Sphinx configuration. Build with ``python -m sphinx -W --keep-going docs docs/_build/html``; no network is needed."""
 
+import html
 import os
 import re
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sphinx_gallery.sorting import ExplicitOrder, FileNameSortKey
+from docutils import nodes
+from gallery_order import NewcomersFirst
+from sphinx_gallery.sorting import ExplicitOrder
 
 import deepinv_deq
 
@@ -20,6 +23,13 @@ project = "deepinv-deq"
 author = "The deepinv-deq authors"
 copyright = "2026, the deepinv-deq authors"  # noqa: A001
 version = release = deepinv_deq.__version__
+description = (
+    "Deep equilibrium models for imaging inverse problems: exact implicit gradients, with or without ground truth"
+)
+
+# the address of the repository has one place, [project.urls] in pyproject.toml; example.org means "not published yet"
+repository = re.search(r'^Repository = "(.*)"$', (HERE.parent / "pyproject.toml").read_text(), flags=re.M)[1]
+published = "example.org" not in repository
 
 extensions = [
     "myst_parser",
@@ -55,7 +65,7 @@ nitpicky = True
 # words that stand where a type does, and the names of types that have no page anywhere
 nitpick_ignore = [("py:class", name) for name in ("Callable", "Sequence", "torchdeq.solver.stat.SolverStat")]
 nitpick_ignore_regex = [("py:class", r"deepinv_deq\..*\._\w+")]  # private base classes
-suppress_warnings = ["config.cache"]  # that of sphinx-gallery holds objects
+suppress_warnings = ["config.cache"]  # sphinx-gallery's configuration holds objects that cannot be pickled
 
 # -- links to other projects ---------------------------------------------------
 # Their inventories are lists of the few names used here (inventories/*.txt), so that nothing is fetched to build the pages.
@@ -90,7 +100,7 @@ sphinx_gallery_conf = {
     "subsection_order": ExplicitOrder(
         ["../examples/basics", "../examples/ct", "../examples/mri", "../examples/advanced"]
     ),
-    "within_subsection_order": FileNameSortKey,
+    "within_subsection_order": NewcomersFirst,
     "backreferences_dir": "gen_modules/backreferences",
     "doc_module": ("deepinv_deq",),
     "reference_url": {"deepinv_deq": None},
@@ -102,6 +112,7 @@ sphinx_gallery_conf = {
     "plot_gallery": "True",
     "abort_on_example_error": False,
     "min_reported_time": 0,
+    "first_notebook_cell": "# Install the package, in a clone of the repository: %pip install .\n%matplotlib inline",
 }
 
 # -- pages ---------------------------------------------------------------------
@@ -113,23 +124,50 @@ html_css_files = ["custom.css"]
 html_theme_options = {
     "show_prev_next": True,
     "logo": {"text": "deepinv-deq"},
-    "navbar_end": ["theme-switcher"],
+    "navbar_end": ["theme-switcher", "navbar-icon-links"],
+    "header_links_before_dropdown": 7,
+    "icon_links": [{"name": "Source", "url": repository, "icon": "fa-solid fa-code"}] if published else [],
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": ["theme-version"],
     "pygments_light_style": "tango",
     "pygments_dark_style": "monokai",
 }
-html_sidebars = {name: [] for name in ("index", "install", "results", "cost", "changelog", "cite", "contributing")}
+_WIDE = ("index", "install", "quickstart", "results", "cost", "faults", "changelog", "cite", "contributing", "release")
+html_sidebars = {name: [] for name in _WIDE}
 html_context = {"default_mode": "auto"}
 html_show_sourcelink = False
 
 
 def _ask_nobody(app, pagename, templatename, context, doctree):
-    """Matplotlib's animations fetch from elsewhere the icons that the theme has already."""
+    """Remove the link by which Matplotlib's animations load icons from another host. The theme has these icons."""
     if "maxcdn" in context.get("body", ""):
         context["body"] = re.sub(r'<link rel="stylesheet"\s+href="https://maxcdn[^>]*>', "", context["body"])
 
 
+def _describe(app, pagename, templatename, context, doctree):
+    """A description for search engines and link previews, on every page."""
+    title = re.sub("<[^>]*>", "", context.get("title", project))
+    tags = {"name": {"description": description}}
+    tags["property"] = {"og:title": title, "og:description": description, "og:type": "website", "og:site_name": project}
+    lines = [
+        f'<meta {kind}="{key}" content="{html.escape(text)}">'
+        for kind, values in tags.items()
+        for key, text in values.items()
+    ]
+    context["metatags"] = context.get("metatags", "") + "\n".join(lines)
+
+
+def _source(name, rawtext, text, lineno, inliner, options=None, content=None):
+    """The role ``:source:`path```: a link into the repository once it is published, the path itself until then."""
+    if not (HERE.parent / text).exists():
+        message = inliner.reporter.warning(f"There is no {text} in the repository.", line=lineno)
+        return [inliner.problematic(rawtext, rawtext, message)], [message]
+    node = nodes.literal(text, text)
+    return [nodes.reference("", "", node, refuri=f"{repository}/blob/main/{text}") if published else node], []
+
+
 def setup(app):
+    app.add_role("source", _source)
     app.connect("html-page-context", _ask_nobody)
+    app.connect("html-page-context", _describe)

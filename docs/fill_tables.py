@@ -1,4 +1,7 @@
-"""Write the tables of README.md and docs/ from the committed records: ``python docs/fill_tables.py [--check]``."""
+"""Write the tables of README.md and docs/ from the committed records: ``python docs/fill_tables.py [--check]``.
+
+A block stands between ``<!-- NAME -->`` and ``<!-- end -->`` in Markdown, between ``.. NAME`` and ``.. end`` in reStructuredText.
+"""
 
 import re
 import runpy
@@ -6,8 +9,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "cost.md", ROOT / "docs" / "faults.md", ROOT / "docs" / "results.md"]
-SOURCES = {  # of each marked block: the script that knows how, and its function
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("cost.md", "faults.md", "results.md", "index.rst"))]
+SOURCES = {  # block: the script and the function that render it
     "exactness": ("tests/benchmarks/exactness.py", "render"),
     "cost": ("tests/benchmarks/cost_tables.py", "render"),
     "compare": ("tests/benchmarks/cost_tables.py", "compare"),
@@ -16,17 +19,18 @@ SOURCES = {  # of each marked block: the script that knows how, and its function
     "findings": ("examples/paper/tables.py", "findings"),
     "results": ("examples/paper/tables.py", "render"),
     "table 1": ("examples/paper/tables.py", "summary"),
+    "facts": ("docs/facts.py", "render"),
 }
 
 
 def filled(text: str) -> str:
-    """A page with every marked block rendered anew."""
+    """A page with every marked block rendered again."""
     sys.path.insert(0, str(ROOT))
     for name, (source, function) in SOURCES.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        if re.search(pattern, text, flags=re.S):
-            table = runpy.run_path(str(ROOT / source))[function]()
-            text = re.sub(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
+        for pattern in (rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"(^\.\. {name}\n\n).*?(\n\.\. end$)"):
+            if re.search(pattern, text, flags=re.S | re.M):
+                table = runpy.run_path(str(ROOT / source))[function]()
+                text = re.sub(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.S | re.M)
     return text
 
 

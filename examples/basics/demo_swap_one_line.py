@@ -2,18 +2,19 @@ r"""
 Swap one line
 =============
 
-An existing :class:`deepinv.Trainer` pipeline learns to reconstruct accelerated MRI without ground truth, with a network that cleans
-up the zero-filled image. Then one line changes, and it trains a deep equilibrium model instead.
+A :class:`deepinv.Trainer` pipeline learns to reconstruct accelerated MRI without ground truth. Its model is a network that
+cleans up the zero-filled image. Then one line changes, and the same pipeline trains a deep equilibrium model.
 """
 
 # %%
-# The pipeline that is there
-# --------------------------
+# The pipeline
+# ------------
 #
-# Crops of an MR slice that ships with Matplotlib, four times undersampled k-space, and the equivariant imaging loss: the
-# training set has measurements only.
+# The training set consists of k-space measurements of crops of an MR slice, four times undersampled. The test image is the whole slice,
+# at a lower resolution and with its own mask.
 
 import deepinv as dinv
+import matplotlib.pyplot as plt
 import torch
 from deepinv.datasets import TensorDataset
 from torch.utils.data import DataLoader
@@ -22,30 +23,37 @@ from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet
 from deepinv_deq.datasets import mr_slice
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.manual_seed(0)
 
-size = 48
-crops = mr_slice()[0, 0].unfold(0, size, 32).unfold(1, size, 32).reshape(-1, 1, size, size)
-crops = crops[crops.mean(dim=(1, 2, 3)) > 0.05]  # not those of the background
-x = torch.cat([crops, torch.zeros_like(crops)], dim=1).to(device)
-rng = torch.Generator().manual_seed(0)
-mask = dinv.physics.generator.GaussianMaskGenerator((size, size), acceleration=4, rng=rng).step()["mask"]
-physics = dinv.physics.MRI(mask=mask, img_size=(2, size, size), device=device)
-y = physics(x)
 
-measurements = DataLoader(TensorDataset(y=y[:-4], use_dict_output=True), batch_size=4, shuffle=True)
-x_test, y_test = x[-4:], y[-4:]
+def accelerated_mri(size):
+    rng = torch.Generator().manual_seed(0)
+    mask = dinv.physics.generator.GaussianMaskGenerator((size, size), acceleration=4, rng=rng).step()["mask"]
+    return dinv.physics.MRI(mask=mask, img_size=(2, size, size), device=device)
+
+
+def complex_image(image):
+    return torch.cat([image, torch.zeros_like(image)], dim=1).to(device)  # real and imaginary part
+
+
+crops = mr_slice()[0, 0].unfold(0, 48, 32).unfold(1, 48, 32).reshape(-1, 1, 48, 48)
+crops = crops[crops.mean(dim=(1, 2, 3)) > 0.05]  # without the background
+physics = accelerated_mri(48)
+measurements = TensorDataset(y=physics(complex_image(crops)), use_dict_output=True)
+
+x_test = complex_image(torch.nn.functional.interpolate(mr_slice(), size=(96, 96), mode="area"))
+physics_test = accelerated_mri(96)
+y_test = physics_test(x_test)
 
 
 def train(model):
-    r"""The pipeline: deepinv's Trainer and losses, whatever the model."""
+    r"""The pipeline: deepinv's Trainer and losses, the same for every model."""
     torch.manual_seed(0)
     dinv.Trainer(
         model=model,
         physics=physics,
-        optimizer=torch.optim.Adam(model.parameters(), lr=1e-3),
+        optimizer=torch.optim.Adam(model.parameters(), lr=3e-4),
         losses=[dinv.loss.MCLoss(), dinv.loss.EILoss(dinv.transform.Rotate(interpolation_mode="bilinear"))],
-        train_dataloader=measurements,
+        train_dataloader=DataLoader(measurements, batch_size=4, shuffle=True),
         epochs=4,
         metrics=None,
         compute_train_metrics=False,
@@ -55,11 +63,11 @@ def train(model):
         show_progress_bar=False,
     ).train()
     with torch.no_grad():
-        return model.eval()(y_test, physics)
+        return model.eval()(y_test, physics_test)
 
 
 # %%
-# With deepinv's own model: a network after :math:`A^\top y`.
+# First with deepinv's own model: a network applied to :math:`A^\top y`.
 
 network = EquilibriumUNet(pretrained="complex").to(device)
 cleaned = train(dinv.models.ArtifactRemoval(network, mode="adjoint"))
@@ -68,35 +76,35 @@ cleaned = train(dinv.models.ArtifactRemoval(network, mode="adjoint"))
 # The swap
 # --------
 #
-# The same network in the place of the proximal map of an iteration, whose fixed point is the reconstruction.
+# The same network inside an iteration. The reconstruction is the fixed point of this iteration.
 
 model = DEQReconstructor(DEProx(EquilibriumUNet(pretrained="complex"))).to(device)
 solved = train(model)
 
 # %%
-# What comes out
-# --------------
+# Reconstructions
+# ---------------
+#
+# The network alone cannot see the measurements again. The iteration uses them in every evaluation.
 
 psnr = dinv.metric.PSNR(complex_abs=True)
-shown = {"zero-filled": physics.A_adjoint(y_test), "network": cleaned, "DEQ": solved, "ground truth": x_test}
-dinv.utils.plot(
-    {name: image[:2].norm(dim=1, keepdim=True) for name, image in shown.items()},
-    subtitles=[
-        [f"{psnr(image[i : i + 1], x_test[i : i + 1]).item():.1f} dB" for image in list(shown.values())[:-1]] + [""]
-        for i in range(2)
-    ],
-    rescale_mode="clip",
-)
+images = {"zero-filled": physics_test.A_adjoint(y_test), "network": cleaned, "DEQ": solved, "ground truth": x_test}
+figure, axes = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")
+for axis, (name, image) in zip(axes, images.items(), strict=True):
+    axis.imshow(image[0].norm(dim=0).cpu(), cmap="gray", vmin=0, vmax=1)
+    level = "" if name == "ground truth" else f"\n{psnr(image, x_test).item():.1f} dB"
+    axis.set(title=name + level, xticks=[], yticks=[])
+plt.show()
 
 # %%
-# How the solves went
-# -------------------
+# Statistics of the solves
+# ------------------------
 #
-# The statistic of the last forward solve, in a sentence; its residual is that of the very point that was returned.
+# The last forward solve. The residual belongs to the point that was returned.
 
 print(model.forward_stat.outcome)
 
 # %%
-# And that of the adjoint solve of the last training step, counted in vector-Jacobian products.
+# The adjoint solve of the last training step, counted in vector-Jacobian products.
 
 print(model.hook.stat.outcome)
