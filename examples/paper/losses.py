@@ -36,14 +36,20 @@ class Loss:
     weighted: tuple[float, ...] = ()
     excludes: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def of_images(self) -> bool:
+        r"""Whether ``alpha`` weighs an error of images; if so its default is 1."""
+        return self.defaults.get("alpha") == 1.0
+
 
 def make_losses(task: Task, method: str, loss: str, s: dict[str, Any], seed: int) -> list[Any]:
     r"""The losses a cell is trained with; those of a DEQ end with the penalty that keeps its fixed point unique."""
     build = LOSSES[loss].build
     losses = [] if build is None else build(task, s, seed)
     if METHODS[method].is_deq and s["contraction_weight"]:
-        rng = torch.Generator().manual_seed(seed)
-        losses.append(ContractionLoss(s["bound"], weight=s["contraction_weight"], rng=rng))
+        # the penalty must keep its share where an error of images has a large weight
+        weight = s["contraction_weight"] * (max(1.0, s["alpha"]) if LOSSES[loss].of_images else 1.0)
+        losses.append(ContractionLoss(s["bound"], weight=weight, rng=torch.Generator().manual_seed(seed)))
     return losses
 
 
