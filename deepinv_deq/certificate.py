@@ -2,7 +2,6 @@ r"""A certificate of a fixed point: whether it contracts, how far it is, and whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.solvers import Solver
-from deepinv_deq.states import State, as_tuple
+from deepinv_deq.spectra import spectrum_of_part
+from deepinv_deq.states import State
 
 _LONGER = 3  # times max_iter, for solves from other starts and to smaller tolerances
 _SPREAD = 3.0  # two solves may differ by the sum of their errors, and the estimate is good to a small factor
@@ -135,50 +135,6 @@ def certify(
     )
 
 
-def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tensor]:
-    r"""Spectral radius and norm of the contractive part of a bound iteration, by Arnoldi's method for every sample.
-
-    The basis is orthonormal in the inner product :math:`\langle b, P b \rangle`, in which the Jacobian of a denoiser is nearly
-    symmetric, so few products give its largest eigenvalues. Eigenvalues of the projected matrix lie inside the numerical range:
-    both numbers are estimates from below.
-
-    :param BoundIteration f: a map with a contractive part.
-    :param torch.Tensor, tuple[torch.Tensor, ...] state: point.
-    :param int products: number of vector-Jacobian products.
-    :return: spectral radius and norm, of shape ``(B,)``.
-    """
-    points = tuple(t.detach().requires_grad_() for t in as_tuple(state))
-    single = isinstance(state, Tensor)
-    with torch.enable_grad():
-        image, metric = f.contractive_part(points[0] if single else points, exact=True)
-    image, batch = as_tuple(image), len(points[0])
-    apply: Callable[[Any], Any] = (lambda b: b) if metric is None else metric
-    rng = torch.Generator().manual_seed(0)
-    w = tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in points)
-    basis: list[tuple[Tensor, ...]] = []  # v_j
-    dual: list[tuple[Tensor, ...]] = []  # P v_j
-    h = torch.zeros(batch, products + 1, products, dtype=torch.float64, device=points[0].device)
-    for j in range(products + 1):
-        pw = as_tuple(apply(w[0] if single else w))
-        length = _dot(w, pw).clamp_min(0).sqrt()
-        if j:
-            h[:, j, j - 1] = length
-        if j == products:
-            break
-        scale = torch.where(length > 0, 1 / length, 0.0)
-        basis.append(tuple(_rows(scale, t) * t for t in w))
-        dual.append(tuple(_rows(scale, t) * t for t in pw))
-        w = torch.autograd.grad(image, points, dual[-1], retain_graph=True, materialize_grads=True)
-        for _ in range(2):  # once more, against rounding
-            for i, (v, pv) in enumerate(zip(basis, dual, strict=True)):
-                c = _dot(w, pv)
-                h[:, i, j] += c
-                w = tuple(t - _rows(c, t) * u for t, u in zip(w, v, strict=True))
-    square = torch.nan_to_num(h[:, :products], nan=torch.inf, posinf=torch.finfo(h.dtype).max)
-    radius = torch.linalg.eigvals(square).abs().amax(dim=1)
-    return radius.to(points[0].real.dtype), torch.linalg.matrix_norm(square, 2).to(points[0].real.dtype)
-
-
 def _starts(x: Tensor, x0: State, iteration: FixedPointIteration, x_gt: Tensor | None) -> dict[str, State]:
     r"""Other starts: zeros, noise of the size of the reconstruction, and the truth; the solve itself started from the
     linear reconstruction. Further variables of a state start where they do by default."""
@@ -193,14 +149,6 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vector_norm((a - b).flatten(1), dim=1) / torch.linalg.vector_norm(
         b.flatten(1), dim=1
     ).clamp_min(torch.finfo(b.real.dtype).tiny)
-
-
-def _dot(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack([(s.conj() * t).real.flatten(1).double().sum(dim=1) for s, t in zip(a, b, strict=True)]).sum(0)
-
-
-def _rows(scale: Tensor, like: Tensor) -> Tensor:
-    return scale.to(like.real.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _refuse_unstable(iteration: nn.Module) -> None:

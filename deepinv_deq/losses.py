@@ -14,6 +14,7 @@ from deepinv.transform import Rotate
 from torch import Tensor, nn
 
 from deepinv_deq.metrics import solving_model
+from deepinv_deq.spectra import jacobian_norm
 from deepinv_deq.states import State, as_tuple
 
 
@@ -105,45 +106,6 @@ class ContractionLoss(Loss):
         ends = (x_hat, start, torch.zeros_like(x_hat), noise)
         end = ends[int(torch.randint(len(ends), (), generator=self.rng))]
         return x_hat + share * (end - x_hat)
-
-
-def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, graph: bool = True) -> Tensor:
-    r"""Estimate :math:`\|P^{1/2} J P^{1/2}\|` from below, for every sample.
-
-    :param BoundIteration f: a map with a contractive part.
-    :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
-    :param int iterations: number of vector-Jacobian products.
-    :param torch.Generator rng: random numbers of the first direction.
-    :param bool graph: whether the last product gets a graph.
-    :return: norms, of shape ``(B,)``.
-    """
-    x = (
-        tuple(t.detach().requires_grad_() for t in as_tuple(x))
-        if not isinstance(x, Tensor)
-        else x.detach().requires_grad_()
-    )
-    points = as_tuple(x)
-    with torch.enable_grad():
-        image, metric = f.contractive_part(x)
-        apply = (lambda b: b) if metric is None else (lambda b: as_tuple(metric(b[0] if len(b) == 1 else b)))
-        b = tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in points)
-        pb = apply(b)
-        norm = _inner(b, pb)
-        for left in reversed(range(iterations)):
-            # <b, P b> is the squared norm of P^(1/2) b: no square root of P is needed
-            u = tuple((t / norm.reshape(-1, *[1] * (t.ndim - 1))).detach() for t in pb)
-            b = torch.autograd.grad(
-                as_tuple(image), points, u, retain_graph=left > 0 or graph, create_graph=graph and left == 0
-            )
-            pb = apply(b)
-            norm = _inner(b, pb)
-    return norm
-
-
-def _inner(b: Sequence[Tensor], pb: Sequence[Tensor]) -> Tensor:
-    total = sum((s.conj() * t).real.flatten(1).sum(dim=1) for s, t in zip(b, pb, strict=True))
-    assert isinstance(total, Tensor)
-    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
 
 
 class TurnedOperatorLoss(MOILoss):

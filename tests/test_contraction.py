@@ -9,7 +9,8 @@ from deepinv.physics import Denoising
 from torch import nn
 
 from deepinv_deq import DEADMM, DEHQS, DEGrad, DEProx, DEQReconstructor, EquilibriumUNet, ModularIDHook, Solver
-from deepinv_deq.losses import ContractionLoss, jacobian_norm
+from deepinv_deq.losses import ContractionLoss
+from deepinv_deq.spectra import jacobian_norm
 from tests.problems import F64, SmallDenoiser, imaging, relative_error
 from tests.test_certificate import Linear, part, physics_of
 

@@ -1,0 +1,102 @@
+r"""Norm and spectral radius of the part of a bound iteration that has to contract, by vector-Jacobian products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepinv_deq.states import State, as_tuple
+
+
+def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, graph: bool = True) -> Tensor:
+    r"""Estimate :math:`\|P^{1/2} J P^{1/2}\|` from below, for every sample.
+
+    :param BoundIteration f: a map with a contractive part.
+    :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
+    :param int iterations: number of vector-Jacobian products.
+    :param torch.Generator rng: random numbers of the first direction.
+    :param bool graph: whether the last product gets a graph.
+    :return: norms, of shape ``(B,)``.
+    """
+    x = (
+        tuple(t.detach().requires_grad_() for t in as_tuple(x))
+        if not isinstance(x, Tensor)
+        else x.detach().requires_grad_()
+    )
+    points = as_tuple(x)
+    with torch.enable_grad():
+        image, metric = f.contractive_part(x)
+        apply = (lambda b: b) if metric is None else (lambda b: as_tuple(metric(b[0] if len(b) == 1 else b)))
+        b = tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in points)
+        pb = apply(b)
+        norm = _length(b, pb)
+        for left in reversed(range(iterations)):
+            # <b, P b> is the squared norm of P^(1/2) b: no square root of P is needed
+            u = tuple((t / norm.reshape(-1, *[1] * (t.ndim - 1))).detach() for t in pb)
+            b = torch.autograd.grad(
+                as_tuple(image), points, u, retain_graph=left > 0 or graph, create_graph=graph and left == 0
+            )
+            pb = apply(b)
+            norm = _length(b, pb)
+    return norm
+
+
+def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tensor]:
+    r"""Spectral radius and norm of the contractive part of a bound iteration, by Arnoldi's method for every sample.
+
+    The basis is orthonormal in the inner product :math:`\langle b, P b \rangle`, in which the Jacobian of a denoiser is nearly
+    symmetric, so few products give its largest eigenvalues. Eigenvalues of the projected matrix lie inside the numerical range:
+    both numbers are estimates from below.
+
+    :param BoundIteration f: a map with a contractive part.
+    :param torch.Tensor, tuple[torch.Tensor, ...] state: point.
+    :param int products: number of vector-Jacobian products.
+    :return: spectral radius and norm, of shape ``(B,)``.
+    """
+    points = tuple(t.detach().requires_grad_() for t in as_tuple(state))
+    single = isinstance(state, Tensor)
+    with torch.enable_grad():
+        image, metric = f.contractive_part(points[0] if single else points, exact=True)
+    image, batch = as_tuple(image), len(points[0])
+    apply: Callable[[Any], Any] = (lambda b: b) if metric is None else metric
+    rng = torch.Generator().manual_seed(0)
+    w = tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in points)
+    basis: list[tuple[Tensor, ...]] = []  # v_j
+    dual: list[tuple[Tensor, ...]] = []  # P v_j
+    h = torch.zeros(batch, products + 1, products, dtype=torch.float64, device=points[0].device)
+    for j in range(products + 1):
+        pw = as_tuple(apply(w[0] if single else w))
+        length = _dot(w, pw).clamp_min(0).sqrt()
+        if j:
+            h[:, j, j - 1] = length
+        if j == products:
+            break
+        scale = torch.where(length > 0, 1 / length, 0.0)
+        basis.append(tuple(_rows(scale, t) * t for t in w))
+        dual.append(tuple(_rows(scale, t) * t for t in pw))
+        w = torch.autograd.grad(image, points, dual[-1], retain_graph=True, materialize_grads=True)
+        for _ in range(2):  # once more, against rounding
+            for i, (v, pv) in enumerate(zip(basis, dual, strict=True)):
+                c = _dot(w, pv)
+                h[:, i, j] += c
+                w = tuple(t - _rows(c, t) * u for t, u in zip(w, v, strict=True))
+    square = torch.nan_to_num(h[:, :products], nan=torch.inf, posinf=torch.finfo(h.dtype).max)
+    radius = torch.linalg.eigvals(square).abs().amax(dim=1)
+    return radius.to(points[0].real.dtype), torch.linalg.matrix_norm(square, 2).to(points[0].real.dtype)
+
+
+def _length(b: tuple[Tensor, ...], pb: tuple[Tensor, ...]) -> Tensor:
+    r"""The norm of :math:`P^{1/2} b`, never zero."""
+    total = _dot(b, pb).to(b[0].real.dtype)
+    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
+
+
+def _dot(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([(s.conj() * t).real.flatten(1).double().sum(dim=1) for s, t in zip(a, b, strict=True)]).sum(0)
+
+
+def _rows(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.to(like.real.dtype).reshape(-1, *[1] * (like.ndim - 1))
