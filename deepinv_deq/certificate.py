@@ -20,17 +20,19 @@ _SPREAD = 3.0  # two solves may differ by the sum of their errors, and the estim
 
 @dataclass(frozen=True)
 class Certificate:
-    r"""What :meth:`DEQReconstructor.certify` measured, per sample (all tensors of shape ``(B,)`` unless stated).
+    r"""What :meth:`DEQReconstructor.certify` measured, one number per sample: tensors of shape ``(B,)`` unless stated.
 
-    - ``x``: the reconstruction, of shape ``(B, C, H, W)``.
-    - ``spectral_radius``: largest modulus of an eigenvalue of the Jacobian that has to contract, at ``x``; below 1 the fixed point
-      is locally unique and the adjoint equation well-posed.
-    - ``norm``: norm of the same Jacobian from below, in the norm of the preconditioner.
-    - ``residual``: what the solver's criterion measured at ``x``; ``converged``: whether it met the tolerance.
-    - ``error``: estimate of :math:`\|x - x^*\| / \|x^*\|`, the distance to the fixed point.
-    - ``spread``: for each other start, :math:`\|x' - x\| / \|x\|` of the point reached from there.
-    - ``psnr``: with ``x_gt``, PSNR in dB of ``x`` (``"start"``), of the points reached from the other starts, and at a tenth of the
-      tolerance (``"tenth"``).
+    :param torch.Tensor x: the reconstruction, of shape ``(B, C, H, W)``.
+    :param torch.Tensor spectral_radius: largest modulus of an eigenvalue of the Jacobian that has to contract, at ``x``. Below 1 the
+        fixed point is locally unique and the adjoint equation well-posed.
+    :param torch.Tensor norm: norm of the same Jacobian from below, in the norm of the preconditioner.
+    :param torch.Tensor residual: the solver's criterion at ``x``.
+    :param torch.Tensor converged: whether ``residual`` met the tolerance.
+    :param torch.Tensor error: estimate of :math:`\|x - x^*\| / \|x^*\|`, the distance to the fixed point.
+    :param float tol: the tolerance.
+    :param dict spread: for each other start, :math:`\|x' - x\| / \|x\|` of the point reached from there.
+    :param dict psnr: with ``x_gt``, PSNR in dB of ``x`` (``"start"``), of the points reached from the other starts, and at a tenth of
+        the tolerance (``"tenth"``).
     """
 
     x: Tensor

@@ -93,7 +93,7 @@ def test_pretrained_weights_denoise():
     x = torch.nn.functional.interpolate(torch.rand(4, 1, 6, 6, generator=rng), size=48, mode="bicubic").clamp(0, 1)
     y = x + 0.1 * torch.randn(x.shape, generator=rng)
     with torch.no_grad():
-        assert (net(y) - x).square().mean() < 0.2 * (y - x).square().mean()  # 7 dB on smooth images
+        assert (net(y) - x).square().mean() < 0.65 * (y - x).square().mean()  # 2 dB: a contraction denoises less
     twin = pickle.loads(pickle.dumps(net))
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), net.parameters(), strict=True))
 

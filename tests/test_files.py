@@ -283,8 +283,5 @@ def test_errors_of_building_from_a_file_name_it():
             {}["settings"]
 
 
-def test_the_old_name():
-    from deepinv_deq import _weights
-
-    assert _weights.load_intact is load_intact and _weights.read_weights is read_weights
+def test_numbers_of_numpy_become_plain():
     assert plain([np.int64(1)]) == [1] and type(plain([np.int64(1)])[0]) is int

@@ -176,7 +176,7 @@ def test_weights_move_as_those_of_an_unrolled_solve(name):
     ours = trained(copy.deepcopy(model), loss(), physics(), epochs)
     exact = trained(Unrolled(model), loss(), physics(), epochs)
     assert sum(change.norm() for change in exact) > 1e-4
-    assert relative_error(ours, exact) <= 1e-9
+    assert relative_error(ours, exact) <= 1e-8  # contract 1
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -39,6 +39,9 @@ def lab(tmp_path, monkeypatch, tiny):
     for name in data.FILES.values():
         np.savez(tmp_path / name, images=phantoms(10, 16)[:, 0].numpy())
     monkeypatch.setitem(data.SCALES, "small", tiny)
+    loose = {"forward_tol": 1e-2, "test_tol": 1e-2, "max_iter": 8}  # untrained networks are solved for a long time
+    for task, defaults in settings.DEFAULTS.items():
+        monkeypatch.setitem(settings.DEFAULTS, task, defaults | loose)
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(settings, "SETTINGS", tmp_path / "settings.json")
     monkeypatch.setattr(search, "TRIALS", tmp_path / "search")
