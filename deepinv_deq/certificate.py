@@ -14,6 +14,7 @@ from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.solvers import Solver
 from deepinv_deq.states import State, as_tuple
 
+_LONGER = 3  # times max_iter, for solves from other starts and to smaller tolerances
 _SPREAD = 3.0  # two solves may differ by the sum of their errors, and the estimate is good to a small factor
 
 
@@ -111,12 +112,12 @@ def certify(
         state, stat = quiet(f, x0)
         x = iteration.output(state)
         reached = {"start": x}
-        fine, fine_stat = replace(quiet, tol=solver.tol / 100, max_iter=5 * solver.max_iter)(f, state)
-        reached["tenth"] = iteration.output(
-            replace(quiet, tol=solver.tol / 10, max_iter=5 * solver.max_iter)(f, state)[0]
-        )
+        longer = replace(quiet, max_iter=_LONGER * solver.max_iter)
+        tenth, _ = replace(longer, tol=solver.tol / 10)(f, state)
+        fine, fine_stat = replace(longer, tol=solver.tol / 30)(f, tenth)
+        reached["tenth"] = iteration.output(tenth)
         for name, image in _starts(x, x0, iteration, x_gt).items():
-            reached[name] = iteration.output(replace(quiet, max_iter=5 * solver.max_iter)(f, image)[0])
+            reached[name] = iteration.output(longer(f, image)[0])
     radius, norm = spectrum_of_part(f, state, products)
     exact = iteration.output(fine)
     tail = fine_stat.residual / (1 - radius).clamp_min(1e-12)

@@ -127,7 +127,7 @@ class EquilibriumUNet(UNet):
         if weights is not None:
             self._load(weights["state_dict"], trained, pretrained)
         # convolutions follow their weights, and are faster with the channels innermost: twice so on CPU
-        self.to(device, memory_format=torch.channels_last if dim == 2 else torch.channels_last_3d)  # type: ignore[call-overload]
+        self.to(device, memory_format=torch.channels_last if dim == 2 else torch.channels_last_3d)
 
     def forward(
         self, x: torch.Tensor, sigma: Any = None, *, context: torch.Tensor | None = None, **kwargs: Any
@@ -151,14 +151,15 @@ class EquilibriumUNet(UNet):
                 f"This network takes {self.context_channels} context channels (context_channels=), got {got}."
             )
         net_input = x if context is None else torch.cat([x, context.expand(len(x), *context.shape[1:])], dim=1)
-        factor = 2 ** (len(self.settings["channels"]) - 1)
+        factor = 2 ** len(self._upc_names)
         missing = [-side % factor for side in x.shape[2:]]
         padding = [part for side in reversed(missing) for part in (side // 2, side - side // 2)]
         if any(missing):
             net_input = nn.functional.pad(net_input, padding, mode="replicate")
         out = self._forward(net_input)
         if any(missing):
-            out = out[(..., *(slice(m // 2, m // 2 + side) for m, side in zip(missing, x.shape[2:], strict=True)))]
+            for axis, (m, side) in enumerate(zip(missing, x.shape[2:], strict=True), start=2):
+                out = out.narrow(axis, m // 2, side)
         return (out + self.contraction * x if self.contraction else out).contiguous()
 
     def _load(self, state: dict[str, torch.Tensor], trained: dict[str, Any], name: Any) -> None:

@@ -76,9 +76,7 @@ class ContractionLoss(Loss):
         self.bound, self.weight, self.iterations = bound, weight, iterations
         self.rng = torch.Generator().manual_seed(0) if rng is None else rng
 
-    def forward(  # type: ignore[override]
-        self, x_net: Tensor, y: Any, physics: Physics, model: nn.Module, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, x_net: Tensor, y: Any, physics: Physics, model: nn.Module, **kwargs: Any) -> Tensor:
         r"""Compute the penalty of every sample.
 
         :param torch.Tensor x_net: reconstructions, of shape ``(B, C, H, W)``.
@@ -92,13 +90,9 @@ class ContractionLoss(Loss):
         if deq is None:
             raise ValueError(f"ContractionLoss needs a DEQReconstructor, and {type(model).__name__} holds none.")
         f = deq.iteration.bind(y, physics)
-        start = deq.iteration.init(y, physics)
-        if isinstance(start, Tensor):
-            x = self._point(x_net.detach(), start)
-        else:  # several variables: the image is one of them, the others are at their start
-            x = tuple(
-                self._point(x_net.detach(), t) if t.shape == x_net.shape and i == 0 else t for i, t in enumerate(start)
-            )
+        start = f.init(y)
+        point = self._point(x_net.detach(), as_tuple(start)[0])
+        x: State = point if isinstance(start, Tensor) else (point, *start[1:])  # other variables are at their start
         norm = jacobian_norm(f, x, iterations=self.iterations, rng=self.rng)
         size = x_net.detach().abs().square().flatten(1).mean(dim=1)
         return self.weight * size * (norm - self.bound).relu().square()
@@ -199,7 +193,7 @@ class TurnedOperatorLoss(MOILoss):
             raise ValueError("TurnedOperatorLoss needs at least one turned operator.")
         super().__init__(physics=list(operators), apply_noise=apply_noise, weight=weight, rng=rng)
 
-    def forward(self, x_net: Tensor, physics: Physics | None, model: nn.Module, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, x_net: Tensor, physics: Physics | None, model: nn.Module, **kwargs: Any) -> Tensor:
         r"""Compute the loss of every image.
 
         :param torch.Tensor x_net: reconstructions :math:`\hat{x}`, of shape ``(B, C, H, W)``.

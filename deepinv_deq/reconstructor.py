@@ -190,7 +190,7 @@ class DEQReconstructor(Reconstructor):
     ) -> Certificate:
         r"""Measure whether the reconstruction is *the* fixed point: contraction, distance, and spread over starts.
 
-        It solves from the linear reconstruction, from zeros, from noise and, if given, from the truth; once more a hundred times as
+        It solves from the linear reconstruction, from zeros, from noise and, if given, from the truth; then thirty times as
         exactly, for the distance to the fixed point; and computes the spectral radius of the Jacobian that has to contract
         (:meth:`FixedPointIteration.contractive_part`) with vector-Jacobian products. That is some ten times the cost of a reconstruction.
 

@@ -16,6 +16,7 @@ SOURCES = {  # block: the script and the function that render it
     "compare": ("tests/benchmarks/cost_tables.py", "compare"),
     "ct": ("examples/ct/records.py", "render"),
     "faults": ("tests/benchmarks/fault_table.py", "render"),
+    "findings": ("examples/paper/tables.py", "findings"),
     "results": ("examples/paper/tables.py", "render"),
     "table 1": ("examples/paper/tables.py", "summary"),
     "facts": ("docs/facts.py", "render"),

@@ -24,31 +24,39 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import experiments as ex
-import run
+import settings
+from commands import arguments, parsed, run_each
+from data import HERE
+from losses import LOSSES
+from models import METHODS
+from records import matrix, write
+from settings import default_settings, found_settings
+from training import run_cell
 
-TRIALS = ex.HERE / "search"
+TRIALS = HERE / "search"
 REPRESENTATIVE = {"unrolled": "unrolled-3"}  # who is searched for all of a family
 
 
 def grid(task: str, method: str, loss: str, s: dict[str, Any]) -> list[tuple[str, list[Any]]]:
-    r"""What is tried, around the defaults ``s``."""
-    if method == "denoiser":
+    r"""What is tried, around the defaults ``s``: for every learned method the learning rate, a hyperparameter of its own, the weight
+    of the second term of the loss, and whether all gradients have the same norm."""
+    kind = METHODS[method]
+    if kind.epochs is None:
         weights = [1.0, 5.0, 20.0, 50.0, 100.0] if task == "ct" else [0.3, 0.6, 1.0]
         return [("data_weight", weights), ("iterations", [3, 10, 30, 100, 300])]
     steps: list[tuple[str, list[Any]]] = [("lr", [3e-4, 1e-3, 3e-3])]
-    if method.startswith("unrolled"):
-        steps += [("stepsize", [0.3, 1.0])]
-    if loss.startswith("ei"):
-        # reconstructions that may follow the loss collapse if its weight is large, fixed targets do not
-        factors = (1.0, 10.0) if loss in ex.FIXED else (0.3, 1.0, 3.0)
-        steps += [("alpha", [s["alpha"] * f for f in factors])]
-    return [*steps, ("grad_clip", [1.0, 1e-6 if s["grad_clip"] == 1.0 else s["grad_clip"]])]
+    if kind.tried is not None:
+        name, values = kind.tried
+        steps += [(name, [s[name] * v for v in values] if name == "data_weight" else list(values))]
+    if LOSSES[loss].weighted:
+        steps += [("alpha", [s["alpha"] * factor for factor in LOSSES[loss].weighted])]
+    return [*steps, ("grad_clip", [s["grad_clip"], 1e-6])]
 
 
-def complete(task: str, trial: dict[str, Any]) -> dict[str, Any]:
+def complete(task: str, method: str, trial: dict[str, Any]) -> dict[str, Any]:
     r"""A stepsize that goes with the data weight of DE-Grad and RED."""
-    if task == "ct" and "data_weight" in trial and "stepsize" not in trial:
+    gradient_steps = task == "ct" and (METHODS[method].is_deq or METHODS[method].epochs is None)
+    if gradient_steps and "data_weight" in trial and "stepsize" not in trial:
         return trial | {"stepsize": 1 / (1 + trial["data_weight"])}
     return trial
 
@@ -59,10 +67,11 @@ def worth(trial: dict[str, Any]) -> tuple[bool, float]:
 
 
 def search(task: str, method: str, loss: str, scale: str, data: Path, share: float, seeds: int = 1) -> None:
-    representative = REPRESENTATIVE.get(ex.family(method), method)
-    path = TRIALS / scale / f"{task}_{ex.family(method)}_{loss}.json"
+    family = METHODS[method].family
+    representative = REPRESENTATIVE.get(family, method)
+    path = TRIALS / scale / f"{task}_{family}_{loss}.json"
     trials: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    default = ex.settings_of(task, representative, loss, scale, {})
+    default = default_settings(task, representative, loss, scale)
     chosen: dict[str, Any] = {}
 
     def once(trial: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -74,15 +83,15 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
             {} if method == "denoiser" else {"epochs": max(1, round(share * trial.get("epochs", default["epochs"])))}
         )
         with tempfile.TemporaryDirectory() as folder:
-            record, _ = run.run_cell(
-                task, representative, loss, scale, seed, data=data, override=default | trial | short, validate=True, out=Path(folder),
+            record, _ = run_cell(
+                task, representative, loss, scale, seed, data=data, override=default | trial | short | {"settings_from": "search"}, defaults=True, validate=True, out=Path(folder),
                 progress=False,
             )  # fmt: skip
         trials.append({**how, "psnr": record["psnr"]["mean"], "seconds": record["seconds"]})
         if "fixed_point" in record:
             trials[-1]["missed"] = record["images"] - record["fixed_point"]["converged"]
             trials[-1]["spread_db"] = record["fixed_point"]["spread_db"]["mean"]
-        run.write(path, json.dumps(trials, indent=1) + "\n")
+        write(path, json.dumps(trials, indent=1) + "\n")
         print(
             f"{task} {representative} {loss} {trial} {seed}: {trials[-1]['psnr']:.2f} dB, {record['seconds']} s",
             flush=True,
@@ -90,7 +99,7 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
         return trials[-1]
 
     def score(trial: dict[str, Any]) -> tuple[bool, float]:
-        scores = [worth(once(complete(task, trial), seed)) for seed in range(seeds)]
+        scores = [worth(once(complete(task, method, trial), seed)) for seed in range(seeds)]
         return all(reached for reached, _ in scores), statistics.mean(psnr for _, psnr in scores)
 
     for name, values in grid(task, method, loss, default):
@@ -98,29 +107,29 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
         scores = {value: score(chosen | ({} if value == default.get(name) else {name: value})) for value in values}
         best = max(scores, key=scores.__getitem__)
         chosen = chosen if best == present else chosen | {name: best}
-    chosen = complete(task, chosen)
-    found = run.found_settings()
-    found.setdefault(scale, {}).setdefault(task, {}).setdefault(ex.family(method), {})[loss] = chosen
-    run.write(run.SETTINGS, json.dumps(found, indent=1, sort_keys=True) + "\n")
-    print(f"{task} {ex.family(method)} {loss}: {chosen}", flush=True)
+    chosen = complete(task, method, chosen)
+    found = found_settings()
+    found.setdefault(scale, {}).setdefault(task, {}).setdefault(family, {})[loss] = chosen
+    write(settings.SETTINGS, json.dumps(found, indent=1, sort_keys=True) + "\n")
+    print(f"{task} {family} {loss}: {chosen}", flush=True)
 
 
 def main() -> None:
-    parser = run.arguments("Choose hyperparameters on validation images.", "every method and loss without settings")
+    parser = arguments("Choose hyperparameters on validation images.", "every method and loss without settings")
     parser.add_argument("--share", type=float, default=0.5, help="part of the epochs that a trial takes")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of every trial, whose mean decides")
-    args = run.parsed(parser)
+    args = parsed(parser)
     if not args.all:
         search(args.task, args.method, args.loss, args.scale, args.data, args.share, args.seeds)
         return
-    known = run.found_settings().get(args.scale, {})
-    cells = dict.fromkeys((t, ex.family(m), loss) for t, m, loss, _ in run.matrix(args.scale))
+    known = found_settings().get(args.scale, {})
+    cells = dict.fromkeys((t, METHODS[m].family, loss) for t, m, loss, _ in matrix(args.scale))
     missing = [
         ["--task", task, "--method", REPRESENTATIVE.get(method, method), "--loss", loss]
         for task, method, loss in cells
         if loss not in known.get(task, {}).get(method, {})
     ]
-    run.run_each(__file__, args, missing, ["--share", str(args.share), "--seeds", str(args.seeds)])
+    run_each(__file__, args, missing, ["--share", str(args.share), "--seeds", str(args.seeds)])
 
 
 if __name__ == "__main__":

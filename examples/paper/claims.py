@@ -1,0 +1,119 @@
+r"""
+What the paper claims, and what the records say of it
+=====================================================
+
+Every claim is a difference of two cells that is above a threshold. It *holds*, *fails* or is *undecided* by two standard errors.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import published
+from losses import BEST, LOSSES
+from models import METHODS
+from paired import Difference, difference
+from records import SPREAD_DB, Cell, Records, is_deq, is_fixed_point
+
+BOTH = ("mri", "ct")
+
+
+@dataclass(frozen=True)
+class Claim:
+    r"""That ``first`` exceeds ``second`` by more than ``threshold`` dB in the measure ``what``."""
+
+    text: str
+    first: Cell
+    second: Cell
+    threshold: float = 0.0
+    what: str = "psnr"
+
+
+def claims(records: Records) -> Iterator[Claim]:
+    r"""All claims at one scale; the best rival is that with the highest mean."""
+    cells = [(task, loss) for task in BOTH for loss in ("sup", "ei")]
+    for t, s in cells:
+        yield Claim("ID > JFB", (t, "deq-id", s), (t, "deq-jfb", s))
+    for t, s in [*cells, *((t, BEST[t]) for t in BOTH)]:
+        for rival in records.rivals(t, s)[:2] or ["modl"]:
+            yield Claim("DEQ > rival", (t, "deq-id", s), (t, rival, "none" if rival == "denoiser" else s))
+    for t in BOTH:
+        yield Claim("supervised − EI < 1.3 dB", (t, "deq-id", "ei"), (t, "deq-id", "sup"), -1.3)
+        yield Claim(
+            "supervised − best without ground truth < 0.5 dB", (t, "deq-id", BEST[t]), (t, "deq-id", "sup"), -0.5
+        )
+    for t, better, worse in (
+        ("mri", "ei-fixed", "ei"),
+        ("ct", "ei-fixed", "ei"),
+        ("ct", "ei-turned", "ei-fixed"),
+        ("ct", "ei-turned", "moi"),
+        ("ct", "split", "ei"),
+        ("mri", "ei-sure", "ei"),
+        *((t, BEST[t], other) for t in BOTH for other in ("es", "selfdeq")),
+    ):
+        yield Claim(f"{LOSSES[better].title} > {LOSSES[worse].title}", (t, "deq-id", better), (t, "deq-id", worse))
+    for number, what in ((2, "pipeline_equivariance"), (3, "iteration_equivariance")):
+        for t in BOTH:
+            yield Claim(f"Table {number}: EI > supervised", (t, "deq-id", "ei"), (t, "deq-id", "sup"), what=what)
+
+
+def rows(records: Records) -> list[list[str]]:
+    r"""One line for each claim: the cells, the difference, the paper's, and the verdict; missing cells are named."""
+    out = []
+    for claim in claims(records):
+        found = difference(records, claim.first, claim.second, claim.what)
+        cells = f"{claim.first[0].upper()}: {name(claim.first)} − {name(claim.second)}"
+        theirs = paper(claim)
+        if found is None:
+            absent = [name(cell) for cell in (claim.first, claim.second) if not records.images(*cell, claim.what)]
+            out.append([claim.text, cells, "", theirs, f"*no valid record of {' and '.join(absent)}*"])
+            continue
+        count = f"{found.images} images, {found.seeds[0]} and {found.seeds[1]} seeds"
+        measured = f"{found.mean:+.2f} ± {found.error:.2f} dB ({count})"
+        sound = all(is_fixed_point(r) for cell in (claim.first, claim.second) for r in records.of(*cell) if is_deq(r))
+        verdict = found.verdict(claim.threshold) + ("" if sound else ", but **not a fixed point**")
+        out.append([claim.text, cells, measured, theirs, verdict])
+    return out
+
+
+def findings(records: Records) -> str:
+    r"""Five sentences: both tasks against the best rival, both against supervised training, and the fixed points."""
+    out = []
+    for task in ("ct", "mri"):
+        best = next((m for m in records.rivals(task, "sup") if m != "denoiser"), None)
+        if best is None:
+            out.append(f"{task.upper()}, supervised: no rival has a record.")
+            continue
+        found = difference(records, (task, "deq-id", "sup"), (task, best, "sup"))
+        ahead = f"the DEQ against {METHODS[best].title}, the best rival"
+        out.append(
+            _sentence(f"{task.upper()}, supervised, {ahead}", found, 0.0, "ahead by more than two standard errors")
+        )
+    for task in ("ct", "mri"):
+        found = difference(records, (task, "deq-id", BEST[task]), (task, "deq-id", "sup"))
+        about = f"{task.upper()}, {LOSSES[BEST[task]].title} (no ground truth) against supervised training"
+        out.append(_sentence(about, found, -0.5, "within 0.5 dB"))
+    deqs = [r for r in records.all if is_deq(r)]
+    sound = sum(map(is_fixed_point, deqs))
+    out.append(f"Of {len(deqs)} trained DEQs, {sound} have one fixed point in every test image, to {SPREAD_DB} dB.")
+    return "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(out, 1))
+
+
+def _sentence(about: str, found: Difference | None, threshold: float, claim: str) -> str:
+    if found is None:
+        return f"{about}: not measured yet."
+    verdict = found.verdict(threshold)
+    return f"{about}: {found.mean:+.2f} ± {found.error:.2f} dB; *{claim}* {'is ' if verdict == 'undecided' else ''}**{verdict}**."
+
+
+def name(cell: Cell) -> str:
+    r"""A cell in words, without its task."""
+    method = METHODS[cell[1]].title
+    return method if cell[2] == "none" else f"{method} ({LOSSES[cell[2]].title})"
+
+
+def paper(claim: Claim) -> str:
+    r"""The same difference in the paper, if it has both cells."""
+    known = published.TABLE_1
+    if claim.what != "psnr" or claim.first not in known or claim.second not in known:
+        return ""
+    return f"*{known[claim.first] - known[claim.second]:+.2f}*"

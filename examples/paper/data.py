@@ -1,0 +1,202 @@
+r"""
+The two tasks: images, operators and measurements
+=================================================
+
+A *cell* is one task, method, loss, scale and seed. This file has the tasks and the scales.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepinv as dinv
+import torch
+from torch import Tensor, nn
+
+from deepinv_deq import IterationEquivariance, PipelineEquivariance
+from deepinv_deq.datasets import load_images
+from deepinv_deq.physics import SparseLinearPhysics
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+DATA = ROOT.parent / "shared" / "data"
+TASKS = ("ct", "mri")
+NOISE = 0.05  # standard deviation in k-space, section 4.1.2
+CHANNELS = (16, 32, 64)
+
+# "paper" has the paper's size (MRI: 256 pixels, not 320), "small" is what two CPU cores train in an hour a task. Epochs are such that a
+# supervised DEQ takes 3 minutes ("small") or 20 minutes ("paper") of one core, and every other learned method at least as long.
+SCALES: dict[str, dict[str, dict[str, Any]]] = {
+    "small": {
+        "ct": {
+            "size": 64,
+            "views": 30,
+            "channels": CHANNELS,
+            "batch": 2,
+            "epochs": {"deq": 6, "unet": 80, "unrolled": 12, "modl": 16, "lpd": 24},
+        },
+        "mri": {
+            "size": 96,
+            "acceleration": 8,
+            "channels": CHANNELS,
+            "batch": 2,
+            "epochs": {"deq": 5, "unet": 30, "unrolled": 5, "modl": 10, "varnet": 8},
+        },
+    },
+    "paper": {
+        "ct": {
+            "size": 128,
+            "views": 50,
+            "channels": CHANNELS,
+            "batch": 2,
+            "epochs": {"deq": 6, "unet": 140, "unrolled": 16, "modl": 18, "lpd": 30},
+        },
+        "mri": {
+            "size": 256,
+            "acceleration": 8,
+            "channels": CHANNELS,
+            "batch": 2,
+            "epochs": {"deq": 4, "unet": 60, "unrolled": 8, "modl": 12, "varnet": 8},
+        },
+    },
+}
+FILES = {"ct": "ct100_128.npz", "mri": "cardiac_mr_256.npz"}
+SOURCES = {
+    "ct": "The 100 CT slices of deepinv's CT100 come from the TCGA-LUAD collection of The Cancer Imaging Archive.",
+    "mri": "Use the MR slices of Deep ADMM-Net (NIPS 2016), or a folder of fastMRI .h5 files (fastmri.med.nyu.edu).",
+}
+TWINS = {"ct": (98, 99)}  # slices of CT100 that are one image
+
+
+@dataclass
+class Task:
+    r"""Operator, images and measurements of one inverse problem, with the split by index."""
+
+    name: str
+    physics: Any
+    sqnorm: float
+    x: Tensor
+    y: Tensor
+    train: slice
+    test: slice
+    settings: dict[str, Any]
+
+    @property
+    def channels(self) -> int:
+        return self.x.shape[1]
+
+
+def make_task(name: str, scale: str, data: Path, *, validate: bool = False, device: str = "cpu") -> Task:
+    r"""Load the images and measure them.
+
+    :param str name: ``"ct"`` or ``"mri"``.
+    :param str scale: a key of :data:`SCALES`.
+    :param Path data: folder with the ``.npz`` files of :data:`FILES`; for MRI, a folder with fastMRI's ``.h5`` files will do.
+    :param bool validate: hold out the last ninth of the training images in the place of the test images.
+    :raises FileNotFoundError: if there are no images.
+    """
+    s = SCALES[scale][name]
+    images = _fastmri(data, s["size"]) if name == "mri" and list(data.glob("*.h5")) else _images(name, data, s["size"])
+    n_test = len(images) // 10
+    stop = len(images) - n_test
+    train, test = slice(0, stop), slice(stop, len(images))
+    if validate:
+        train, test = slice(0, stop - n_test), slice(stop - n_test, stop)
+    if name == "ct":
+        physics, sqnorm = tomography(s["size"], s["views"], device=device)
+        x = images.to(device)
+        with torch.no_grad():
+            y = physics.A(x)
+    else:
+        shape = (s["size"], s["size"])
+        rng = torch.Generator().manual_seed(0)  # mask and noise are the same for all cells
+        mask = mask_generator(s["size"], s["acceleration"], rng).step()["mask"]
+        noise = dinv.physics.GaussianNoise(NOISE, rng=torch.Generator(device).manual_seed(0))
+        physics = dinv.physics.MRI(mask=mask, img_size=(2, *shape), noise_model=noise, device=device)
+        sqnorm, x = 1.0, images.to(device)
+        x = x if x.shape[1] == 2 else torch.cat([x, torch.zeros_like(x)], dim=1)
+        with torch.no_grad():
+            y = physics(x)
+    return Task(name, physics, sqnorm, x, y, train, test, s)
+
+
+def mask_generator(size: int, acceleration: float, rng: torch.Generator) -> Any:
+    r"""Random masks of MRI: full lines, the low frequencies more densely."""
+    return dinv.physics.generator.GaussianMaskGenerator((size, size), acceleration=acceleration, rng=rng)
+
+
+def tomography(size: int, views: int, *, turn: float = 0.0, device: Any = "cpu") -> tuple[Any, float]:
+    r"""The normalised operator of CT, and the square of the norm that it was divided by.
+
+    :param float turn: by how many degrees the views are turned.
+    """
+    angles = torch.arange(views) * (180 / views) + turn
+    original = dinv.physics.Tomography(
+        angles=angles, img_width=size, normalize=True, adjoint_via_backprop=True, device=device
+    )
+    on_cpu = torch.device(device).type == "cpu"
+    physics = SparseLinearPhysics.from_physics(original, (1, size, size)) if on_cpu else original
+    return physics, float(original.operator_norm) ** 2
+
+
+def turned_operators(task: Task) -> list[Any]:
+    r"""The operator of CT turned by 1, 2, ... degrees, up to the next view: by more, it would measure the same views again."""
+    size, views = task.settings["size"], task.settings["views"]
+    degrees = range(1, math.ceil(180 / views))
+    return [tomography(size, views, turn=float(turn), device=task.x.device)[0] for turn in degrees]
+
+
+def start(y: Tensor, physics: Any) -> Tensor:
+    r"""Where every method starts: filtered back-projection, or the zero-filled image. Differentiable in ``y``."""
+    return physics.fbp(y) if hasattr(physics, "fbp") else physics.A_adjoint(y)
+
+
+class ExactPSNR(dinv.metric.PSNR):
+    r"""PSNR without the 1e-8 that deepinv adds to the mean squared error: not limited to 80 dB."""
+
+    def metric(self, x_net: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        r"""Compute the PSNR of every image, in dB."""
+        error = (x_net.double() - x.double()).square().flatten(1).mean(dim=1)
+        return -10 * torch.log10(error.clamp_min(torch.finfo(error.dtype).tiny))
+
+
+class ExactPipelineEquivariance(PipelineEquivariance, ExactPSNR):
+    r"""Equivariance of the pipeline (Table 2), not limited to 80 dB."""
+
+
+class ExactIterationEquivariance(IterationEquivariance, ExactPSNR):
+    r"""Equivariance of F (Table 3), not limited to 80 dB."""
+
+
+def metrics(task: Task) -> dict[str, Any]:
+    r"""What images are measured by, all of the magnitude for MRI: PSNR, SSIM, and equivariance (Tables 2 and 3)."""
+    options = {"complex_abs": True} if task.name == "mri" else {}
+    return {
+        "psnr": dinv.metric.PSNR(**options),
+        "ssim": dinv.metric.SSIM(**options),
+        "exact_psnr": ExactPSNR(**options),
+        "pipeline_equivariance": ExactPipelineEquivariance(**options),
+        "iteration_equivariance": ExactIterationEquivariance(**options),
+    }
+
+
+def _images(name: str, data: Path, size: int) -> Tensor:
+    path = data / FILES[name] if data.is_dir() else data
+    try:
+        return load_images(path, size)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} {SOURCES[name]} --data takes the folder of {FILES[name]}.") from error
+
+
+def _fastmri(folder: Path, size: int) -> Tensor:
+    r"""The magnitude images of a fastMRI folder, cut to a central square, each scaled to a largest value of 1."""
+    dataset = dinv.datasets.FastMRISliceDataset(root=folder, slice_index="middle")
+    out = []
+    for i in range(len(dataset)):
+        target = dataset[i][0][None]
+        side = min(target.shape[-2:])
+        top, left = (target.shape[-2] - side) // 2, (target.shape[-1] - side) // 2
+        square = target[..., top : top + side, left : left + side]
+        out.append(nn.functional.interpolate(square / square.max(), size=(size, size), mode="area"))
+    return torch.cat(out)

@@ -1,0 +1,121 @@
+r"""
+What a record holds of a trained model
+======================================
+"""
+
+import platform
+import resource
+import subprocess
+import time
+from dataclasses import replace
+from typing import Any
+
+import deepinv as dinv
+import torch
+from data import ROOT, Task, metrics, start
+
+from deepinv_deq import DEQReconstructor
+
+TIGHT = 0.1  # tables show reconstructions at this part of a model's tolerance
+
+
+def evaluate(task: Task, model: Any, s: dict[str, Any]) -> dict[str, Any]:
+    r"""All measures on the test images: PSNR, SSIM, those of Tables 2 and 3, and whether a DEQ is at its fixed point.
+
+    The images of a DEQ are those of :data:`TIGHT` times its tolerance; what it gives at its tolerance is in ``fixed_point``.
+    """
+    model.eval()
+    x, y = task.x[task.test], task.y[task.test]
+    measures = metrics(task)
+    record: dict[str, Any] = {"images": len(x), "exact_equivariance": True}
+    tight, fixed_point = model, {}
+    if isinstance(model, DEQReconstructor):
+        model = for_tests(model, s)
+        fixed_point = certified(model, task, measures["psnr"])
+        solver = replace(model.solver, tol=TIGHT * model.solver.tol, max_iter=5 * model.solver.max_iter)
+        tight = DEQReconstructor(model.iteration, solver=solver, hook=model.hook).eval()
+    with torch.no_grad():
+        x_hat, x0 = tight(y, task.physics), start(y, task.physics)
+        stat = getattr(tight, "forward_stat", None)
+        for name in ("psnr", "ssim"):
+            record[name], record[f"{name}_start"] = (summary(measures[name](image, x)) for image in (x_hat, x0))
+        for name in ("pipeline_equivariance", *(["iteration_equivariance"] if stat is not None else [])):
+            record[name] = summary(measures[name](x_hat, x, physics=task.physics, model=tight))
+        record["ei_loss"] = ei_loss(task, tight, x_hat)
+    if stat is not None:
+        # an operator that leaves true images alone is equivariant at them, whatever it has learned
+        operator = measures["iteration_equivariance"].system(task.physics, tight)
+        with torch.no_grad():
+            record["iteration_fidelity"] = summary(measures["exact_psnr"](operator(x), x))
+        record["fixed_point"] = fixed_point
+    return record
+
+
+def for_tests(model: DEQReconstructor, s: dict[str, Any]) -> DEQReconstructor:
+    r"""The same model with the tolerance of tests."""
+    solver = replace(model.solver, tol=s["test_tol"], max_iter=2 * s["max_iter"])
+    return DEQReconstructor(model.iteration, solver=solver, hook=model.hook).eval()
+
+
+def certified(model: DEQReconstructor, task: Task, psnr: Any) -> dict[str, Any]:
+    r"""The certificate of a model on the test images, as plain values, image by image.
+
+    ``spread_db`` is the largest difference of PSNR between the solve at the model's tolerance, at a tenth of it, and those from
+    other starts; the cell is *not a fixed point* where it exceeds 0.05 dB.
+    """
+    certificate = model.certify(task.y[task.test], task.physics, x_gt=task.x[task.test], metric=psnr)
+    model(task.y[task.test], task.physics)
+    db = torch.stack(list(certificate.psnr.values()))
+    return {
+        "outcome": certificate.outcome,
+        "tol": certificate.tol,
+        "psnr": {name: summary(values) for name, values in certificate.psnr.items()},
+        "spread_db": summary(db.amax(dim=0) - db.amin(dim=0)),
+        "spectral_radius": summary(certificate.spectral_radius),
+        "error": certificate.error.tolist(),
+        "residual": certificate.residual.tolist(),
+        "converged": int(certificate.converged.sum()),
+        "evaluations": model.forward_stat["nstep"].tolist(),
+    }
+
+
+def ei_loss(task: Task, model: Any, x_hat: torch.Tensor) -> float:
+    r"""The equivariance term of eq. (3) on the test images: whether a model that is worse is so by what it was trained for."""
+    rng = torch.Generator(task.x.device).manual_seed(0)
+    rotations = dinv.transform.Rotate(n_trans=1, multiples=1, positive=True, rng=rng, interpolation_mode="bilinear")
+    loss = dinv.loss.EILoss(rotations, apply_noise=False)
+    return float(loss(x_net=x_hat, physics=task.physics, model=model).mean())
+
+
+def summary(values: torch.Tensor) -> dict[str, Any]:
+    r"""Mean and standard deviation over the test images, and all of them."""
+    values = values.double().flatten().cpu()
+    return {
+        "mean": values.mean().item(),
+        "std": values.std(correction=0).item(),
+        "all": [round(v, 4) for v in values.tolist()],
+    }
+
+
+def plain(tree: Any) -> Any:
+    r"""Nested lists and dictionaries with numbers as floats."""
+    if isinstance(tree, dict):
+        return {k: plain(v) for k, v in tree.items()}
+    return [plain(v) for v in tree] if isinstance(tree, (list, tuple)) else round(float(tree), 6)
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    r"""What a cell ran on."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        memory, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+    versions = {"torch": torch.__version__, "deepinv": dinv.__version__, "python": platform.python_version()}
+    return {
+        "device": name,
+        "peak_memory_mb": round(memory / 1e6),
+        "versions": versions,
+        "commit": git.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,244 @@
+r"""
+Figures of the records, and Figure 1 of the paper
+=================================================
+
+.. code-block:: bash
+
+    python examples/paper/figures.py --plots docs/_static                        # all plots of the records, for one scale
+    python examples/paper/figures.py --figure docs/_static/figure1.png --slices  # of images that may be passed on
+    python examples/paper/figures.py --figure runs/paper/fig1.png                # of the first test images
+
+The plots show the records there are. Figure 1 also needs the trained models that ``run.py`` left in ``runs/``.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import published
+import torch
+from data import DATA, HERE, TASKS, make_task, metrics, start
+from losses import BEST, LOSSES
+from models import METHODS, make_model
+from paired import difference, independent
+from records import Records, folder_of, losses_of, path_of, read_record, value
+from weights import weights_of
+
+from deepinv_deq.datasets import ct_slice, mr_slice
+
+BLIND = [loss for loss, kind in LOSSES.items() if kind.build is not None and loss != "sup"]
+COLOURS = {loss: f"C{i}" for i, loss in enumerate(("sup", *BLIND))}
+MARKERS = dict(zip(METHODS, "osD^v<>PX*d", strict=False))
+
+
+def subplots(rows: int, columns: int, *, figsize: tuple[float, float], **options: Any) -> Any:
+    r"""A figure that makes room for its titles and legends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False, **options)
+
+
+def save(plot: Any, path: Path, dpi: int = 110) -> Path:
+    r"""Write the file, and say so."""
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot.savefig(path, dpi=dpi)
+    plt.close(plot)
+    print(f"{path}", file=sys.stderr)
+    return path
+
+
+def dots(path: Path, scale: str) -> Path:
+    r"""PSNR of every method, supervised and by EI: ours filled, with the standard error over test images; the paper's hollow."""
+    records = Records(scale)
+    plot, axes = subplots(1, 2, figsize=(11, 4.6))
+    for axis, task in zip(axes[0], TASKS, strict=True):
+        methods = [m for m in METHODS if task in METHODS[m].tasks]
+        for shift, loss in ((0.15, "sup"), (-0.15, "ei"), (0.0, BEST[task])):
+            for row, method in enumerate(methods):
+                key = "none" if METHODS[method].epochs is None else loss
+                if key == "none" and loss != "sup":
+                    continue
+                color, height = ("0.4" if key == "none" else COLOURS[loss]), -row + (0.0 if key == "none" else shift)
+                if (found := level(records, task, method, key)) is not None:
+                    axis.errorbar(found[0], height, xerr=found[1], fmt="o", color=color, capsize=2)
+                if (theirs := published.TABLE_1.get((task, method, key))) is not None:
+                    axis.plot(theirs, height, "o", mfc="none", mec=color)
+        for loss in ("sup", "ei", BEST[task]):
+            axis.plot([], [], "o", color=COLOURS[loss], label=LOSSES[loss].title)
+        axis.plot([], [], "o", mfc="none", mec="0.4", label="the paper's (other images and sizes)")
+        axis.set_yticks([-row for row in range(len(methods))], [METHODS[m].title for m in methods])
+        axis.set(title=f"{task.upper()}, scale {scale}", xlabel="PSNR of the test images (dB)")
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    return save(plot, path)
+
+
+def level(records: Records, task: str, method: str, loss: str) -> tuple[float, float] | None:
+    r"""Mean PSNR of a cell, and its standard error over test images."""
+    seeds = [independent(task, seed) for seed in records.images(task, method, loss)]
+    if not seeds:
+        return None
+    images = [statistics.mean(image) for image in zip(*seeds, strict=True)]
+    error = statistics.stdev(images) / len(images) ** 0.5 if len(images) > 1 else 0.0
+    return statistics.mean(images), error
+
+
+def gaps(path: Path, scale: str) -> Path:
+    r"""By how much every training without ground truth is behind the supervised one: paired differences, two standard errors."""
+    records = Records(scale)
+    plot, axes = subplots(1, 2, figsize=(12, 3.8))
+    for axis, task in zip(axes[0], TASKS, strict=True):
+        losses = [loss for loss in losses_of(task, "deq-id") if loss != "sup"]
+        for row, loss in enumerate(losses):
+            found = difference(records, (task, "deq-id", loss), (task, "deq-id", "sup"))
+            if found is None:
+                axis.text(0.02, -row, "no record", transform=axis.get_yaxis_transform(), va="center", color="0.5")
+            else:
+                axis.errorbar(found.mean, -row, xerr=2 * found.error, fmt="o", color=COLOURS[loss], capsize=3)
+        axis.axvline(0, color="0.6", lw=1)
+        axis.set_yticks([-row for row in range(len(losses))], [LOSSES[loss].title for loss in losses])
+        axis.set(title=f"{task.upper()}, DEQ with ID", xlabel="PSNR − supervised (dB), ± 2 standard errors")
+        axis.set_ylim(-len(losses) + 0.5, 0.5)
+        axis.grid(axis="x", alpha=0.3)
+    return save(plot, path)
+
+
+def times(path: Path, scale: str) -> Path:
+    r"""PSNR of every cell against how long it trained."""
+    records = Records(scale)
+    plot, axes = subplots(1, 2, figsize=(12, 4.6))
+    for axis, task in zip(axes[0], TASKS, strict=True):
+        known = [r for r in records.all if r["config"]["task"] == task and r["steps"]]
+        for r in known:
+            method, loss = r["config"]["method"], r["config"]["loss"]
+            axis.plot(r["seconds"] / 60, value(r, "psnr"), MARKERS[method], color=COLOURS[loss])
+        for method in dict.fromkeys(r["config"]["method"] for r in known):
+            axis.plot([], [], MARKERS[method], color="0.4", label=METHODS[method].title)
+        for loss in dict.fromkeys(r["config"]["loss"] for r in known):
+            axis.plot([], [], "s", color=COLOURS[loss], label=LOSSES[loss].title)
+        axis.set(title=f"{task.upper()}, scale {scale}", xlabel="training time (minutes)", ylabel="PSNR (dB)")
+        if known:
+            axis.set_xscale("log")
+            axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    return save(plot, path)
+
+
+def bound_curve(path: Path) -> Path:
+    r"""PSNR at the fixed point, and evaluations, against the bound of the penalty."""
+    known = [json.loads(p.read_text()) for p in sorted((HERE / "bound").glob("*.json"))]
+    plot, axes = subplots(2, 2, figsize=(10, 6), sharex=True)
+    for column, task in zip(axes.T, TASKS, strict=True):
+        for steps in sorted({r["steps"] for r in known if r["task"] == task}):
+            points = sorted((r for r in known if (r["task"], r["steps"]) == (task, steps)), key=lambda r: r["bound"])
+            x = [r["bound"] for r in points]
+            for key, style in (("start", "o--"), ("tenth", "o-"), ("zeros", "x:"), ("truth", "+:")):
+                y = [r["psnr"].get(key, float("nan")) for r in points]
+                column[0].plot(x, y, style, label=f"{steps} steps, {key}")
+            column[1].plot(x, [r["evaluations"] for r in points], "o-", label=f"{steps} steps")
+        column[0].set(title=task.upper(), ylabel="PSNR, validation (dB)")
+        column[1].set(xlabel="bound of the penalty", ylabel="evaluations")
+        if column[0].lines:
+            column[0].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    return save(plot, path)
+
+
+def curves(path: Path, scale: str) -> Path:
+    r"""PSNR of the test images over training: whether a result is one of trainings that had ended."""
+    records = Records(scale)
+    plot, axes = subplots(2, 2, figsize=(14, 8))
+    for line, task in zip(axes, TASKS, strict=True):
+        for axis, supervised in zip(line, (True, False), strict=True):
+            for method in METHODS:
+                for loss in (
+                    loss for loss in losses_of(task, method) if loss != "none" and (loss == "sup") == supervised
+                ):
+                    known = [r["curve"]["psnr"]["PSNR"] for r in records.of(task, method, loss)]
+                    for k, course in enumerate(known):
+                        share = [(i + 1) / len(course) for i in range(len(course))]
+                        label = f"{METHODS[method].title}, {LOSSES[loss].title}" if k == 0 else None
+                        color = f"C{list(METHODS).index(method) % 10}" if supervised else COLOURS[loss]
+                        axis.plot(share, course, "-" if METHODS[method].is_deq else "--", color=color, label=label)
+            axis.set(title=f"{task.upper()}, {'supervised' if supervised else 'without ground truth'}")
+            axis.set(xlabel="part of the training", ylabel="PSNR of the test images (dB)")
+            if axis.lines:
+                axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return save(plot, path)
+
+
+def figure_1(path: Path, scale: str, data: Path, slices: bool = False) -> Path:
+    r"""Fig. 1: reconstructions of DEQ and U-Net, supervised and not, of the first test image of each task.
+
+    :param bool slices: take slices that other packages ship, and none of the data, which must not be passed on.
+    """
+    plot, axes = subplots(2, 7, figsize=(14, 4.8))
+    for line, name in zip(axes, TASKS, strict=True):
+        task = make_task(name, scale, data)
+        x, y = task.x[task.test][:1], task.y[task.test][:1]
+        if slices:
+            x = shipped_slice(name, x)
+            y = task.physics(x)
+        images = {"ground truth": x, "FBP" if name == "ct" else "zero-filled": start(y, task.physics)}
+        for method, loss in (
+            ("deq-id", "sup"),
+            ("deq-id", "ei"),
+            ("deq-id", BEST[name]),
+            ("unet", "sup"),
+            ("unet", "ei"),
+        ):
+            record_path = path_of(scale, name, method, loss, 0)
+            record, weights = read_record(record_path), folder_of(record_path) / "model.pt"
+            if record is None or not weights.exists():
+                sys.exit(f"error: no model {weights}: run that cell first (python examples/paper/run.py, --force).")
+            model = make_model(task, method, record["config"], weights_of(name, "unet", data))
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            with torch.no_grad():
+                images[f"{METHODS[method].title},\n{LOSSES[loss].title}"] = model.eval()(y, task.physics)
+        psnr = metrics(task)["psnr"]
+        for axis, (title, image) in zip(line, images.items(), strict=True):
+            shown = image[0].norm(dim=0) if image.shape[1] == 2 else image[0, 0]
+            axis.imshow(shown.clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(title, fontsize="medium")
+            if title != "ground truth":
+                text = f"{psnr(image, x).item():.1f} dB"
+                axis.text(0.97, 0.03, text, color="yellow", ha="right", transform=axis.transAxes)
+    return save(plot, path, dpi=150)
+
+
+def shipped_slice(task: str, like: torch.Tensor) -> torch.Tensor:
+    r"""An image that comes with pydicom or Matplotlib, of the size of the task's own."""
+    size = like.shape[-1]
+    if task == "ct":
+        return ct_slice(size)
+    magnitude = torch.nn.functional.interpolate(mr_slice(), size=(size, size), mode="area")
+    return torch.cat([magnitude, torch.zeros_like(magnitude)], dim=1)
+
+
+def plots(folder: Path, scale: str) -> list[Path]:
+    r"""All plots of the records of a scale."""
+    drawn = [draw(folder / f"{draw.__name__}.png", scale) for draw in (dots, gaps, times, curves)]
+    return [*drawn, bound_curve(folder / "bound.png")]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Figures of the records, and Figure 1 of the paper.")
+    parser.add_argument("--plots", type=Path, help="folder for the plots of the records")
+    parser.add_argument("--figure", type=Path, help="file for Figure 1; needs the trained models in runs/")
+    parser.add_argument("--slices", action="store_true", help="Figure 1 of slices that pydicom and Matplotlib ship")
+    parser.add_argument("--scale", default="small")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with the images")
+    args = parser.parse_args()
+    if args.plots is None and args.figure is None:
+        parser.error("give --plots or --figure")
+    if args.plots:
+        plots(args.plots, args.scale)
+    if args.figure:
+        figure_1(args.figure, args.scale, args.data, args.slices)

@@ -1,0 +1,138 @@
+r"""
+Hyperparameters of a cell: defaults, and what the search found
+==============================================================
+
+A cell never trains with defaults that nothing was searched for, unless that is asked for. Where its own search is not on record, it
+takes the settings of the nearest search, in the order of :func:`sources`; its record says which, under ``settings_from``.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from data import HERE, SCALES, TASKS
+from losses import LOSSES
+from models import METHODS
+
+SETTINGS = HERE / "settings.json"
+_BOTH = {
+    "alpha": 1.0,
+    "n_trans": 1,
+    "lr": 3e-4,
+    "max_iter": 80,
+    "grad_clip": 1.0,
+    "backward_tol": 3e-2,
+    "context": True,
+}
+# Tolerances are relative errors in units of the image (while training, and in tests), and of the cotangent. "bound" is the largest norm of
+# the contractive part without a penalty, "contraction_weight" the weight of that penalty, and "context" whether the network of a DEQ sees
+# the linear reconstruction. Gradients are clipped to "grad_clip"; at 1e-6 all have the same norm.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "ct": _BOTH
+    | {"alpha": 100.0, "stepsize": 1 / 51, "data_weight": 50.0}
+    | {"forward_tol": 1e-4, "test_tol": 2e-5, "bound": 0.85, "contraction_weight": 0.1},
+    "mri": _BOTH
+    | {"stepsize": 1.0, "data_weight": 1.0}
+    | {"forward_tol": 1e-3, "test_tol": 2e-5, "bound": 0.75, "contraction_weight": 1.0},
+}
+# a few steps must get somewhere, and deepinv trains the stepsize
+OWN: dict[str, dict[str, Any]] = {
+    "unrolled": {"stepsize": 1.0, "data_weight": 1.0},
+    "modl": {"stepsize": 1.0},
+    "varnet": {"stepsize": 1.0},
+    "denoiser": {"iterations": 30},
+}
+# whose search is the nearest, where there is none
+RELATED_METHODS = {"deq-jfb": ("deq-id",), "modl": ("unrolled",), "lpd": ("unrolled",), "varnet": ("unrolled",)}
+RELATED_LOSSES = {
+    "ei-turned": ("ei-fixed", "ei"),
+    "ei-fixed": ("ei",),
+    "ei-sure": ("ei",),
+    "moi": ("ei-turned", "ei"),
+    "es": ("split", "ei-fixed", "ei"),
+    "selfdeq": ("split", "ei-fixed", "ei"),
+    "split": ("ei",),
+}
+_SHARED = ("lr", "grad_clip")  # what the settings of another method or loss say about this one
+_RELATED_SCALES = {"paper": ("small",)}
+
+
+class NotSearched(ValueError):
+    r"""There are no settings for a cell, nor for one near it."""
+
+
+def default_settings(task: str, method: str, loss: str, scale: str) -> dict[str, Any]:
+    r"""What the search starts from, with the sizes of the scale."""
+    kind = METHODS[method]
+    s = dict(SCALES[scale][task]) | DEFAULTS[task] | LOSSES[loss].defaults | OWN.get(kind.family, {})
+    s["epochs"] = s["epochs"].get(kind.epochs, 0)
+    return s
+
+
+def settings_of(
+    task: str, method: str, loss: str, scale: str, found: dict[str, Any], *, defaults: bool = False
+) -> dict[str, Any]:
+    r"""Hyperparameters of a cell.
+
+    :param dict found: what :func:`found_settings` read.
+    :param bool defaults: use the defaults where nothing was searched.
+    :return: the settings; ``settings_from`` names the search they come from.
+    :raises NotSearched: if there is no search of this cell, nor of one near it.
+    """
+    s = default_settings(task, method, loss, scale)
+    family = METHODS[method].family
+    for at, who, what in sources(scale, family, loss):
+        known = found.get(at, {}).get(task, {}).get(who, {}).get(what)
+        if known is not None:
+            same = (who, what) == (family, loss)
+            kept = known if same else {k: v for k, v in known.items() if k in _SHARED}
+            return s | kept | {"settings_from": f"{at}/{task}/{who}/{what}"}
+    if defaults:
+        return s | {"settings_from": "defaults"}
+    raise NotSearched(
+        f"No hyperparameters were searched for {task} {family} {loss}: run search.py --task {task} --method {method} "
+        f"--loss {loss} --scale {scale}, or pass --defaults."
+    )
+
+
+def sources(scale: str, family: str, loss: str) -> Iterator[tuple[str, str, str]]:
+    r"""Scale, family and loss of the searches that may settle a cell, the nearest first."""
+    for who in (family, *RELATED_METHODS.get(family, ())):
+        for what in (loss, *RELATED_LOSSES.get(loss, ())):
+            for at in (scale, *_RELATED_SCALES.get(scale, ())):
+                yield at, who, what
+
+
+def found_settings() -> dict[str, Any]:
+    r"""What ``search.py`` found on validation images."""
+    return json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
+
+
+def check_name(what: str, name: str, valid: Iterable[str]) -> None:
+    r"""Stop with the valid names where one is unknown."""
+    if name not in valid:
+        sys.exit(f"error: unknown {what} {name!r}: must be one of {', '.join(valid)}.")
+
+
+def check(task: str, method: str, loss: str, scale: str) -> None:
+    r"""Stop where a name is unknown, or a combination makes no sense."""
+    check_name("task", task, TASKS)
+    check_name("method", method, METHODS)
+    check_name("loss", loss, LOSSES)
+    check_name("scale", scale, SCALES)
+    if reason := refusal(task, method, loss):
+        sys.exit(f"error: {reason}.")
+
+
+def refusal(task: str, method: str, loss: str) -> str | None:
+    r"""Why a combination of known names makes no sense; ``None`` if it does."""
+    if (METHODS[method].epochs is None) != (LOSSES[loss].build is None):
+        return "--method denoiser is not trained and goes with --loss none, the other methods with any other loss"
+    if task not in LOSSES[loss].tasks:
+        return f"--loss {loss} is for {', '.join(LOSSES[loss].tasks)}, not for {task}"
+    if task not in METHODS[method].tasks:
+        return f"--method {method} is for {', '.join(METHODS[method].tasks)}, not for {task}"
+    if method in LOSSES[loss].excludes:
+        return f"--loss {loss} does not go with --method {method}: {LOSSES[loss].excludes[method]}"
+    return None
