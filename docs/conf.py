@@ -64,7 +64,14 @@ autodoc_inherit_docstrings = False
 nitpicky = True
 # words that stand where a type does, and the names of types that have no page anywhere
 nitpick_ignore = [("py:class", name) for name in ("Callable", "Sequence", "torchdeq.solver.stat.SolverStat")]
-nitpick_ignore_regex = [("py:class", r"deepinv_deq\..*\._\w+")]  # private base classes
+# private base classes, and names in docstrings of inherited methods that have no page
+nitpick_ignore_regex = [
+    ("py:class", r"deepinv_deq\..*\._\w+(\.\w+)?"),
+    ("py:class", r"deepinv_deq\.iterations\.(terms\.Terms|splitting\.MeasurementIteration|bound\.BoundIteration)"),
+    ("py:class", r"Layout|Problem|Settings|DEQReconstructor"),
+    ("py:meth", r"DEQReconstructor\.certify"),
+    ("py:data", r"deepinv_deq\.solvers\.METHODS"),
+]
 suppress_warnings = ["config.cache"]  # sphinx-gallery's configuration holds objects that cannot be pickled
 
 # -- links to other projects ---------------------------------------------------
