@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from docutils import nodes
 from gallery_order import NewcomersFirst
+from sphinx.ext import autosummary
 from sphinx_gallery.sorting import ExplicitOrder
 
 import deepinv_deq
@@ -59,6 +60,7 @@ rst_prolog = """
 """
 
 autosummary_generate = True
+autosummary.WELL_KNOWN_ABBREVIATIONS += ("eq.", "Fig.", "Figs.")  # a summary does not end at them
 autodoc_typehints = "none"  # types are in the docstrings, as deepinv has them
 autodoc_inherit_docstrings = False
 nitpicky = True
@@ -137,8 +139,8 @@ html_theme_options = {
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": ["theme-version"],
-    "pygments_light_style": "tango",
-    "pygments_dark_style": "monokai",
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
 }
 _WIDE = ("index", "install", "quickstart", "results", "cost", "faults", "changelog", "cite", "contributing", "release")
 html_sidebars = {name: [] for name in _WIDE}
