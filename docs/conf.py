@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from docutils import nodes
 from gallery_order import NewcomersFirst
+from sphinx.ext import autosummary
 from sphinx_gallery.sorting import ExplicitOrder
 
 import deepinv_deq
@@ -59,12 +60,20 @@ rst_prolog = """
 """
 
 autosummary_generate = True
+autosummary.WELL_KNOWN_ABBREVIATIONS += ("eq.", "Fig.", "Figs.")  # a summary does not end at them
 autodoc_typehints = "none"  # types are in the docstrings, as deepinv has them
 autodoc_inherit_docstrings = False
 nitpicky = True
 # words that stand where a type does, and the names of types that have no page anywhere
 nitpick_ignore = [("py:class", name) for name in ("Callable", "Sequence", "torchdeq.solver.stat.SolverStat")]
-nitpick_ignore_regex = [("py:class", r"deepinv_deq\..*\._\w+")]  # private base classes
+# private base classes, and names in docstrings of inherited methods that have no page
+nitpick_ignore_regex = [
+    ("py:class", r"deepinv_deq\..*\._\w+(\.\w+)?"),
+    ("py:class", r"deepinv_deq\.iterations\.(terms\.Terms|splitting\.MeasurementIteration|bound\.BoundIteration)"),
+    ("py:class", r"Layout|Problem|Settings|DEQReconstructor"),
+    ("py:meth", r"DEQReconstructor\.certify"),
+    ("py:data", r"deepinv_deq\.solvers\.METHODS"),
+]
 suppress_warnings = ["config.cache"]  # sphinx-gallery's configuration holds objects that cannot be pickled
 
 # -- links to other projects ---------------------------------------------------
@@ -130,8 +139,8 @@ html_theme_options = {
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": ["theme-version"],
-    "pygments_light_style": "tango",
-    "pygments_dark_style": "monokai",
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
 }
 _WIDE = ("index", "install", "quickstart", "results", "cost", "faults", "changelog", "cite", "contributing", "release")
 html_sidebars = {name: [] for name in _WIDE}

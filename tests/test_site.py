@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,14 @@ HTML = DOCS / "_build" / "html"
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 OPTIONS += ["--disable-component-update", "--disable-sync"]
 PAGES = ["index.html", "install.html", "guide/implicit.html", "auto_examples/index.html", "api.html", "results.html"]
-PAGES += ["auto_examples/basics/demo_id_vs_jfb.html", "api/deepinv_deq.Solver.html", "cost.html"]
+PAGES += ["auto_examples/basics/demo_id_vs_jfb.html", "api/deepinv_deq.Solver.html", "cost.html", "quickstart.html"]
+PAGES += [
+    "guide/choose.html",
+    "guide/troubleshooting.html",
+    "guide/migrate.html",
+    "guide/fixed_points.html",
+    "contributing.html",
+]
 PHONE = {"width": 375, "height": 800}
 
 
@@ -86,12 +94,18 @@ def test_landing_page(page, site):
     assert "deepinv-deq" in page.title()
     assert shown(page, "article figure img")
     assert "DEQReconstructor(" in page.locator("div.highlight-python").first.inner_text()
-    for name in ("User guide", "Examples", "API", "Results", "Cost"):
+    for name in ("Quickstart", "User guide", "Examples", "API", "Results", "Benchmarks", "Robustness"):
         assert page.locator(".sd-card").filter(has_text=name).count() >= 1
 
 
 def test_search_finds_what_people_look_for(page, site):
-    for word, expected in (("tolerance", "solvers"), ("ModularIDHook", "ModularIDHook"), ("jfb", "demo_id_vs_jfb")):
+    words = {
+        "tolerance": "solvers",
+        "ModularIDHook": "ModularIDHook",
+        "jfb": "demo_id_vs_jfb",
+        "singular": "troubleshooting",
+    }
+    for word, expected in words.items():
         page.goto(f"{site}search.html?q={word}")
         page.wait_for_selector("#search-results ul.search li", timeout=15000)
         links = page.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
@@ -130,6 +144,31 @@ def test_mathematics_is_rendered(page, site):
     page.wait_for_selector("mjx-container", timeout=15000)
     assert page.locator("mjx-container").count() > 10 and page.locator("mjx-merror").count() == 0
     assert "\\frac" not in page.locator("article").inner_text()
+
+
+@pytest.mark.parametrize(("name", "title"), [("results", "Results"), ("cost", "Benchmarks"), ("faults", "Robustness")])
+def test_one_name_for_each_page(page, site, name, title):
+    page.goto(f"{site}{name}.html")
+    assert page.locator("article h1").count() == 1
+    assert page.locator("article h1").inner_text().startswith(title)
+    assert page.title().startswith(title)
+    assert page.locator("header nav a").filter(has_text=title).count() >= 1
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_description_and_heading(page, site, name):
+    page.goto(site + name)
+    assert page.locator("h1").count() == 1
+    assert len(page.locator("meta[name=description]").first.get_attribute("content")) > 40
+    assert page.locator("meta[property='og:title']").count() == 1
+    assert page.locator("article img:not([alt])").count() == 0
+
+
+def test_animations_are_short_and_small():
+    text = (HTML / "auto_examples" / "basics" / "demo_fixed_point.html").read_text()
+    frames = re.findall(r"frames\[\d+\] = ", text)
+    assert 0 < len(frames) <= 20
+    assert len(text) < 900_000
 
 
 @pytest.mark.parametrize("name", PAGES)

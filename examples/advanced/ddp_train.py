@@ -2,16 +2,16 @@ r"""
 Training in several processes
 =============================
 
-Each process takes its part of every batch, and PyTorch averages the gradients: with a deep equilibrium model in
-:class:`torch.nn.parallel.DistributedDataParallel` they are those of the whole batch in one process. Solves in different
-processes may stop at different iterations, as no process waits for another before its gradient is there.
+Each process solves its part of every batch, and PyTorch averages the gradients. The average equals the gradient of the whole batch in
+one process. Solves in different processes may stop at different iterations, because a process waits for the others only when gradients
+are averaged.
 
 .. code-block:: bash
 
     torchrun --nproc_per_node=2 examples/advanced/ddp_train.py --epochs 4
     python examples/advanced/ddp_train.py --epochs 8 --resume     # one process goes on from the checkpoint of two
 
-The loss needs no ground truth, the images are generated, and everything runs on CPU (gloo) or GPUs (nccl).
+The loss needs no ground truth. The images are generated. The script runs on CPU (gloo) or GPUs (nccl).
 """
 
 import argparse
@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=8, help="of all processes together")
+    parser.add_argument("--batch-size", type=int, default=8, help="in all processes together")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--out", type=Path, default=Path("runs/ddp"), help="folder for the checkpoint")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
 
 
 def save(path: Path, **state: object) -> None:
-    # at once or not at all: a process that is killed leaves no half of a file
+    # write and rename, so that a killed process leaves no partial file
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
@@ -71,7 +71,7 @@ def main() -> None:
     sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, seed=0)
     loader = DataLoader(dataset, args.batch_size // world, sampler=sampler)
 
-    # a denoiser that was trained as one: with one that removes nothing, missing pixels would be fixed at any value
+    # pretrained as a contraction, so that the fixed point is unique in the missing pixels, too
     model = DEQReconstructor(
         DEProx(EquilibriumUNet(pretrained="gray")),
         solver=Solver("anderson", max_iter=100, tol=1e-3, on_failure="ignore"),
@@ -86,7 +86,7 @@ def main() -> None:
     path, start = args.out / "checkpoint.pt", 0
     if args.resume:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        model.load_state_dict(checkpoint["model"])  # the bare model's: it does not know how many processes there were
+        model.load_state_dict(checkpoint["model"])  # of the bare model, so it loads on any number of processes
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["epoch"] + 1
         if rank == 0:
@@ -94,7 +94,7 @@ def main() -> None:
 
     for epoch in range(start, args.epochs):
         sampler.set_epoch(epoch)
-        torch.manual_seed(1000 * epoch + rank)  # other rotations in every process
+        torch.manual_seed(1000 * epoch + rank)  # different rotations in every process
         total, residual = torch.zeros((), device=device), torch.zeros((), device=device)
         for (batch,) in loader:
             batch = batch.to(device)

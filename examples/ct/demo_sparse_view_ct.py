@@ -2,13 +2,13 @@ r"""
 Sparse-view CT without ground truth
 ===================================
 
-A deep equilibrium model (DEQ) learns to reconstruct CT images from 50 views, and never sees a reconstruction: it is
-trained with the equivariant imaging (EI) loss :footcite:t:`chen2021equivariant` on sinograms alone.
+A deep equilibrium model (DEQ) learns to reconstruct CT images from 50 views. It is trained with the equivariant imaging (EI) loss
+:footcite:t:`chen2021equivariant` on sinograms, without ground-truth CT images. Its denoiser was pretrained on natural images.
 
-The model is one line in a :class:`deepinv.Trainer` pipeline, and its gradients are exact (implicit differentiation,
+The model is one line in a :class:`deepinv.Trainer` pipeline. Its gradients are exact (implicit differentiation,
 Proposition 1 of the paper), although the EI loss passes through the model twice.
 
-With no argument the script generates phantoms and takes a few minutes on two CPU cores. It is equally a command:
+Without arguments the script generates phantoms and takes a few minutes on two CPU cores. With arguments:
 
 .. code-block:: bash
 
@@ -20,8 +20,8 @@ With no argument the script generates phantoms and takes a few minutes on two CP
 # Settings
 # --------
 #
-# ``--data`` takes a ``.npz`` file with the key ``images``, or a folder of PNG, TIFF or DICOM files. The last tenth of
-# the images is kept for the test.
+# ``--data`` is a ``.npz`` file with the key ``images``, or a folder of PNG, TIFF or DICOM files. The last tenth of the images
+# is kept for the test.
 
 import argparse
 import json
@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader
 
 from deepinv_deq import DEGrad, DEQReconstructor, EquilibriumUNet, ModularIDHook, Solver
 from deepinv_deq.datasets import load_images, phantoms
+from deepinv_deq.losses import ContractionLoss
 from deepinv_deq.physics import SparseLinearPhysics
 from deepinv_deq.training import ResumableTrainer
 
@@ -63,14 +64,14 @@ if min(args.size, args.views, args.epochs, args.batch_size) < 1:
 torch.manual_seed(args.seed)
 out = Path(args.out)
 out.mkdir(parents=True, exist_ok=True)
-# these notes of deepinv and PyTorch are about defaults this script does not use
+# notes of deepinv and PyTorch about defaults that this script does not use
 warnings.filterwarnings("ignore", message=".*(progress bar frequency|meshgrid|non_blocking_transfers|[Ss]parse).*")
 
 # %%
 # Images and measurements
 # -----------------------
 #
-# The training set has measurements only, unless ``--loss sup`` asks for the supervised comparison.
+# The training set has measurements only, unless ``--loss sup`` selects supervised training.
 
 try:
     images = phantoms(50, args.size) if args.data is None else load_images(args.data, args.size)
@@ -104,8 +105,8 @@ test_loader = DataLoader(test_set, batch_size=args.batch_size)
 # -----
 #
 # The reconstruction is the fixed point of DE-Grad (eq. 11) with a denoiser pretrained on natural images. The operator has
-# norm 1 and the data no noise, so the data term gets a weight. Solver and hook say how the fixed point is found, and how
-# it is differentiated: with ``--backward jfb``, the Jacobian-free gradient is used instead.
+# norm 1 and the data have no noise, so the data term gets a large weight. The solver finds the fixed point, and the hook differentiates it. With
+# ``--backward jfb``, the Jacobian-free gradient is used instead.
 
 data_weight = 50.0
 model = DEQReconstructor(
@@ -115,8 +116,7 @@ model = DEQReconstructor(
 ).to(args.device)
 
 # %%
-# Before training, the iteration need not contract for every image; the statistic of the solve says for how many it did.
-# Normally a missed tolerance is a warning.
+# The model before training, for comparison.
 
 psnr = dinv.metric.PSNR()
 untrained = DEQReconstructor(model.iteration, solver=replace(model.solver, on_failure="ignore")).eval()
@@ -128,8 +128,9 @@ print(f"Before training: {psnr_untrained.mean():.2f} dB; {untrained.forward_stat
 # Training
 # --------
 #
-# Measurement consistency sees what the views see; equivariance to 360 rotations teaches the rest. The paper's weight
-# :math:`\alpha = 100` belongs to measurements that are not normalised, whose squared error is :math:`\|A\|^2` times ours.
+# Measurement consistency trains the components that the views measure. Equivariance to 360 rotations trains the others. A contraction loss keeps
+# the fixed point unique. The paper's weight :math:`\alpha = 100` belongs to measurements that are not normalised, whose squared error is
+# :math:`\|A\|^2` times ours.
 
 rotations = dinv.transform.Rotate(
     limits=360, multiples=1, positive=True, interpolation_mode="bilinear", rng=torch.Generator().manual_seed(args.seed)
@@ -138,6 +139,7 @@ if supervised:
     losses = [dinv.loss.SupLoss()]
 else:
     losses = [dinv.loss.MCLoss(), dinv.loss.EILoss(rotations, weight=args.alpha / sqnorm)]
+losses.append(ContractionLoss(bound=0.85))
 
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 trainer = ResumableTrainer(
@@ -167,11 +169,10 @@ except ValueError as error:
 seconds = time.time() - start
 
 # %%
-# Unseen images
-# -------------
+# Test images
+# -----------
 #
-# Filtered back-projection (FBP) is where the solver starts; the DEQ is where it ends. The record also has the PSNR before
-# training, with the denoiser as it was pretrained on natural images.
+# Filtered back-projection (FBP) is the starting point of the solver, and the DEQ is its result. The record also holds the PSNR before training.
 
 trainer.test(test_loader, compare_no_learning=False)
 model.eval()
@@ -190,20 +191,22 @@ dinv.utils.plot(
 )
 
 # %%
-# The solve itself: the relative residual of every test image falls until its tolerance is met. A sample that is done
-# stops, whatever its batch mates do.
+# The residual of each test image falls until it reaches the tolerance. Each sample stops independently of the others. The certificate says whether
+# the fixed points are unique.
+
+print(model.certify(y_test[:3], physics, x_gt=x_test[:3]).outcome)
 
 figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
 for trace, steps in zip(model.forward_stat["rel_trace"], model.forward_stat["nstep"].int(), strict=True):
     axis.semilogy(range(1, steps + 1), trace[:steps].cpu(), color="tab:blue", alpha=0.5)
 axis.axhline(model.solver.tol, color="gray", linestyle="--", label="tolerance")
-axis.set(xlabel="evaluations of F", ylabel="relative residual", title="Forward solve of the unseen images")
+axis.set(xlabel="evaluations of F", ylabel="relative residual", title="Forward solve of the test images")
 axis.legend()
 figure.savefig(out / "residuals.png", dpi=200)
 plt.show()
 
 # %%
-# The record of the run, and its last line.
+# The record of the run.
 
 record = {
     **vars(args),
