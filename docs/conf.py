@@ -66,7 +66,7 @@ nitpicky = True
 nitpick_ignore = [("py:class", name) for name in ("Callable", "Sequence", "torchdeq.solver.stat.SolverStat")]
 # private base classes, and names in docstrings of inherited methods that have no page
 nitpick_ignore_regex = [
-    ("py:class", r"deepinv_deq\..*\._\w+(\.\w+)?"),
+    ("py:class", r"deepinv_deq\.(.*\.)?_\w+(\.\w+)?"),
     ("py:class", r"deepinv_deq\.iterations\.(terms\.Terms|splitting\.MeasurementIteration|bound\.BoundIteration)"),
     ("py:class", r"Layout|Problem|Settings|DEQReconstructor"),
     ("py:meth", r"DEQReconstructor\.certify"),
