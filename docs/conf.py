@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from docutils import nodes
 from gallery_order import NewcomersFirst
-from sphinx.ext import autosummary
 from sphinx_gallery.sorting import ExplicitOrder
 
 import deepinv_deq
@@ -60,7 +59,6 @@ rst_prolog = """
 """
 
 autosummary_generate = True
-autosummary.WELL_KNOWN_ABBREVIATIONS += ("eq.", "Fig.", "Figs.")  # a summary does not end at them
 autodoc_typehints = "none"  # types are in the docstrings, as deepinv has them
 autodoc_inherit_docstrings = False
 nitpicky = True
@@ -68,7 +66,7 @@ nitpicky = True
 nitpick_ignore = [("py:class", name) for name in ("Callable", "Sequence", "torchdeq.solver.stat.SolverStat")]
 # private base classes, and names in docstrings of inherited methods that have no page
 nitpick_ignore_regex = [
-    ("py:class", r"deepinv_deq\..*\._\w+(\.\w+)?"),
+    ("py:class", r"deepinv_deq\.(.*\.)?_\w+(\.\w+)?"),
     ("py:class", r"deepinv_deq\.iterations\.(terms\.Terms|splitting\.MeasurementIteration|bound\.BoundIteration)"),
     ("py:class", r"Layout|Problem|Settings|DEQReconstructor"),
     ("py:meth", r"DEQReconstructor\.certify"),
