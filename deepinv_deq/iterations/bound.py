@@ -122,11 +122,6 @@ class BoundIteration(Map):
             rows = index[self._rows if isinstance(self._rows, slice) else self._rows.to(index.device)][rows]
         return self._with({}, rows)
 
-    def separable(self, x: State, fx: State | None = None) -> bool:
-        r"""Whether :meth:`select` gives a map, for states like ``x``; ``fx`` is not used."""
-        self._remember(x)
-        return self._capture.separable()
-
     def _remember(self, x: State) -> None:
         if self._rows is None:
             self._capture.remember(x)
