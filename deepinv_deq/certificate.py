@@ -9,6 +9,7 @@ import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor, nn
 
+from deepinv_deq import compat
 from deepinv_deq.checks import own_start
 from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.solvers import Solver
@@ -168,8 +169,9 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _refuse_unstable(iteration: nn.Module) -> None:
+    norms, dropouts = compat.layers_that_change()
     for name, module in iteration.named_modules():
-        if module.training and isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+        if module.training and isinstance(module, (*norms, *dropouts)):
             raise ValueError(
                 f"{type(module).__name__} '{name}' is in training mode, so there is no fixed point to certify: call model.eval()."
             )

@@ -93,7 +93,7 @@ class EquilibriumUNet(UNet):
         # the residual connection is in forward: it has a factor, and skips the context
         super().__init__(inputs, out_channels, residual=False, channels_per_scale=tuple(channels), dim=dim)
         _normalise(self, norm, groups)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "channels": tuple(channels),

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepinv_deq.compat import version
 from deepinv_deq.iterations.capture import Capture, Put
-from deepinv_deq.iterations.checks import OwnInput, version
+from deepinv_deq.iterations.checks import OwnInput
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.maps import Map
 from deepinv_deq.states import Rows, State, as_tuple
