@@ -102,3 +102,30 @@ def test_the_checks_find_what_they_look_for():
         ("deepinv_deq.states", "deepinv_deq.maps")
     ]
     assert long_classes("class A:\n    a = 1\n    b = 2\n", most=2) == ["A"]
+
+
+def private_names(source):
+    r"""Imports and attributes of PyTorch, TorchDEQ and deepinv whose path has a part that begins with one underscore."""
+    paths = set()
+    for node in nodes(source):
+        if isinstance(node, ast.ImportFrom):
+            paths |= {f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            paths |= {a.name for a in node.names}
+        elif isinstance(node, ast.Attribute):
+            paths.add(ast.unparse(node))
+    parts = [
+        path.split(".") for path in paths if path.partition(".")[0] in ("torch", "nn", "dinv", "deepinv", "torchdeq")
+    ]
+    return [".".join(p) for p in parts if any(name.startswith("_") and not name.startswith("__") for name in p)]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"deepinv_deq.compat"}))
+def test_private_names_of_other_libraries_are_in_compat_only(name):
+    assert not private_names(MODULES[name].read_text())
+
+
+def test_private_names_are_found():
+    source = "import torch._dynamo\nfrom torch.nn.modules.batchnorm import _NormBase\nx = nn.modules.dropout._DropoutNd.__name__\n"
+    found = ["nn.modules.dropout._DropoutNd", "torch._dynamo", "torch.nn.modules.batchnorm._NormBase"]
+    assert set(found) <= set(private_names(source)) and not private_names("torch.nn.__name__")
