@@ -12,7 +12,7 @@ from deepinv_deq.metrics import ContractionFactor, FixedPointError, FixedPointRe
 from deepinv_deq.reconstructor import DEQReconstructor
 from deepinv_deq.solvers import ConvergenceError, ConvergenceWarning, Solver, SolverStat, available_methods
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Certificate",

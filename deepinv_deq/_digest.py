@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepinv_deq import compat
+
 
 def digest(value: Any, name: str = "value") -> str:
     r"""SHA-256 of tensors and plain values: equal for equal contents, whatever file or device they are in.
@@ -34,7 +36,7 @@ def _feed(state: Any, value: Any, name: str) -> None:
         if value.layout is not torch.strided:
             compressed = value.layout in (torch.sparse_csr, torch.sparse_bsr)
             pieces = (
-                (value._indices(), value._values())  # of a tensor that is not coalesced, too
+                compat.sparse_pieces(value)  # of a tensor that is not coalesced, too
                 if value.layout is torch.sparse_coo
                 else (value.crow_indices(), value.col_indices(), value.values())
                 if compressed

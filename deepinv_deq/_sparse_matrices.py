@@ -8,6 +8,8 @@ import torch
 from deepinv.physics import LinearPhysics, Tomography
 from torch import Tensor
 
+from deepinv_deq import compat
+
 _PROBES = 8  # views that are assembled first, to estimate the memory of all
 
 
@@ -137,12 +139,7 @@ def _starts(counts: Tensor) -> Tensor:
 def _view(physics: Tomography, i: int) -> tuple[Tensor, Tensor, Tensor]:
     r"""Of one view: the number of pixels that each detector sees, the indices of these, and their weights."""
     radon, side = physics.radon, physics.img_width
-    grid = radon.all_grids
-    if radon.parallel_computation:
-        detectors = grid.shape[2] // len(radon.theta)
-        grid = grid[:, :, i * detectors : (i + 1) * detectors]
-    else:
-        grid = grid[i]
+    grid = compat.rotated_grid(radon, i)
     # the same padding as in deepinv's Radon.forward; from_physics checks the matrix against the operator
     padded, before = side, 0
     if not radon.circle:

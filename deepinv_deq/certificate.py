@@ -9,6 +9,8 @@ import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor, nn
 
+from deepinv_deq import compat
+from deepinv_deq.checks import own_start
 from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.solvers import Solver
 from deepinv_deq.spectra import spectrum_of_part
@@ -33,6 +35,19 @@ class Certificate:
     :param dict spread: for each other start, :math:`\|x' - x\| / \|x\|` of the point reached from there.
     :param dict psnr: with ``x_gt``, PSNR in dB of ``x`` (``"start"``), of the points reached from the other starts, and at a tenth of
         the tolerance (``"tenth"``).
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Inpainting
+    >>> from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet
+    >>> model = DEQReconstructor(DEProx(EquilibriumUNet(channels=(4, 8)), stepsize=0.5)).eval()
+    >>> physics = Inpainting((1, 8, 8), mask=torch.ones(1, 8, 8).tril())
+    >>> certificate = model.certify(physics(torch.ones(1, 1, 8, 8)), physics)
+    >>> round(certificate.spectral_radius.item(), 2), certificate.unique.tolist()
+    (0.9, [True])
     """
 
     x: Tensor
@@ -110,7 +125,7 @@ def certify(
     psnr = PSNR() if metric is None else metric
     with torch.no_grad():
         f = iteration.bind(y, physics)
-        x0 = iteration.init(y, physics)
+        x0 = own_start(f, iteration, y, physics)
         state, stat = quiet(f, x0)
         x = iteration.output(state)
         reached = {"start": x}
@@ -154,8 +169,9 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _refuse_unstable(iteration: nn.Module) -> None:
+    norms, dropouts = compat.layers_that_change()
     for name, module in iteration.named_modules():
-        if module.training and isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+        if module.training and isinstance(module, (*norms, *dropouts)):
             raise ValueError(
                 f"{type(module).__name__} '{name}' is in training mode, so there is no fixed point to certify: call model.eval()."
             )

@@ -10,10 +10,22 @@ from deepinv.physics import Physics
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from deepinv_deq.iterations import FixedPointIteration
+from deepinv_deq.iterations import BoundIteration, FixedPointIteration
 from deepinv_deq.states import State, as_tuple
 
 Init = Tensor | tuple[Tensor, ...] | Callable[[Any, Any], Any]
+
+
+def check_types(owner: Any, **kinds: type) -> None:
+    r"""Raise if an attribute is of another class than it must be.
+
+    :param object owner: has the attributes.
+    :param type kinds: a class for each attribute.
+    :raises TypeError: with both classes.
+    """
+    for name, kind in kinds.items():
+        if not isinstance(getattr(owner, name), kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(owner, name)).__name__}.")
 
 
 def check_finite(y: Any) -> None:
@@ -31,10 +43,23 @@ def check_finite(y: Any) -> None:
             )
 
 
-def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: Physics) -> State:
+def own_start(f: Any, iteration: FixedPointIteration, y: Any, physics: Physics) -> State:
+    r"""The iteration's own starting point. A bound map computes it with replicas: nothing is cached on the user's physics.
+
+    :param Map f: what ``iteration.bind(y, physics)`` returned.
+    :param FixedPointIteration iteration: the iteration.
+    :param torch.Tensor y: measurements.
+    :param deepinv.physics.Physics physics: forward operator.
+    :return: a state.
+    """
+    return f.init(y) if isinstance(f, BoundIteration) else iteration.init(y, physics)
+
+
+def starting_point(init: Init, f: Any, iteration: FixedPointIteration, y: Any, physics: Physics) -> State:
     r"""The starting point that a user gave, if it fits.
 
     :param torch.Tensor, tuple[torch.Tensor, ...], Callable init: a state, or a function of ``y`` and ``physics`` that returns one.
+    :param Map f: the bound map.
     :param FixedPointIteration iteration: whose own starting point has the shapes that are expected.
     :param torch.Tensor y: measurements.
     :param deepinv.physics.Physics physics: forward operator.
@@ -46,7 +71,7 @@ def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: 
     with torch.no_grad():
         if callable(given) and not isinstance(given, Tensor):
             name, given = "init(y, physics)", given(y, physics)
-        expected = _own_start(iteration, y, physics)
+        expected = _own_start_or_none(f, iteration, y, physics)
     given = tuple(given) if isinstance(given, list) else given
     tensors = as_tuple(given) if isinstance(given, (Tensor, tuple)) else ()
     like = tensors if expected is None else as_tuple(expected)
@@ -78,10 +103,10 @@ def starting_point(init: Init, iteration: FixedPointIteration, y: Any, physics: 
     return ours[0] if one else ours
 
 
-def _own_start(iteration: FixedPointIteration, y: Any, physics: Physics) -> State | None:
+def _own_start_or_none(f: Any, iteration: FixedPointIteration, y: Any, physics: Physics) -> State | None:
     r"""The iteration's own starting point; ``None`` where it has none, and there is nothing to compare a given one with."""
     try:
-        return iteration.init(y, physics)
+        return own_start(f, iteration, y, physics)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception:

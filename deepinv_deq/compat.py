@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -33,7 +33,10 @@ def find(path: str) -> Any:
         return None
     for name in names:
         module = f"{module}.{name}"
-        value = getattr(found, name, None)
+        value = sys.modules.get(
+            module
+        )  # first: the function torch.nn.utils.spectral_norm hides the module of the same name
+        value = getattr(found, name, None) if value is None else value
         if value is None:
             try:
                 value = importlib.import_module(module)
@@ -88,9 +91,21 @@ def outside_of_compiled_graphs(function: _Function) -> _Function:
         return function
     try:
         disabled = disable(function)
-    except (ImportError, AttributeError):  # it imports torch._dynamo
+    except (ImportError, AttributeError, NameError):  # it imports torch._dynamo
         return function
     return cast(_Function, functools.wraps(function)(disabled))
+
+
+def compile_again(module: nn.Module, twin: nn.Module) -> None:
+    r"""Compile a copy as the original was, with PyTorch's cache. Without the names, the copy is not compiled."""
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if isinstance(module, getattr(frames, "OptimizedModule", ())):
+        twin._initialize()  # type: ignore[operator]
+    if twin.__dict__.get("_compiled_call_impl") is not None:
+        kind = getattr(frames, "_TorchDynamoContext", ())
+        cells = getattr(module._compiled_call_impl, "__closure__", None) or ()
+        contexts = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, kind)]
+        twin.__dict__["_compiled_call_impl"] = contexts[0](twin._call_impl) if contexts else None
 
 
 # Forward mode and torch.func ----------------------------------------------------------------------------------------
@@ -155,7 +170,7 @@ def _level() -> int:
     return max(level, 1)  # threads of the autograd engine do not count
 
 
-# TorchDEQ -----------------------------------------------------------------------------------------------------------
+# TorchDEQ and deepinv ------------------------------------------------------------------------------------------------
 
 
 def registered_solvers() -> Mapping[str, Callable[..., Any]]:
@@ -163,22 +178,72 @@ def registered_solvers() -> Mapping[str, Callable[..., Any]]:
     return find("torchdeq.solver._solvers") or {}
 
 
-# deepinv ------------------------------------------------------------------------------------------------------------
+def distributed_framework() -> tuple[Any, Any, Any]:
+    r"""deepinv's classes of distributed denoisers and of their parameters, and its sum of the gradients of distributed tiles.
 
-
-def distributed_gradient_sync() -> Any:
-    r"""deepinv's autograd function that sums gradients of distributed tiles.
-
-    Without it, :class:`deepinv_deq.distributed.SynchronisedDenoiser` cannot be made.
+    Without them (``None``), :class:`deepinv_deq.distributed.SynchronisedDenoiser` raises, and nothing else changes.
     """
-    return find("deepinv.distributed.framework.distributed_utils.DistributedGradientSync")
+    names = ("DistributedProcessing", "DistributedReplicatedParameters", "distributed_utils.DistributedGradientSync")
+    processing, replicated, synchronise = (find(f"deepinv.distributed.framework.{name}") for name in names)
+    return processing, replicated, synchronise
 
 
-def layers_that_change() -> tuple[tuple[type, ...], tuple[type, ...]]:
+def rotated_grid(radon: Any, i: int) -> Tensor:
+    r"""The sampling grid of one view of deepinv's Radon transform.
+
+    Without it: an AttributeError, and :class:`deepinv_deq.physics.SparseLinearPhysics` measures the matrix by columns.
+    """
+    if not radon.parallel_computation:
+        return radon.all_grids[i]
+    detectors = radon.all_grids.shape[2] // len(radon.theta)
+    return radon.all_grids[:, :, i * detectors : (i + 1) * detectors]
+
+
+# PyTorch's tensors and modules --------------------------------------------------------------------------------------
+
+
+def version(t: Tensor) -> int | None:
+    r"""How often a tensor was changed in place; ``None`` for inference tensors, which do not count.
+
+    Without the name: ``None``, and changes in place are not noticed.
+    """
+    return None if t.is_inference() else getattr(t, "_version", None)
+
+
+def sparse_pieces(t: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Indices and values of a COO tensor. Without the names: after summing entries of the same index."""
+    if not hasattr(t, "_indices") or not hasattr(t, "_values"):
+        t = t.coalesce()
+        return t.indices(), t.values()
+    return t._indices(), t._values()
+
+
+def replica_of_script(module: Any) -> nn.Module:
+    r"""A replica of a TorchScript module. Without the name: an AttributeError; such modules cannot be used."""
+    return module._replicate_for_data_parallel()
+
+
+def weight_hooks() -> tuple[tuple[Any, ...], Any]:
+    r"""Classes of old-style hooks that compute a weight before every call, and that of pruning.
+
+    Without one of them its weights are computed in every evaluation, as PyTorch does.
+    """
+    paths = ("spectral_norm.SpectralNorm", "weight_norm.WeightNorm", "prune.BasePruningMethod")
+    found = [find(f"torch.nn.utils.{path}") for path in paths]
+    return tuple(kind for kind in found if kind), found[2]
+
+
+def layers_with_statistics() -> tuple[Any, ...]:
+    r"""Base class of batch and instance norm. Without it, the public classes."""
+    base = find("torch.nn.modules.batchnorm._NormBase")
+    norms = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    return (base,) if base else (*layers_that_change()[0], *norms)
+
+
+def layers_that_change() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     r"""Base classes of batch norm and of dropout. Without them, the public classes for images and volumes."""
     norms = find("torch.nn.modules.batchnorm._BatchNorm")
     drops = find("torch.nn.modules.dropout._DropoutNd")
-    nn = torch.nn
     return (
         (norms,) if norms else (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
         (drops,) if drops else (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),

@@ -60,10 +60,6 @@ class Course(Map):
             course._rows = self._rows[rows.cpu() if isinstance(rows, Tensor) else rows]
         return course
 
-    def separable(self, x: State, fx: State | None = None) -> bool:
-        offered = getattr(self._f, "separable", None)
-        return False if offered is None else offered(x, fx)
-
     def diagnose(self) -> str:
         return self._f.diagnose()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from deepinv.models import UNet
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from deepinv_deq import compat
 from deepinv_deq.files import read_weights
 
 _NORMS = {"spectral": parametrizations.spectral_norm, "weight": parametrizations.weight_norm, None: None}
@@ -46,9 +47,10 @@ class EquilibriumUNet(UNet):
     :param int context_channels: channels of a second image that the network gets besides ``x``, such as the linear reconstruction
         (see ``context`` of :class:`FixedPointIteration`). Pretrained weights without context are extended by zeros.
     :param int dim: 2 for images, 3 for volumes of shape ``(B, C, D, H, W)``.
-    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: ``"gray"``, ``"color"`` or ``"complex"``, which ship with
-        the package (one channel, three, or two for real and imaginary part; 16-32-64, spectral norm, blind up to a noise level of 0.1,
-        BSDS500, trained as contractions), or a file written by ``examples/paper/pretrain_denoiser.py``.
+    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: ``"gray"`` or ``"complex"``, which ship with the package
+        (one channel, or two for real and imaginary part; 16-32-64, spectral norm, blind up to a noise level of 0.1, BSDS500, trained
+        with a penalty on the Jacobian: its spectral radius on test images is 1.0 to 1.2, and below 1), or a file written by
+        ``examples/paper/pretrain_denoiser.py``.
     :param int groups: largest number of groups of a group norm; a scale uses the largest divisor of its channels up to it.
     :param str, torch.device device: where to put the weights.
 
@@ -81,38 +83,18 @@ class EquilibriumUNet(UNet):
         pretrained: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
     ):
-        if norm not in _NORMS:
-            raise ValueError(f"Unknown norm {norm!r}: must be one of 'spectral', 'weight', None.")
         weights = None if pretrained is None else read_weights(pretrained)
         trained = {} if weights is None else _settings(weights, pretrained)
         in_channels = trained.get("in_channels", 1) if in_channels is None else in_channels
         channels = trained.get("channels", (32, 64, 128)) if channels is None else channels
         contraction = trained.get("contraction", 0.9) if contraction is None else contraction
-        if len(channels) < 2 or min(channels) < 1:
-            raise ValueError(f"channels needs at least two scales of at least one feature map, got {tuple(channels)}.")
-        if not 0 < contraction <= 1:
-            raise ValueError(f"contraction must be in (0, 1], got {contraction}.")
-        if context_channels < 0:
-            raise ValueError(f"context_channels must not be negative, got {context_channels}.")
-        if dim not in (2, 3):
-            raise ValueError(f"dim must be 2 (images) or 3 (volumes), got {dim}.")
+        _check(norm, channels, contraction, context_channels, dim)
         out_channels = in_channels if out_channels is None else out_channels
         inputs = in_channels + context_channels
         # the residual connection is in forward: it has a factor, and skips the context
         super().__init__(inputs, out_channels, residual=False, channels_per_scale=tuple(channels), dim=dim)
-        for block in [m for m in self.modules() if isinstance(m, nn.Sequential)]:
-            for i, layer in enumerate(block):
-                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                    block[i] = nn.GroupNorm(_divisor(layer.num_features, groups), layer.num_features)
-        # A random residual, however small, is amplified where the data say little: training would start far from every solution.
-        last = self.Conv_1x1
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        normalise = _NORMS[norm]
-        if normalise is not None:
-            for layer in [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m is not last]:
-                normalise(layer)
-        self.settings = {
+        _normalise(self, norm, groups)
+        self.settings: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "channels": tuple(channels),
@@ -125,7 +107,7 @@ class EquilibriumUNet(UNet):
         self.context_channels, self.dim = context_channels, dim
         self.contraction = contraction if in_channels == out_channels else 0.0
         if weights is not None:
-            self._load(weights["state_dict"], trained, pretrained)
+            _load(self, weights["state_dict"], trained, pretrained)
         # convolutions follow their weights, and are faster with the channels innermost: twice so on CPU
         self.to(device, memory_format=torch.channels_last if dim == 2 else torch.channels_last_3d)
 
@@ -151,36 +133,8 @@ class EquilibriumUNet(UNet):
                 f"This network takes {self.context_channels} context channels (context_channels=), got {got}."
             )
         net_input = x if context is None else torch.cat([x, context.expand(len(x), *context.shape[1:])], dim=1)
-        factor = 2 ** len(self._upc_names)
-        missing = [-side % factor for side in x.shape[2:]]
-        padding = [part for side in reversed(missing) for part in (side // 2, side - side // 2)]
-        if any(missing):
-            net_input = nn.functional.pad(net_input, padding, mode="replicate")
-        out = self._forward(net_input)
-        if any(missing):
-            for axis, (m, side) in enumerate(zip(missing, x.shape[2:], strict=True), start=2):
-                out = out.narrow(axis, m // 2, side)
+        out = _cropped(super().forward, net_input, 2 ** (len(self.settings["channels"]) - 1))
         return (out + self.contraction * x if self.contraction else out).contiguous()
-
-    def _load(self, state: dict[str, torch.Tensor], trained: dict[str, Any], name: Any) -> None:
-        r"""Load a state dictionary; the weights of a context that it lacks are zero."""
-        wanted = self.settings | {"contraction": trained["contraction"]}
-        if trained | {"context_channels": self.context_channels} != wanted or trained["context_channels"] not in (
-            0,
-            self.context_channels,
-        ):
-            raise ValueError(
-                f"The weights {str(name)!r} are of an EquilibriumUNet with {trained}, not {self.settings}."
-            )
-        own = self.state_dict()
-        for key, value in state.items():
-            if own[key].shape != value.shape:  # the first convolution, and what spectral norm keeps of it
-                axis = 1 if value.ndim > 1 else 0
-                value = torch.cat(
-                    [value, torch.zeros_like(own[key].narrow(axis, 0, own[key].shape[axis] - value.shape[axis]))], axis
-                )
-            own[key] = value
-        self.load_state_dict(own)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # PyTorch refuses to pickle parametrized layers; settings and state say all there is to say
@@ -192,6 +146,64 @@ class EquilibriumUNet(UNet):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+
+def _check(norm: Any, channels: Sequence[int], contraction: float, context_channels: int, dim: int) -> None:
+    r"""Refuse settings out of range."""
+    if norm not in _NORMS:
+        raise ValueError(f"Unknown norm {norm!r}: must be one of 'spectral', 'weight', None.")
+    if len(channels) < 2 or min(channels) < 1:
+        raise ValueError(f"channels needs at least two scales of at least one feature map, got {tuple(channels)}.")
+    if not 0 < contraction <= 1:
+        raise ValueError(f"contraction must be in (0, 1], got {contraction}.")
+    if context_channels < 0:
+        raise ValueError(f"context_channels must not be negative, got {context_channels}.")
+    if dim not in (2, 3):
+        raise ValueError(f"dim must be 2 (images) or 3 (volumes), got {dim}.")
+
+
+def _normalise(net: UNet, norm: str | None, groups: int) -> None:
+    r"""Group norm in the place of batch norm, normalised convolutions, and a last convolution that starts at zero."""
+    for block in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
+        for i, layer in enumerate(block):
+            if isinstance(layer, compat.layers_that_change()[0]):
+                block[i] = nn.GroupNorm(_divisor(layer.num_features, groups), layer.num_features)
+    # A random residual, however small, is amplified where the data say little: training would start far from every solution.
+    last = net.Conv_1x1
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    normalise = _NORMS[norm]
+    if normalise is not None:
+        for layer in [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m is not last]:
+            normalise(layer)
+
+
+def _cropped(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, factor: int) -> torch.Tensor:
+    r"""Pad images to a multiple of ``factor`` on each side, apply a function, and crop the result."""
+    missing = [-side % factor for side in x.shape[2:]]
+    if not any(missing):
+        return function(x)
+    padding = [part for side in reversed(missing) for part in (side // 2, side - side // 2)]
+    out = function(nn.functional.pad(x, padding, mode="replicate"))
+    for axis, (m, side) in enumerate(zip(missing, x.shape[2:], strict=True), start=2):
+        out = out.narrow(axis, m // 2, side)
+    return out
+
+
+def _load(net: EquilibriumUNet, state: dict[str, torch.Tensor], trained: dict[str, Any], name: Any) -> None:
+    r"""Load a state dictionary; the weights of a context that it lacks are zero."""
+    wanted = net.settings | {"contraction": trained["contraction"]}
+    known = trained["context_channels"] in (0, net.context_channels)
+    if trained | {"context_channels": net.context_channels} != wanted or not known:
+        raise ValueError(f"The weights {str(name)!r} are of an EquilibriumUNet with {trained}, not {net.settings}.")
+    own = net.state_dict()
+    for key, value in state.items():
+        if own[key].shape != value.shape:  # the first convolution, and what spectral norm keeps of it
+            axis = 1 if value.ndim > 1 else 0
+            more = own[key].shape[axis] - value.shape[axis]
+            value = torch.cat([value, torch.zeros_like(own[key].narrow(axis, 0, more))], axis)
+        own[key] = value
+    net.load_state_dict(own)
 
 
 def _settings(weights: dict[str, Any], name: Any) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def _from_physics(
         matrix = read_cache(path)
         sparse = None
         if tuple(matrix.shape) == (m, n):
-            check_memory(physics, (m, n), matrix._nnz(), matrix.dtype, max_bytes)
+            check_memory(physics, (m, n), matrix.values().numel(), matrix.dtype, max_bytes)
             sparse = make(matrix.to(probe.dtype))
         if sparse is None:
             raise ValueError(f"{path} holds the matrix of another operator. Delete it, or name another cache file.")

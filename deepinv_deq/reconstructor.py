@@ -3,8 +3,6 @@ r"""The deep equilibrium model as a deepinv reconstructor."""
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +12,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from deepinv_deq import compat, pretrained
+from deepinv_deq.callbacks import Callbacks, OnSolve
 from deepinv_deq.certificate import Certificate, certify
-from deepinv_deq.checks import Init, check_finite, give_lazy_layers_their_shapes, starting_point
+from deepinv_deq.checks import Init, check_finite, check_types, give_lazy_layers_their_shapes, own_start, starting_point
 from deepinv_deq.course import Course
 from deepinv_deq.implicit import ModularIDHook
 from deepinv_deq.implicit.forward_mode import refusing_vmap
@@ -24,8 +23,6 @@ from deepinv_deq.maps import Map, as_map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
 from deepinv_deq.states import State
 from deepinv_deq.warm_starts import WarmStarts
-
-OnSolve = Callable[[str, SolverStat], Any]
 
 
 class DEQReconstructor(Reconstructor):
@@ -41,20 +38,17 @@ class DEQReconstructor(Reconstructor):
     :param FixedPointIteration iteration: the template :math:`F_\theta`, such as :class:`DEProx` or :class:`DEGrad`.
     :param Solver, None solver: forward solver; default ``Solver("anderson", max_iter=50, tol=1e-4)``.
     :param ModularIDHook, None hook: how the fixed point is differentiated; default implicit, with GMRES.
-    :param int warm_starts: in training, keep the fixed points of as many samples and start from them when the same
-        measurements come again, from the third epoch on: fewer evaluations, the same solution to the same tolerance. Costs
-        one image of memory per sample. Copies and checkpoints do not keep them, so a resumed run matches an uninterrupted
-        one to solver tolerance, not bitwise. ``0``, the default, keeps nothing.
+    :param int warm_starts: in training, keep the fixed points of this many samples, one image of memory each, and start from them
+        when the same measurements come again, from the third epoch on: fewer evaluations, the same solution. Copies and checkpoints
+        keep none, so a resumed run matches an uninterrupted one to solver tolerance, not bitwise. Default 0: none.
 
     :raises TypeError: if a part is not of its class.
     :raises ValueError: if ``warm_starts`` is no number of samples.
 
-    The attributes ``forward_stat`` and ``hook.stat`` hold the :class:`SolverStat` of the last forward and backward solve;
-    :meth:`on_solve` gives access to all of them.
+    The attributes ``forward_stat`` and ``hook.stat`` hold the :class:`SolverStat` of the last forward and backward solve.
 
-    Losses that divide a difference of two reconstructions by a small :math:`\tau`, as :class:`deepinv.loss.SureGaussianLoss`
-    does, divide solver errors by :math:`\tau`, too: give ``solver`` and ``hook`` tolerances below :math:`\tau` times the relative
-    accuracy wanted of the gradient. Without ``warm_starts`` most of the error cancels in the difference.
+    :class:`deepinv.loss.SureGaussianLoss` divides solver errors by a small :math:`\tau`: give ``solver`` and ``hook`` tolerances below
+    :math:`\tau` times the relative accuracy wanted of the gradient. Without ``warm_starts`` most of the error cancels.
 
     |sep|
 
@@ -65,8 +59,7 @@ class DEQReconstructor(Reconstructor):
     >>> from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet
     >>> physics = MRI(mask=torch.ones(1, 2, 16, 16), img_size=(2, 16, 16))
     >>> model = DEQReconstructor(DEProx(EquilibriumUNet(in_channels=2, channels=(4, 8)), stepsize=0.5))
-    >>> x_hat = model(physics(torch.rand(1, 2, 16, 16)), physics)
-    >>> x_hat.shape
+    >>> model(physics(torch.rand(1, 2, 16, 16)), physics).shape
     torch.Size([1, 2, 16, 16])
     """
 
@@ -82,19 +75,16 @@ class DEQReconstructor(Reconstructor):
         solver = Solver("anderson", max_iter=50, tol=1e-4) if solver is None else solver
         hook = ModularIDHook() if hook is None else hook
         self.iteration, self.solver, self.hook = iteration, solver, hook
-        for name, kind in {"iteration": FixedPointIteration, "solver": Solver, "hook": ModularIDHook}.items():
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}.")
+        check_types(self, iteration=FixedPointIteration, solver=Solver, hook=ModularIDHook)
+        self._warm_starts, self._callbacks = WarmStarts(warm_starts), Callbacks()
         self.forward_stat: SolverStat | None = None
-        self._warm_starts = WarmStarts(warm_starts)
-        self._callbacks = _Callbacks()
 
     def on_solve(self, callback: OnSolve) -> RemovableHandle:
         r"""Call a function after every solve of this model, as for logging.
 
         :param Callable callback: called as ``callback(which, stat)`` with ``"forward"``, ``"backward"`` (an adjoint solve) or
-            ``"tangent"`` (forward mode) and the :class:`SolverStat`, in the thread of the solve, also where the solve raises a
-            :class:`ConvergenceError`. An exception in the callback is not caught. Copies and saved models begin without callbacks.
+            ``"tangent"`` (forward mode) and the :class:`SolverStat`, in the thread of the solve, also before a
+            :class:`ConvergenceError`. Exceptions in the callback are not caught. Copies and saved models have no callbacks.
         :return: a handle; ``handle.remove()`` ends it.
         """
         return self._callbacks.add(callback)
@@ -121,8 +111,8 @@ class DEQReconstructor(Reconstructor):
 
         :param str, os.PathLike path: file to write, at once or not at all.
         :param about: plain values to keep with it, such as what it was trained on.
-        :raises TypeError: if the iteration is none of :class:`DEGrad`, :class:`DEProx`, :class:`DEHQS`, :class:`DEADMM`, or its
-            denoiser no :class:`EquilibriumUNet`: then save ``state_dict()``.
+        :raises TypeError: if it is not :class:`DEGrad`, :class:`DEProx`, :class:`DEHQS` or :class:`DEADMM` of an
+            :class:`EquilibriumUNet`: then save ``state_dict()``.
         """
         pretrained.save(self, path, about)
 
@@ -158,26 +148,9 @@ class DEQReconstructor(Reconstructor):
             give_lazy_layers_their_shapes(self.iteration, y, physics)
             f = as_map(self.iteration.bind(y, physics))
             course = Course(f, x_gt, self.iteration.output) if compute_metrics else None
-            x_star, stat = self._solve(course or f, y, physics, init)
+            x_star, stat = _solve(self, f, course, y, physics, init)
             x_hat = self.iteration.output(self.hook(f, x_star, on_solve=self._callbacks))
         return x_hat if course is None else (x_hat, course.metrics(stat["rel_trace"].tolist()))
-
-    def _solve(self, f: Map, y: Any, physics: Physics, init: Init | None) -> tuple[State, SolverStat]:
-        r"""The fixed point, without a graph and without tangents."""
-        keys = self._warm_starts.keys(y) if init is None and self.training else []
-        try:
-            with compat.tangents(False):
-                given = None if init is None else starting_point(init, self.iteration, y, physics)
-                x0 = self._warm_starts.start(keys, self.iteration.init(y, physics)) if given is None else given
-                x_star, stat = self.solver(f, x0)
-        except ConvergenceError as error:
-            if error.stat is not None:
-                self._callbacks("forward", error.stat)
-            raise
-        self._warm_starts.keep(keys, x_star, stat.residual)
-        self.forward_stat = stat
-        self._callbacks("forward", stat)
-        return x_star, stat
 
     def certify(
         self,
@@ -190,9 +163,8 @@ class DEQReconstructor(Reconstructor):
     ) -> Certificate:
         r"""Measure whether the reconstruction is *the* fixed point: contraction, distance, and spread over starts.
 
-        It solves from the linear reconstruction, from zeros, from noise and, if given, from the truth; then thirty times as
-        exactly, for the distance to the fixed point; and computes the spectral radius of the Jacobian that has to contract
-        (:meth:`FixedPointIteration.contractive_part`) with vector-Jacobian products. That is some ten times the cost of a reconstruction.
+        It solves from the linear reconstruction, zeros, noise and the truth (if given), then thirty times as exactly, and computes the
+        spectral radius of :meth:`FixedPointIteration.contractive_part`. The cost is that of some ten reconstructions.
 
         :param torch.Tensor y: measurements.
         :param deepinv.physics.Physics physics: forward operator.
@@ -201,39 +173,28 @@ class DEQReconstructor(Reconstructor):
         :param torch.nn.Module, None metric: metric of the PSNRs, such as ``deepinv.metric.PSNR(complex_abs=True)``.
         :return: the certificate; its ``outcome`` says in one sentence what was found.
         :raises ValueError: if a layer of the model is in a training mode that changes the map (batch norm, dropout).
-
-        |sep|
-
-        :Example:
-
-        >>> import torch
-        >>> from deepinv.physics import Inpainting
-        >>> from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet
-        >>> model = DEQReconstructor(DEProx(EquilibriumUNet(channels=(4, 8)), stepsize=0.5)).eval()
-        >>> physics = Inpainting((1, 8, 8), mask=torch.ones(1, 8, 8).tril())
-        >>> certificate = model.certify(physics(torch.ones(1, 1, 8, 8)), physics)
-        >>> round(certificate.spectral_radius.item(), 2), certificate.unique.tolist()
-        (0.9, [True])
         """
         return certify(self.iteration, self.solver, y, physics, x_gt=x_gt, products=products, metric=metric)
 
 
-class _Callbacks:
-    r"""Functions that are called after every solve. They are not part of the model's state: copies have none."""
-
-    def __init__(self) -> None:
-        self._functions: OrderedDict[int, OnSolve] = OrderedDict()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Callbacks, ()
-
-    def add(self, callback: OnSolve) -> RemovableHandle:
-        if not callable(callback):
-            raise TypeError(f"on_solve needs a function callback(which, stat), got {type(callback).__name__}.")
-        handle = RemovableHandle(self._functions)
-        self._functions[handle.id] = callback
-        return handle
-
-    def __call__(self, which: str, stat: SolverStat) -> None:
-        for function in list(self._functions.values()):  # a callback may remove itself
-            function(which, stat)
+def _solve(
+    model: DEQReconstructor, f: Map, course: Course | None, y: Any, physics: Physics, init: Init | None
+) -> tuple[State, SolverStat]:
+    r"""The fixed point, without a graph and without tangents."""
+    memory, called = model._warm_starts, model._callbacks
+    keys = memory.keys(y) if init is None and model.training else []
+    try:
+        with compat.tangents(False):
+            if init is None:
+                x0 = memory.start(keys, own_start(f, model.iteration, y, physics))
+            else:
+                x0 = starting_point(init, f, model.iteration, y, physics)
+            x_star, stat = model.solver(course or f, x0)
+    except ConvergenceError as error:
+        if error.stat is not None:
+            called("forward", error.stat)
+        raise
+    memory.keep(keys, x_star, stat.residual)
+    model.forward_stat = stat
+    called("forward", stat)
+    return x_star, stat

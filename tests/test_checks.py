@@ -84,3 +84,38 @@ def test_init_is_all_there_is_where_an_iteration_has_none():
         model(y, physics, init="zeros")
     with pytest.raises(NotImplementedError, match="give init="):
         model(y, physics)
+
+
+def test_starting_points_leave_nothing_on_the_physics():
+    class Caches(Denoising):
+        def A_adjoint(self, y, **kwargs):
+            self.last = y
+            return super().A_adjoint(y, **kwargs)
+
+    physics, y = Caches(), torch.rand(1, 1, 4, 4, dtype=F64)
+    before = dict(physics.__dict__)
+    model = imaging()[0]
+    model(y, physics)
+    model(y, physics, init=torch.zeros_like(y))
+    model.certify(y, physics)
+    assert physics.__dict__ == before
+
+
+@pytest.mark.parametrize("of_instance", [False, True])
+def test_init_can_be_overridden(of_instance):
+    starts = []
+
+    def init(y, physics):
+        starts.append(type(physics).__name__)
+        return torch.zeros_like(y)
+
+    class Zeros(DEProx):
+        def init(self, y, physics):
+            return init(y, physics)
+
+    model, _, _, _ = imaging(DEProx if of_instance else Zeros)
+    if of_instance:
+        model.iteration.init = init
+    y = torch.rand(1, 1, 4, 4, dtype=F64)
+    model(y, Denoising())
+    assert starts == ["Denoising"]

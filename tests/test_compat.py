@@ -12,6 +12,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from deepinv_deq import compat
+from deepinv_deq.distributed import SynchronisedDenoiser
+from deepinv_deq.solvers import available_methods
 from tests.implicit.common import ei_loss, gradients
 from tests.problems import imaging, relative_error, unrolled
 
@@ -25,6 +27,21 @@ NAMES = [
     "torch._C._functorch.is_legacy_batchedtensor",
     "torch._remove_batch_dim",
     "torch._add_batch_dim",
+    "torch._C._vmapmode_increment_nesting",
+    "torch._C._vmapmode_decrement_nesting",
+    "torch._dynamo.eval_frame.OptimizedModule",
+    "torch._dynamo.eval_frame._TorchDynamoContext",
+    "torch.nn.Module._replicate_for_data_parallel",
+    "torch.nn.modules.batchnorm._NormBase",
+    "torch.nn.modules.batchnorm._BatchNorm",
+    "torch.nn.modules.dropout._DropoutNd",
+    "torch.nn.utils.spectral_norm.SpectralNorm",
+    "torch.nn.utils.weight_norm.WeightNorm",
+    "torch.nn.utils.prune.BasePruningMethod",
+    "torchdeq.solver._solvers",
+    "deepinv.distributed.framework.DistributedProcessing",
+    "deepinv.distributed.framework.DistributedReplicatedParameters",
+    "deepinv.distributed.framework.distributed_utils.DistributedGradientSync",
 ]
 
 
@@ -51,13 +68,14 @@ def test_training_step_without_a_private_name(path, monkeypatch):
 
 def test_import_without_any_of_them():
     code = f"""
-        import deepinv, torchdeq, torch, sys, warnings
+        import deepinv, importlib, torchdeq, torch, torch._dynamo, sys, warnings
         for path in {NAMES!r}:
             owner, _, name = path.rpartition(".")
-            found = sys.modules[owner] if owner in sys.modules else torch
-            if owner not in sys.modules:
-                for part in owner.split(".")[1:]:
-                    found = getattr(found, part)
+            try:
+                found = importlib.import_module(owner)
+            except ImportError:  # a class
+                outer, _, kind = owner.rpartition(".")
+                found = getattr(importlib.import_module(outer), kind)
             delattr(found, name)
             if path in sys.modules:
                 sys.modules[path] = None
@@ -105,6 +123,28 @@ def test_compiled_models_are_the_feature_that_is_lost(monkeypatch):
 def test_missing_names_are_found_to_be_missing():
     assert compat.find("torch.nn.nothing") is None and compat.find("no_such_package.name") is None
     assert compat.find("torch.nn.Linear") is torch.nn.Linear
-    assert "anderson" in compat.registered_solvers() and compat.distributed_gradient_sync() is not None
+    assert "anderson" in compat.registered_solvers() and None not in compat.distributed_framework()
     norms, drops = compat.layers_that_change()
     assert issubclass(torch.nn.BatchNorm2d, norms) and issubclass(torch.nn.Dropout, drops)
+
+
+def test_fallbacks_are_the_public_classes(monkeypatch):
+    for name in ("batchnorm._BatchNorm", "batchnorm._NormBase", "dropout._DropoutNd"):
+        forget(monkeypatch, f"torch.nn.modules.{name}")
+    norms, drops = compat.layers_that_change()
+    assert issubclass(torch.nn.SyncBatchNorm, norms) and issubclass(torch.nn.Dropout3d, drops)
+    statistics = compat.layers_with_statistics()
+    assert issubclass(torch.nn.InstanceNorm2d, statistics) and issubclass(torch.nn.BatchNorm3d, statistics)
+    forget(monkeypatch, "torchdeq.solver._solvers")
+    assert "anderson" in available_methods()
+    forget(monkeypatch, "deepinv.distributed.framework.DistributedProcessing")
+    with pytest.raises(RuntimeError, match="version 0.5 has it"):
+        SynchronisedDenoiser(torch.nn.Identity())
+
+
+def test_pieces_of_sparse_tensors_and_versions_without_their_names():
+    t = torch.tensor([[0.0, 2.0], [3.0, 0.0]]).to_sparse()
+    hidden = types.SimpleNamespace(coalesce=t.coalesce, is_inference=lambda: False)
+    for a, b in zip(compat.sparse_pieces(hidden), compat.sparse_pieces(t), strict=True):
+        torch.testing.assert_close(a, b)
+    assert compat.version(hidden) is None and compat.version(torch.zeros(1).add_(1)) == 1

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepinv_deq.compat import version
 from deepinv_deq.iterations.capture import Capture, Put
-from deepinv_deq.iterations.checks import OwnInput, version
+from deepinv_deq.iterations.checks import OwnInput
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.maps import Map
 from deepinv_deq.states import Rows, State, as_tuple
@@ -121,11 +122,6 @@ class BoundIteration(Map):
             index = torch.arange(self._capture.batch, device=getattr(rows, "device", "cpu"))
             rows = index[self._rows if isinstance(self._rows, slice) else self._rows.to(index.device)][rows]
         return self._with({}, rows)
-
-    def separable(self, x: State, fx: State | None = None) -> bool:
-        r"""Whether :meth:`select` gives a map, for states like ``x``; ``fx`` is not used."""
-        self._remember(x)
-        return self._capture.separable()
 
     def _remember(self, x: State) -> None:
         if self._rows is None:

@@ -10,19 +10,15 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from deepinv.distributed.framework import DistributedProcessing
 from deepinv.models import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor, nn
 
+from deepinv_deq import compat
+from deepinv_deq.compat import version
 from deepinv_deq.iterations.replica import Found
 
 _LIMIT = 64  # measurement shapes remembered per physics
-
-
-def version(t: Tensor) -> int | None:
-    r"""How often a tensor was changed in place; ``None`` for inference tensors, which do not count."""
-    return None if t.is_inference() else t._version
 
 
 class Watch:
@@ -164,7 +160,8 @@ def refuse_partial_gradients(denoiser: nn.Module) -> None:
 
     :raises TypeError: if its gradients are each process' own part.
     """
-    distributed = isinstance(denoiser, DistributedProcessing) and denoiser.ctx.world_size > 1
+    processing = compat.distributed_framework()[0]
+    distributed = processing is not None and isinstance(denoiser, processing) and denoiser.ctx.world_size > 1
     if torch.is_grad_enabled() and distributed:
         raise TypeError(
             "The gradients of a distributed denoiser are each process' own part. To train, wrap it in "
@@ -174,9 +171,10 @@ def refuse_partial_gradients(denoiser: nn.Module) -> None:
 
 def unsuitable_layer(denoiser: nn.Module) -> str:
     r"""The sentence of the warning about a layer in training mode for which the fixed point is not well defined, or ``""``."""
+    norms, dropouts = compat.layers_that_change()
     for name, module in denoiser.named_modules():
-        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+        batch_norm = isinstance(module, norms) and module.training
+        dropout = isinstance(module, dropouts) and module.training and module.p > 0
         if batch_norm or dropout:
             effect = "couples the samples of a batch" if batch_norm else "changes from one evaluation to the next"
             return (

@@ -18,6 +18,7 @@ import torch
 from deepinv.physics import Physics
 from torch import Tensor, nn
 
+from deepinv_deq.compat import version
 from deepinv_deq.iterations.objects import is_plain
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import sample_tensors
@@ -142,7 +143,7 @@ def _probe(
 def _state(replica: Replica, root: int) -> State:
     r"""Everything on which the physics depends: tensors with their versions, and the plain attributes of all modules."""
     found = [f.tensor for f in replica.found.values() if root in f.roots]
-    tensors = tuple((weakref.ref(t), 0 if t.is_inference() else t._version) for t in found)
+    tensors = tuple((weakref.ref(t), version(t)) for t in found)
     return tensors, tuple(_plain(module) for module in replica.modules[root])
 
 

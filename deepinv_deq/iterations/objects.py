@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from deepinv.physics import Tomography
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
-_COMPUTES = (SpectralNorm, WeightNorm, BasePruningMethod)  # old-style hooks that compute a weight before every call
+from deepinv_deq import compat
 
 
 class _AnyShape:
@@ -100,10 +97,11 @@ def compute_weights(twin: nn.Module, normalised: nn.ModuleDict | None) -> set[st
         inside[store][name] = parametrization()
         names.add(name)
     hooks = inside["_forward_pre_hooks"]
+    kinds, pruning = compat.weight_hooks() if hooks else ((), None)
     for key, hook in list(hooks.items()):
-        if isinstance(hook, _COMPUTES):
+        if isinstance(hook, kinds):
             hook(twin, None)
-            names.add(hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name)
+            names.add(hook._tensor_name if pruning and isinstance(hook, pruning) else hook.name)
             del hooks[key]
     return names
 
@@ -129,7 +127,7 @@ def replicate_script(
         stores = (("parameter", module._parameters), ("buffer", module._buffers))
         tensors = {name: (t, role) for role, store in stores for name, t in store.items()}
         known = dict(module._modules.items()), tensors
-    twin = keep(module, module._replicate_for_data_parallel())
+    twin = keep(module, compat.replica_of_script(module))
     children = {name: replicate(child) for name, child in known[0].items()}
     placed = {name: (place(t, role, None), role) for name, (t, role) in known[1].items()}
     for name, value in (*children.items(), *((name, t) for name, (t, _) in placed.items())):
@@ -169,17 +167,3 @@ def is_plain(kind: Any) -> bool:
         return False
     resource = any(hasattr(kind, name) for name in ("__del__", "__exit__", "_shared_by_replicas"))
     return kind.__new__ is object.__new__ and not resource
-
-
-def compile_again(module: nn.Module, twin: nn.Module) -> None:
-    r"""Compile the replica as the original was: what was compiled refers to the original. The compiled code is found again in
-    PyTorch's cache."""
-    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
-    if frames is None:
-        return
-    if isinstance(module, getattr(frames, "OptimizedModule", ())):
-        twin._initialize()  # type: ignore[operator]
-    if twin.__dict__.get("_compiled_call_impl") is not None:
-        kind = getattr(frames, "_TorchDynamoContext", ())
-        contexts = [c for c in contents(module._compiled_call_impl) if isinstance(c, kind)]
-        twin.__dict__["_compiled_call_impl"] = contexts[0](twin._call_impl) if contexts else None

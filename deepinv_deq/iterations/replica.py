@@ -30,11 +30,10 @@ import numpy as np
 import torch
 from deepinv.physics import Physics
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from deepinv_deq import compat
 from deepinv_deq.iterations.objects import (
-    compile_again,
     compute_weights,
     contents,
     is_plain,
@@ -152,7 +151,7 @@ class Replica:
         if found is None:
             training = module is not None and module.training
             layer = module is not None and type(module).__module__.startswith("torch.nn.")
-            statistic = role == "buffer" and training and isinstance(module, _NormBase)
+            statistic = role == "buffer" and training and isinstance(module, compat.layers_with_statistics())
             self.found[id(t)] = Found(t, role, root, layer, statistic, training, {root})
         else:
             found.roots.add(root)
@@ -210,7 +209,7 @@ class Replica:
         if inside.get("implicit_backward_solver") is True and isinstance(twin, Physics):
             # deepinv's own backward of prox_l2 solves with the physics as it is then, and adds to the ``grad`` of its tensors
             inside["implicit_backward_solver"] = False
-        compile_again(module, twin)
+        compat.compile_again(module, twin)
         return twin
 
     def _watch_closure(self, function: Callable[..., Any]) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from deepinv_deq import compat
 from deepinv_deq.states import as_tuple
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def _in_doubt(f: Capture) -> bool:
             return True
         if id(found.tensor) in samples and 0 in found.roots:
             return True
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, batch_norm) and m.training for m in f.pristine.modules[0])
+    batch_norms, _ = compat.layers_that_change()
+    return any(isinstance(m, batch_norms) and m.training for m in f.pristine.modules[0])
 
 
 def _make(f: Capture) -> tuple[Any, ...]:

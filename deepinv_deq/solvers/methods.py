@@ -7,6 +7,7 @@ from typing import Any
 
 import torchdeq.solver
 
+from deepinv_deq import compat
 from deepinv_deq.solvers.anderson import Anderson
 from deepinv_deq.solvers.broyden import Broyden
 from deepinv_deq.solvers.gmres import GMRES
@@ -27,8 +28,7 @@ def available_methods() -> list[str]:
 
     :return: list of method names, those registered with TorchDEQ by others included.
     """
-    registry = vars(torchdeq.solver).get("_solvers", {})  # torchdeq 0.1 has no public list of its solvers
-    return sorted({*METHODS, *registry})
+    return sorted({*METHODS, *compat.registered_solvers()})
 
 
 def foreign(name: str) -> Callable[..., Any] | None:

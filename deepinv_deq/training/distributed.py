@@ -11,13 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-
-def _framework() -> tuple[Any, Any, Any]:
-    r"""Classes of deepinv that are no part of its public interface (0.5), imported when they are needed."""
-    from deepinv.distributed.framework import DistributedProcessing, DistributedReplicatedParameters
-    from deepinv.distributed.framework.distributed_utils import DistributedGradientSync
-
-    return DistributedProcessing, DistributedReplicatedParameters, DistributedGradientSync
+from deepinv_deq import compat
 
 
 class SynchronisedDenoiser(nn.Module):
@@ -30,11 +24,14 @@ class SynchronisedDenoiser(nn.Module):
     :param torch.nn.Module tiles: what ``deepinv.distributed.distribute(denoiser, context)`` returns.
 
     :raises TypeError: for anything else.
+    :raises RuntimeError: if this version of deepinv has other distributed classes than version 0.5.
     """
 
     def __init__(self, tiles: nn.Module):
         super().__init__()
-        processing, replicated_parameters, _ = _framework()
+        processing, replicated_parameters, synchronise = compat.distributed_framework()
+        if None in (processing, replicated_parameters, synchronise):
+            raise RuntimeError("This version of deepinv lacks what SynchronisedDenoiser needs; version 0.5 has it.")
         if not isinstance(tiles, processing):
             raise TypeError(
                 f"tiles must come from deepinv.distributed.distribute(denoiser, ...), got {type(tiles).__name__}."
@@ -50,5 +47,5 @@ class SynchronisedDenoiser(nn.Module):
         :param kwargs: handed on, such as the noise level.
         :return: image of the same shape.
         """
-        synchronise = _framework()[2]
+        synchronise = compat.distributed_framework()[2]
         return self.tiles(synchronise.apply(x, self.tiles.ctx), *args, **kwargs)

@@ -66,6 +66,37 @@ def prepare_saving(run: Any) -> None:
         )
 
 
+def extra_of(run: Any) -> dict[str, Any]:
+    r"""What a checkpoint holds besides what deepinv saves: random generators, settings, the state of the gradient scaler.
+
+    :param deepinv.Trainer run: the run. Histories with NumPy scalars, which some metrics return, become plain.
+    :return: tensors and plain values.
+    """
+    for history in histories(run).values():
+        history.update(plain(history))
+    found, _ = generators_of(run)
+    private = {
+        name: {"kind": generators.kind_of(generator), "state": generators.state_of(generator)}
+        for name, generator in found.items()
+    }
+    rng = generators.global_states() | {"generators": private}
+    return {"rng": rng, "config": plain(run.config, "config"), "scaler": run.scaler.state_dict()}
+
+
+def restore(run: Any, content: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    r"""Put random generators and histories into the states of a checkpoint.
+
+    :param deepinv.Trainer run: the run.
+    :param Mapping content: the checkpoint.
+    :param Mapping found: the generators of the run, by path.
+    """
+    generators.set_global_states(content["rng"])
+    for name, generator in found.items():
+        generators.set_state(generator, content["rng"]["generators"][name]["state"])
+    for name, history in histories(run).items():
+        history |= content[name]
+
+
 def check_resumable(path: str | os.PathLike[str], checkpoint: dict[str, Any], run: Any) -> dict[str, Any]:
     r"""Verify that a run can be resumed from a checkpoint.
 

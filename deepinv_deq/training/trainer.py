@@ -11,15 +11,14 @@ import torch
 from deepinv import Trainer
 
 from deepinv_deq.files import contents_of, digest, load_intact, plain, save_intact, temporary
-from deepinv_deq.training import generators
 from deepinv_deq.training.checkpoints import latest_checkpoint, read_checkpoint
 from deepinv_deq.training.state import (
     Verified,
     all_or_nothing,
     check_resumable,
-    generators_of,
-    histories,
+    extra_of,
     prepare_saving,
+    restore,
 )
 from deepinv_deq.training.step_guard import StepGuard
 
@@ -132,18 +131,9 @@ class ResumableTrainer(Trainer):
         """
         if not self.save_path:
             return
-        for history in histories(self).values():
-            history.update(plain(history))  # metrics that return NumPy scalars
         custom = plain(state or {}, "state")
         digest(custom, "state")
-        found, _ = generators_of(self)
-        rng = generators.global_states() | {
-            "generators": {
-                name: {"kind": generators.kind_of(generator), "state": generators.state_of(generator)}
-                for name, generator in found.items()
-            }
-        }
-        extra = {"rng": rng, "config": plain(self.config, "config"), "scaler": self.scaler.state_dict()}
+        extra = extra_of(self)
         path = Path(self.save_path) / filename
         with temporary(path.absolute()) as partial:  # deepinv writes what it wants to, and then a digest is added
             super().save_model(partial, epoch, custom | extra)
@@ -177,11 +167,7 @@ class ResumableTrainer(Trainer):
             try:
                 checkpoint = super().load_model(file, strict)
                 if resumed:
-                    generators.set_global_states(content["rng"])
-                    for name, generator in found.items():
-                        generators.set_state(generator, content["rng"]["generators"][name]["state"])
-                    for name, history in histories(self).items():
-                        history |= content[name]
+                    restore(self, content, found)
                     self._scaling = content.get("scaler", {})  # the scaler is made after the model is loaded
             except Exception:
                 self.epoch_start = epoch
