@@ -7,10 +7,11 @@ a DEQ (section 4.2.1, on BSDS500). The weights that ship with the package, ``Equ
 
 .. code-block:: bash
 
-    python examples/paper/pretrain_denoiser.py --data ../shared/data/bsds500_gray_256.npz --out deepinv_deq/weights/gray.pt
+    python examples/paper/pretrain_denoiser.py --data ../shared/data/bsds500_gray_256.npz --out gray.pt
+    python examples/paper/pretrain_denoiser.py --data ../shared/data/bsds500_gray_256.npz --start gray.pt --steps 350 --lr 5e-4 \
+        --batch-size 8 --contraction 0.9 --contraction-steps 350 --out deepinv_deq/weights/gray.pt
 
-``"complex"`` from ``--in-channels 2 --steps 2400 --contraction 0.9 --contraction-steps 900``, and ``"color"`` from the same with
-``--in-channels 3``.
+and ``"complex"`` from ``--in-channels 2 --steps 2400 --contraction 0.9 --contraction-steps 900``.
 
 With ``--in-channels 2`` the images get a smooth random phase, and the denoiser is one of complex images, as MRI needs it. With
 ``--in-channels 3`` the images are recoloured: no colour photographs are used. The grey patch is the luminance; the chroma is smooth, and
