@@ -47,7 +47,8 @@ _SHARED = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
     | {torch.dtype, torch.device, torch.Size, torch.Generator}
 )
-_HOOKS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, OrderedDict))
+_STORES = ("_parameters", "_buffers", "_modules")  # in PyTorch 2.4 ordered dictionaries, as hooks are
+_HOOKS = frozenset(k for k, value in nn.Module().__dict__.items() if isinstance(value, OrderedDict)).difference(_STORES)
 _SUFFIXES = ("_orig", "_mask", "_u", "_v", "_g")  # of the tensors from which old-style hooks compute a weight
 
 
@@ -174,7 +175,7 @@ class Replica:
         kind, inside = type(module), dict(module.__dict__)
         if isinstance(module, torch.jit.ScriptModule):
             return replicate_script(module, self._keep, self._copy, self._tensor)
-        stores = {name: dict(inside[name]) for name in ("_parameters", "_buffers", "_modules")}
+        stores = {name: dict(inside[name]) for name in _STORES}
         normalised = stores["_modules"].pop("parametrizations", None) if parametrize.is_parametrized(module) else None
         if normalised is not None:
             kind = kind.__bases__[0]  # parametrize gave the module a class of its own

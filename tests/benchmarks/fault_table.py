@@ -1,6 +1,6 @@
 r"""The table of ``docs/faults.md``: what the tests of faults tried, all of it survived.
 
-``DEEPINV_DEQ_FAULTS=full python -m pytest tests/test_faults.py`` writes the record.
+``DEEPINV_DEQ_FAULTS=full python -m pytest tests/faults`` writes the record.
 """
 
 from __future__ import annotations
