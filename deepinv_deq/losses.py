@@ -25,18 +25,18 @@ class ContractionLoss(Loss):
 
     .. math::
 
-        w \, \overline{\hat x^2} \, \max\big(\|P^{1/2} J P^{1/2}\|_2 - \mathrm{bound}, 0\big)^2
+        w \, \tfrac{1}{n} \big(\|\hat x\| + \|x - \hat x\|\big)^2 \max\big(\|P^{1/2} J P^{1/2}\|_2 - \mathrm{bound}, 0\big)^2
 
     :math:`J` is the Jacobian of the contractive part of the iteration (:meth:`FixedPointIteration.contractive_part
     <deepinv_deq.FixedPointIteration.contractive_part>`): that of the denoiser with :math:`P \approx (\lambda A^\top A + I)^{-1}`
     for DE-Grad, that of the whole iteration with :math:`P = I` for the other iterations. The norm is estimated from below by power
     iteration with vector-Jacobian products, only the last of which has a graph. Each call measures one random point of each
     sample, because the bound must hold wherever a solver goes for it to reach the same point from every start: a point between
-    the reconstruction and what up to three plain steps make of a usual start (zeros, the linear reconstruction, noise).
+    the reconstruction :math:`\hat x` and what up to three plain steps make of a usual start (zeros, the linear reconstruction, noise).
 
-    Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The mean square
-    :math:`\overline{\hat x^2}` of the reconstruction gives the term the unit of a squared error of images, so one weight is right
-    at any scale. A smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
+    Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The first factor,
+    of images of :math:`n` numbers, gives the term the unit of a squared error of images, so one weight is right at any scale. A point
+    far from the reconstruction counts more: contracting there costs the reconstruction little. A smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
 
     :param float bound: largest norm without a penalty, in :math:`(0, 1)`.
     :param float weight: weight :math:`w > 0`, no unit.
@@ -94,10 +94,11 @@ class ContractionLoss(Loss):
             raise ValueError(f"ContractionLoss needs a DEQReconstructor, and {type(model).__name__} holds none.")
         f = deq.iteration.bind(y, physics)
         start = f.init(y)
-        x = self._point(f, x_net.detach(), start)
+        x_hat = x_net.detach()
+        x = self._point(f, x_hat, start)
         norm = jacobian_norm(f, x, iterations=self.iterations, rng=self.rng)
-        size = x_net.detach().abs().square().flatten(1).mean(dim=1)
-        return self.weight * size * (norm - self.bound).relu().square()
+        size = _root_mean_square(x_hat) + _root_mean_square(as_tuple(x)[0] - x_hat)
+        return self.weight * size.square() * (norm - self.bound).relu().square()
 
     @torch.no_grad()
     def _point(self, f: Any, x_hat: Tensor, start: State) -> State:
@@ -116,6 +117,10 @@ class ContractionLoss(Loss):
         share = torch.rand((len(x_hat), *[1] * (x_hat.ndim - 1)), generator=self.rng).to(x_hat)
         point = x_hat + share * (end - x_hat)
         return point if single else (point, *others)
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return x.abs().square().flatten(1).mean(dim=1).sqrt()
 
 
 class TurnedOperatorLoss(MOILoss):
