@@ -10,6 +10,7 @@ import functools
 import importlib
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
@@ -33,9 +34,7 @@ def find(path: str) -> Any:
         return None
     for name in names:
         module = f"{module}.{name}"
-        value = sys.modules.get(
-            module
-        )  # first: the function torch.nn.utils.spectral_norm hides the module of the same name
+        value = sys.modules.get(module)  # first: a function may hide the module of its name (spectral_norm)
         value = getattr(found, name, None) if value is None else value
         if value is None:
             try:
@@ -200,6 +199,27 @@ def rotated_grid(radon: Any, i: int) -> Tensor:
 
 
 # PyTorch's tensors and modules --------------------------------------------------------------------------------------
+
+#: Where modules keep their tensors and submodules. There is no public way to put a tensor with a graph in the place of a parameter.
+STORES = ("_parameters", "_buffers", "_modules")
+PRE_HOOKS = "_forward_pre_hooks"
+#: Where modules keep their hooks. In PyTorch 2.4, the stores are ordered dictionaries, too.
+HOOKS = frozenset(k for k, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)).difference(STORES)
+
+
+def stored(module: nn.Module) -> list[tuple[str, Any]]:
+    r"""Names and values of the parameters, the buffers and the attributes of a module, without its submodules and hooks."""
+    inside = vars(module)
+    own = [item for item in inside.items() if item[0] not in _OF_MODULES]
+    return [*inside[STORES[0]].items(), *inside[STORES[1]].items(), *own]
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    r"""Whether a call of a module does more than ``forward``."""
+    return any(vars(module).get(name) for name in HOOKS)
 
 
 def version(t: Tensor) -> int | None:
