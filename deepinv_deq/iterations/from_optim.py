@@ -13,6 +13,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from deepinv_deq.iterations.base import measurement
+from deepinv_deq.iterations.noise import name_of_sigma
 from deepinv_deq.iterations.splitting import MeasurementIteration
 from deepinv_deq.states import State, as_tuple
 
@@ -31,8 +32,10 @@ class FromOptim(MeasurementIteration):
     :param Sequence[str] trainable: names of scalar parameters of the algorithm to train, such as ``"stepsize"`` or
         ``"lambda"``, besides those that it trains already (``unfold=True``).
 
+    A learned stepsize stays positive: it is the absolute value of the trained number.
+
     :raises TypeError: if ``optim`` is no algorithm of deepinv.
-    :raises ValueError: if its step changes from one iteration to the next (parameters given as lists, FISTA's momentum,
+    :raises ValueError: if its denoiser needs a noise level and ``optim`` has none, if its step changes from one iteration to the next (parameters given as lists, FISTA's momentum,
         subsets, backtracking), so that it has no fixed point, or if a name in ``trainable`` is unknown.
 
     |sep|
@@ -61,6 +64,9 @@ class FromOptim(MeasurementIteration):
         if unknown:
             known = ", ".join(name for name, value in given.items() if isinstance(value, (int, float, Tensor)))
             raise ValueError(f"No scalar parameter {', '.join(unknown)}: {type(optim).__name__} has {known}.")
+        network = getattr(optim.prior[0], "denoiser", None)
+        if isinstance(network, nn.Module):
+            name_of_sigma(network, given.get("g_param"), "sigma_denoiser")
         # the prior is the learnable part; the stepsize that is used is among the parameters of the algorithm
         super().__init__(optim.prior[0], stepsize=float(torch.as_tensor(given.get("stepsize", 1.0)).detach()))
         self.data_fidelity = optim.data_fidelity[0]
@@ -85,6 +91,16 @@ class FromOptim(MeasurementIteration):
         network = getattr(self.denoiser, "denoiser", None)
         return (network,) if isinstance(network, nn.Module) else ()
 
+    def numbers(self) -> dict[str, Any]:
+        r"""The numbers of the algorithm, by deepinv's names.
+
+        :return: numbers or tensors by name.
+        """
+        signed = self._options | dict(self._tensors.items())
+        # the sign of a learned stepsize means nothing, as in other iterations
+        numbers = {k: v.abs() if k.startswith("stepsize") and isinstance(v, Tensor) else v for k, v in signed.items()}
+        return {k: v for k, v in numbers.items() if isinstance(v, (int, float, Tensor))}
+
     def init(self, y: Any, physics: Physics) -> State:
         r"""Where the algorithm starts: its ``custom_init``, or :math:`A^\top y`.
 
@@ -105,7 +121,9 @@ class FromOptim(MeasurementIteration):
         :return: variables of the same shapes.
         """
         y = measurement(constants, physics)
-        parameters = self._options | dict(self._tensors.items())
+        parameters = self._options | self.numbers()
+        if self.sigma is not None and self.networks():  # given for these measurements
+            parameters["g_param"] = self.sigma
         step = self.iterator({"est": as_tuple(x)}, self.data_fidelity, self.denoiser, parameters, y, physics)
         after = step["est"]
         return after[0] if self._single else tuple(after)
