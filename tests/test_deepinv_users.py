@@ -7,7 +7,8 @@ import pytest
 import torch
 from deepinv.models import ArtifactRemoval, Denoiser, UNet
 from deepinv.optim import L2, PGD
-from deepinv.optim.prior import PnP
+from deepinv.optim.data_fidelity import AmplitudeLoss
+from deepinv.optim.prior import PnP, ZeroPrior
 from torch import nn
 
 from deepinv_deq import (
@@ -254,6 +255,54 @@ def test_non_linear_physics_is_sent_to_from_optim():
     for template in TEMPLATES:
         with pytest.raises(TypeError, match="needs a linear operator.*RandomPhaseRetrieval is not.*FromOptim"):
             DEQReconstructor(template(nn.Identity()))(y, physics)
+
+
+def phase_retrieval(batch=2):
+    rng = torch.Generator().manual_seed(0)
+    physics = dinv.physics.RandomPhaseRetrieval(m=1280, img_size=(1, 8, 8), rng=rng)
+    x = torch.rand(batch, 1, 8, 8, generator=torch.Generator().manual_seed(1)).to(torch.cfloat)
+    return physics, x, physics(x)
+
+
+def correlation(a, b):
+    return float((torch.linalg.vecdot(a.flatten(1), b.flatten(1)).abs() / (norm(a) * norm(b))).min().detach())
+
+
+def norm(x):
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
+def test_phase_retrieval_starts_at_the_spectral_estimate():
+    physics, x, y = phase_retrieval()
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    iteration = FromOptim(PGD(prior=ZeroPrior(), data_fidelity=AmplitudeLoss(), stepsize=0.3))
+    model = DEQReconstructor(iteration, solver=Solver("fixed_point_iter", max_iter=400))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    start = iteration.init(y, physics)
+    assert torch.equal(start, iteration.init(y, physics))  # not random
+    assert correlation(start, x) > 0.85 > 0.3 > correlation(physics.A_adjoint(y), x)
+    assert correlation(model(y, physics), x) > 0.99 and bool(model.forward_stat.converged.all())
+    own = FromOptim(PGD(prior=ZeroPrior(), data_fidelity=L2(), stepsize=0.3, custom_init=lambda y, physics: 2 * x))
+    assert torch.equal(own.init(y, physics), 2 * x)
+
+
+class Saturating(dinv.physics.Physics):
+    def A(self, x, **kwargs):
+        return torch.tanh(x)
+
+
+def test_physics_without_an_adjoint():
+    physics, x = Saturating(), torch.rand(2, 1, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+    y = physics(x)
+    pgd = {"prior": PnP(LevelOfDeepinv()), "data_fidelity": L2(), "stepsize": 0.5, "sigma_denoiser": 0.7}
+    with pytest.raises(TypeError, match="Saturating has no adjoint and no A_dagger.*custom_init=.*init="):
+        exact(FromOptim(PGD(**pgd)))(y, physics)
+    expected = exact(FromOptim(PGD(**pgd, custom_init=lambda y, physics: y)))(y, physics)
+    torch.testing.assert_close(exact(FromOptim(PGD(**pgd)))(y, physics, init=y), expected)
+    for _ in range(300):
+        x = LevelOfDeepinv()(x - 0.5 * (1 - physics.A(x) ** 2) * (physics.A(x) - y), 0.7)
+    assert relative_error(expected, x) <= 1e-10
 
 
 # -- weights --------------------------------------------------------------------

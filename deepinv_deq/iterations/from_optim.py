@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from deepinv.optim import FISTA, GD, MD, BaseOptim
 from deepinv.optim.optim_iterators import OptimIterator
-from deepinv.physics import Physics
+from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
 
 from deepinv_deq.iterations.base import measurement
@@ -102,14 +102,20 @@ class FromOptim(MeasurementIteration):
         return {k: v for k, v in numbers.items() if isinstance(v, (int, float, Tensor))}
 
     def init(self, y: Any, physics: Physics) -> State:
-        r"""Where the algorithm starts: its ``custom_init``, or :math:`A^\top y`.
+        r"""Where the algorithm starts: its ``custom_init``, else :math:`A^\top y`, or the physics' own ``A_dagger`` if it is not linear.
 
         :param torch.Tensor y: measurement.
         :param deepinv.physics.Physics physics: forward operator.
         :return: first image, or tuple of all variables, without gradient.
+        :raises TypeError: if there is none of these.
         """
+        owner = getattr(self._init, "__self__", None)
+        given = getattr(owner, "custom_init", None)
         with torch.no_grad():
-            start = self._init(y, physics)["est"]
+            if given is None and not isinstance(physics, LinearPhysics):
+                image = _start_of_non_linear(y, physics)
+                given = None if image is None else (image, image.clone())
+            start = self._init(y, physics, init=given)["est"]
         return start[0] if self._single else tuple(start)
 
     def forward(self, x: State, physics: Physics, *constants: Tensor) -> State:  # type: ignore[override]
@@ -139,6 +145,24 @@ class FromOptim(MeasurementIteration):
     def extra_repr(self) -> str:
         r"""The algorithm's name."""
         return self._name
+
+
+def _start_of_non_linear(y: Any, physics: Physics) -> Tensor | None:
+    r"""The inverse that a non-linear physics computes itself, such as the spectral method of phase retrieval; ``None`` if it has an
+    adjoint only."""
+    if type(physics).A_dagger is not Physics.A_dagger:
+        # the spectral method draws its start: not from the generators that a resumed run must find as they were
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            start = physics.A_dagger(y)
+        if isinstance(start, Tensor):
+            return start
+    if hasattr(physics, "A_adjoint"):
+        return None
+    raise TypeError(
+        f"{type(physics).__name__} has no adjoint and no A_dagger that returns one image, so there is no start: give "
+        "custom_init=lambda y, physics: ... to the algorithm, or init= in the call of the model."
+    )
 
 
 def _refuse_what_has_no_fixed_point(optim: BaseOptim) -> None:

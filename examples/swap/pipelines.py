@@ -109,13 +109,13 @@ def equilibrium_deblurring(swapped: bool) -> Pipeline:
     return Pipeline(physics, model, losses)
 
 
-def splitting_mri(swapped: bool) -> Pipeline:
-    physics = mri()
-    model, losses = ArtifactRemoval(unet(2)), [SplittingLoss(split_ratio=0.9, eval_n_samples=4)]
+def splitting_inpainting(swapped: bool) -> Pipeline:
+    physics = inpainting()
+    model, losses = ArtifactRemoval(unet()), [SplittingLoss(split_ratio=0.8, eval_n_samples=2)]
     if swapped:
-        model = DEQReconstructor(DEProx(network(2)))
+        model = DEQReconstructor(DEProx(network()))
         losses.append(ContractionLoss())
-    return Pipeline(physics, model, losses, channels=2)
+    return Pipeline(physics, model, losses)
 
 
 def equivariant_mri(swapped: bool) -> Pipeline:
@@ -177,7 +177,7 @@ PIPELINES: dict[str, Callable[[bool], Pipeline]] = {
     "Inpainting, artifact removal, supervised": supervised_inpainting,
     "Super-resolution, unfolded PGD, supervised": unfolded_super_resolution,
     "Deblurring, deepinv's DEQ, supervised": equilibrium_deblurring,
-    "MRI, measurement splitting": splitting_mri,
+    "Inpainting, measurement splitting": splitting_inpainting,
     "MRI, equivariant imaging": equivariant_mri,
     "Inpainting, multi-operator imaging": multi_operator_inpainting,
     "Denoising, R2R": r2r_denoising,
