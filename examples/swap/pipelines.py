@@ -42,7 +42,7 @@ class Pipeline:
     physics: Physics
     model: nn.Module
     losses: list[nn.Module]
-    lr: float = 1e-3
+    lr: float = 3e-3
     channels: int = 1
     operators: list[Physics] = field(default_factory=list)
 
