@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from deepinv_deq import compat
 from deepinv_deq.files import read_weights
+from deepinv_deq.group_norm import GroupNorm
 
 _NORMS = {"spectral": parametrizations.spectral_norm, "weight": parametrizations.weight_norm, None: None}
 
@@ -167,7 +168,7 @@ def _normalise(net: UNet, norm: str | None, groups: int) -> None:
     for block in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for i, layer in enumerate(block):
             if isinstance(layer, compat.layers_that_change()[0]):
-                block[i] = nn.GroupNorm(_divisor(layer.num_features, groups), layer.num_features)
+                block[i] = GroupNorm(_divisor(layer.num_features, groups), layer.num_features)
     # A random residual, however small, is amplified where the data say little: training would start far from every solution.
     last = net.Conv_1x1
     nn.init.zeros_(last.weight)
