@@ -115,8 +115,11 @@ def ask_nobody(app, pagename, templatename, context, doctree):
 def _summary(doctree, otherwise):
     """The first paragraph of a page, as plain text of at most 300 characters."""
     for paragraph in doctree.findall(nodes.paragraph) if doctree is not None else ():
-        text = " ".join(paragraph.astext().split())
-        if len(text) > 60 and not isinstance(paragraph.parent, (nodes.Admonition, nodes.list_item, nodes.entry)):
+        parent, paragraph = paragraph.parent, paragraph.deepcopy()
+        for note in list(paragraph.findall(nodes.footnote_reference)):
+            note.parent.remove(note)
+        text = " ".join(paragraph.astext().split()).replace(" .", ".")
+        if len(text) > 60 and not isinstance(parent, (nodes.Admonition, nodes.list_item, nodes.entry)):
             return text if len(text) <= 300 else text[:297].rsplit(" ", 1)[0] + " …"
     return otherwise
 

@@ -1,8 +1,14 @@
-r"""The plots of ``docs/cost.md`` and ``docs/faults.md``, from the committed records: ``python docs/fill_tables.py`` draws them."""
+r"""The plots of ``docs/cost.md`` and ``docs/faults.md``, from the committed records: ``python docs/fill_tables.py`` draws them.
+
+By itself: ``python tests/benchmarks/plots.py FOLDER``.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +19,14 @@ MARKERS = "osD^vPX*dh"
 
 
 def draw(folder: Path) -> list[Path]:
-    r"""Write all plots as SVG files."""
+    r"""Write all plots as SVG files, one a task: two fit beside each other on a desktop, and one is legible on a phone."""
     parts = json.loads((RECORDS / "cost-cpu.json").read_text())["parts"]
-    figures = {
-        "cost_memory": memory(parts),
-        "cost_step": scatter(parts, "equal error", "gradient error", "relative error of the gradient", 1e-2),
-        "cost_inference": scatter(parts, "inference", "residual", "relative residual", 1e-4),
-        "faults": faults(json.loads((RECORDS / "faults.json").read_text())),
-    }
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"faults": faults(json.loads((RECORDS / "faults.json").read_text()))}
+    for task in TASKS:
+        figures[f"memory-{task}"] = memory(parts, task)
+        figures[f"step-{task}"] = scatter(parts, "equal error", task, "EI step", "relative error of the gradient", 1e-2)
+        figures[f"inference-{task}"] = scatter(parts, "inference", task, "reconstruction", "relative residual", 1e-4)
     return [save(figure, folder / f"{name}.svg") for name, figure in figures.items()]
 
 
@@ -33,71 +39,85 @@ def save(figure: Any, path: Path) -> Path:
     return path
 
 
-def new(rows: int, columns: int, size: tuple[float, float]) -> Any:
-    r"""A figure without a window."""
+def new(size: tuple[float, float], title: str) -> Any:
+    r"""A figure without a window, and its axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    axis = figure.subplots()
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+    return figure, axis
 
 
-def colours(methods: list[str]) -> dict[str, str]:
-    r"""Ours is blue. Every other method has a colour of its own."""
+def plain(axis: Any, which: str, values: list[float]) -> None:
+    r"""A logarithmic axis with a few ticks in plain numbers, and with room around the values."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    getattr(axis, f"set_{which}scale")("log")
+    low, high = min(values), max(values)
+    room = max((high / low) ** 0.12, (6 * low / high) ** 0.5, 1.3)
+    getattr(axis, f"set_{which}lim")(low / room, high * room)
+    line = getattr(axis, f"{which}axis")
+    line.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if high < 50 * low else (1.0,)))
+    line.set_minor_formatter(NullFormatter())
+    line.set_major_formatter(
+        FuncFormatter(lambda v, _: f"{v:,g}" if 1e-3 <= v < 1e6 else f"{v:.0e}".replace("e-0", "e-"))
+    )
+
+
+def colours(parts: dict[str, Any]) -> dict[str, str]:
+    r"""Ours is blue. Every other method has a colour of its own, the same in all plots."""
+    methods = dict.fromkeys(row["method"] for part in parts.values() for row in part["rows"] if "method" in row)
     others = [method for method in methods if not method.startswith(OURS)]
     return {method: f"C{1 + others.index(method)}" if method in others else "C0" for method in methods}
 
 
-def memory(parts: dict[str, Any]) -> Any:
+def memory(parts: dict[str, Any], task: str) -> Any:
     r"""Logarithmic bars of peak memory."""
-    rows = [row for row in parts["memory"]["rows"] if row.get("what", "peers") == "peers"]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    colour = colours(methods)
-    figure, axes = new(1, 2, (10, 3.2))
-    for axis, (task, title) in zip(axes[0], TASKS.items(), strict=True):
-        known = [row for row in rows if row["task"] == task]
-        names = [row["method"] for row in known]
-        bars = axis.barh(names, [row["MB"] for row in known], color=[colour[name] for name in names])
-        axis.bar_label(bars, labels=[f"{row['MB']:.0f} MB" for row in known], padding=3, fontsize="small")
-        axis.set(title=title, xscale="log", xlabel="peak memory of an EI step (MB)")
-        axis.set_xlim(right=4 * max(row["MB"] for row in known))
-        axis.invert_yaxis()
-        axis.grid(axis="x", alpha=0.3)
-    axes[0, 1].set_yticklabels([])
+    rows = [row for row in parts["memory"]["rows"] if row["task"] == task]
+    rows = [row for row in rows if row.get("what", "peers") == "peers"]
+    colour, peaks = colours(parts), [row["MB"] for row in rows]
+    figure, axis = new((5.4, 3), f"{TASKS[task]}: peak memory of an EI step")
+    bars = axis.barh([row["method"] for row in rows], peaks, color=[colour[row["method"]] for row in rows])
+    axis.bar_label(bars, labels=[f"{peak:,.0f} MB" for peak in peaks], padding=3, fontsize="small")
+    plain(axis, "x", [10 ** math.floor(math.log10(min(peaks))), 2 * max(peaks)])
+    axis.set(xlabel="MB")
+    axis.invert_yaxis()
     return figure
 
 
-def scatter(parts: dict[str, Any], part: str, measure: str, label: str, goal: float) -> Any:
+def scatter(parts: dict[str, Any], part: str, task: str, title: str, label: str, goal: float) -> Any:
     r"""Error against seconds. A method that misses the goal at all tolerances is hollow."""
-    rows = {task: parts[f"{part}, {task}"]["rows"] for task in TASKS if f"{part}, {task}" in parts}
-    methods = list(dict.fromkeys(row["method"] for known in rows.values() for row in known))
-    colour = colours(methods)
-    figure, axes = new(1, 2, (10, 4))
-    for axis, (task, title) in zip(axes[0], TASKS.items(), strict=True):
-        for row in rows.get(task, []):
-            method = row["method"]
-            face = colour[method] if row["exact enough"] else "none"
-            marker = MARKERS[methods.index(method) % len(MARKERS)]
-            axis.plot(row["seconds"], row[measure], marker, mec=colour[method], mfc=face, ms=9, mew=1.8)
-        axis.axhline(goal, color="0.5", ls="--", lw=1)
-        axis.set(title=title, xscale="log", yscale="log", xlabel="seconds", ylabel=label)
-        axis.grid(alpha=0.3)
-    handles = []
-    for k, method in enumerate(methods):
-        handles += axes[0, 0].plot([], [], MARKERS[k % len(MARKERS)], color=colour[method], label=method)
-    handles += axes[0, 0].plot([], [], "o", mfc="none", mec="0.3", label="hollow: goal missed")
-    handles += axes[0, 0].plot([], [], "--", color="0.5", label=f"goal: {goal:g}")
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small")
+    rows, colour = parts[f"{part}, {task}"]["rows"], colours(parts)
+    measure = "gradient error" if "gradient error" in rows[0] else "residual"
+    figure, axis = new((5.4, 4.2), f"{TASKS[task]}: {title}")
+    for k, row in enumerate(rows):
+        mark = {"marker": MARKERS[k % len(MARKERS)], "mec": colour[row["method"]], "ms": 9, "mew": 1.8, "ls": ""}
+        label_of = row["method"] + ("" if row["exact enough"] else " (missed)")
+        face = colour[row["method"]] if row["exact enough"] else "none"
+        axis.plot(row["seconds"], row[measure], mfc=face, label=label_of, **mark)
+    axis.axhline(goal, color="0.4", ls="--", lw=1, label=f"goal: {goal:g}")
+    plain(axis, "x", [row["seconds"] for row in rows])
+    plain(axis, "y", [goal, *(row[measure] for row in rows)])
+    axis.set(xlabel="seconds", ylabel=label)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
 
 def faults(counts: dict[str, int]) -> Any:
     r"""Logarithmic bars of how often every fault was tried."""
-    figure, axes = new(1, 1, (9, 0.5 + 0.36 * len(counts)))
-    axis = axes[0, 0]
-    bars = axis.barh(list(counts), list(counts.values()), color="C0")
+    figure, axis = new((5.4, 0.9 + 0.52 * len(counts)), "What was tried, and how often")
+    names = [textwrap.fill(name, 30) for name in counts]
+    bars = axis.barh(names, list(counts.values()), color="C0")
     axis.bar_label(bars, labels=[f"{count:,}" for count in counts.values()], padding=3, fontsize="small")
-    axis.set(xscale="log", xlabel="times tried")
-    axis.set_xlim(left=1, right=4 * max(counts.values()))
+    plain(axis, "x", [1, 3 * max(counts.values())])
+    axis.set_xlim(left=1)
+    axis.tick_params(axis="y", labelsize="small")
     axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
     return figure
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]))
