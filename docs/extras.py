@@ -106,6 +106,17 @@ def citation_tooltips(app, pagename, templatename, context, doctree):
     context["body"] = re.sub(r'<a class="footnote-reference brackets" href="#([^"]+)"', titled, body)
 
 
+def thumbnail_texts(app, pagename, templatename, context, doctree):
+    """The title of an example as the alternative text of its thumbnail, which sphinx-gallery leaves empty."""
+
+    def named(match):
+        title = html.escape(html.unescape(re.sub("<[^>]*>", "", match[3])).strip())
+        return f'{match[1]}alt="Example: {title}"{match[2]}{match[3]}</div>'
+
+    pattern = r'(<div class="sphx-glr-thumbcontainer"(?:(?!alt=).)*?<img )alt=""(.*?<div class="sphx-glr-thumbnail-title">)(.*?)</div>'
+    context["body"] = re.sub(pattern, named, context.get("body", ""), flags=re.S)
+
+
 def ask_nobody(app, pagename, templatename, context, doctree):
     """Remove the link by which Matplotlib's animations load icons from another host. The theme has these icons."""
     if "maxcdn" in context.get("body", ""):
@@ -148,6 +159,6 @@ def setup(app):
     app.connect("autodoc-skip-member", hide_internal)
     app.connect("source-read", print_cpu_seconds)
     app.connect("doctree-read", link_paths)
-    for change in (ask_nobody, citation_tooltips, describe):
+    for change in (ask_nobody, citation_tooltips, thumbnail_texts, describe):
         app.connect("html-page-context", change)
     return {"parallel_read_safe": True}
