@@ -142,7 +142,7 @@ html_theme_options = {
     "navbar_end": ["theme-switcher", "navbar-icon-links"],
     "header_links_before_dropdown": 7,
     "icon_links": [{"name": "Source", "url": repository, "icon": "fa-solid fa-code"}] if repository else [],
-    "secondary_sidebar_items": {"**": ["page-toc"], "auto_examples/**": [], "api/**": [], "index": []},
+    "secondary_sidebar_items": {"*": ["page-toc"], "guide/*": ["page-toc"]},
     "footer_start": ["copyright"],
     "footer_end": ["theme-version"],
     "pygments_light_style": "a11y-high-contrast-light",
