@@ -36,8 +36,13 @@ def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, gr
         for left in reversed(range(iterations)):
             # <b, P b> is the squared norm of P^(1/2) b: no square root of P is needed
             u = tuple((t / norm.reshape(-1, *[1] * (t.ndim - 1))).detach() for t in pb)
-            b = torch.autograd.grad(
-                as_tuple(image), points, u, retain_graph=left > 0 or graph, create_graph=graph and left == 0
+            b = torch.autograd.grad(  # F may ignore a variable of its state, as that of Douglas-Rachford splitting does
+                as_tuple(image),
+                points,
+                u,
+                retain_graph=left > 0 or graph,
+                create_graph=graph and left == 0,
+                materialize_grads=True,
             )
             pb = apply(b)
             norm = _length(b, pb)

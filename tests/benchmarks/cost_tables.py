@@ -18,12 +18,17 @@ def render(device: str = "cpu") -> str:
     if not path.exists():
         return "Not measured yet."
     parts = json.loads(path.read_text())["parts"]
-    blocks = [_machine(parts), "### Targets\n\n" + _targets(parts)]
+    blocks = [_machine(parts), dropdown("Targets", _targets(parts))]
     for part, entry in parts.items():
         title, table = _TABLES[part.split(",")[0]]
         name = next((NAMES[n] for n in NAMES if part.endswith(f", {n}")), "")
-        blocks.append(f"### {title}{f': {name}' if name else ''}\n\n{table(entry['rows'])}")
+        blocks.append(dropdown(f"{title}{f': {name}' if name else ''}", table(entry["rows"])))
     return "\n\n".join(blocks)
+
+
+def dropdown(title: str, text: str) -> str:
+    r"""A table that opens on a click."""
+    return f"````{{dropdown}} {title}\n\n{text}\n\n````"
 
 
 def compare(device: str = "cpu") -> str:
