@@ -7,7 +7,6 @@ import os
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from deepinv_deq.denoisers import EquilibriumUNet, with_defaults_of_0_1

@@ -166,7 +166,7 @@ def fill(twin: Any, value: Any, replicate: Callable[[Any], Any], slots_only: boo
     :param Callable replicate: replicates what is inside.
     :param bool slots_only: whether only attributes in slots are still missing.
     """
-    for name in _slots(type(value)):
+    for name in slots(type(value)):  # type: ignore[arg-type]
         if hasattr(value, name):
             object.__setattr__(twin, name, replicate(getattr(value, name)))
     if slots_only:
@@ -232,7 +232,7 @@ def contents(function: Any) -> Iterator[Any]:
 
 
 @functools.cache
-def _slots(kind: Any) -> tuple[str, ...]:
+def slots(kind: Any) -> tuple[str, ...]:
     found = []
     for base in kind.__mro__:
         names = base.__dict__.get("__slots__", ())
