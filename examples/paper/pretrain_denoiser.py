@@ -11,7 +11,8 @@ a DEQ (section 4.2.1, on BSDS500). The weights that ship with the package, ``Equ
     python examples/paper/pretrain_denoiser.py --data ../shared/data/bsds500_gray_256.npz --start gray.pt --steps 350 --lr 5e-4 \
         --batch-size 8 --contraction 0.9 --contraction-steps 350 --out deepinv_deq/weights/gray.pt
 
-and ``"complex"`` from ``--in-channels 2 --steps 2400 --contraction 0.9 --contraction-steps 900``.
+``"complex"`` from ``--in-channels 2 --steps 2400 --contraction 0.9 --contraction-steps 900``, and ``"color"`` from ``--in-channels 3
+--steps 1600 --contraction 0.9 --contraction-steps 600``.
 
 With ``--in-channels 2`` the images get a smooth random phase, and the denoiser is one of complex images, as MRI needs it. With
 ``--in-channels 3`` the images are recoloured: no colour photographs are used. The grey patch is the luminance; the chroma is smooth, and
