@@ -7,7 +7,6 @@ frequencies nearly one by one, so a filter undoes most of that, for the price of
 from __future__ import annotations
 
 import threading
-import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,10 +15,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from deepinv.physics import Physics
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepinv_deq.compat import version
-from deepinv_deq.iterations.objects import is_plain
+from deepinv_deq.iterations.objects import fingerprint
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import sample_tensors
 from deepinv_deq.states import Rows
@@ -144,33 +143,7 @@ def _state(replica: Replica, root: int) -> State:
     r"""Everything on which the physics depends: tensors with their versions, and the plain attributes of all modules."""
     found = [f.tensor for f in replica.found.values() if root in f.roots]
     tensors = tuple((weakref.ref(t), version(t)) for t in found)
-    return tensors, tuple(_plain(module) for module in replica.modules[root])
-
-
-def _plain(value: Any, depth: int = 0) -> Any:
-    kind: Any = type(value)
-    if kind in _NUMBERS:
-        return value
-    if kind is types.FunctionType:
-        return weakref.ref(value)
-    if depth and isinstance(value, (nn.Module, Tensor)) or depth > _DEPTH:
-        return kind  # tensors are compared by their versions, modules are in the list of all modules
-    if isinstance(value, nn.Module):
-        inside = value.__dict__
-        own = {k: v for k, v in inside.items() if k not in _OF_MODULES and k != "_origin"}
-        return kind, inside["training"], tuple(inside["_modules"]), _plain(own, depth + 1)
-    if isinstance(value, dict):
-        return tuple((str(key), _plain(item, depth + 1)) for key, item in value.items())
-    if isinstance(value, (list, tuple, set)):
-        return tuple(_plain(item, depth + 1) for item in value)
-    if hasattr(value, "tobytes"):
-        return value.tobytes()
-    return kind, _plain(vars(value), depth + 1) if is_plain(kind) and hasattr(value, "__dict__") else None
-
-
-_DEPTH = 8  # of containers in containers
-_NUMBERS = {int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device, type}
-_OF_MODULES = set(nn.Module().__dict__)
+    return tensors, tuple(fingerprint(module, skip={"_origin"}) for module in replica.modules[root])
 
 
 def _same(a: State, b: State) -> bool:
