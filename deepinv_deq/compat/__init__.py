@@ -1,16 +1,14 @@
 r"""All private names of PyTorch, TorchDEQ and deepinv that the package uses.
 
 Each function looks its name up when it is called. If a version of a library lacks the name, the feature in the docstring of
-the function is lost; ``import deepinv_deq`` and training go on. To use another private name, add a function here.
+the function is lost; ``import deepinv_deq`` and training go on. To use another private name, add a function to this package.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
@@ -19,27 +17,30 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from deepinv_deq.compat.lookup import find
 from deepinv_deq.compat.modules import (
     HOOKS,
+    OF_MODULES,
     PRE_HOOKS,
     STORES,
     has_hooks,
     layers_that_change,
     layers_with_statistics,
     replica_of_script,
-    sparse_pieces,
     stored,
-    version,
     weight_hooks,
+    without,
 )
+from deepinv_deq.compat.names import find
+from deepinv_deq.compat.tensors import dispatch_mode, sparse_pieces, version
 
 __all__ = [
     "HOOKS",
+    "OF_MODULES",
     "PRE_HOOKS",
     "STORES",
     "compile_again",
     "compiled_for_many_products",
+    "dispatch_mode",
     "distributed_framework",
     "find",
     "forward_mode",
@@ -59,6 +60,7 @@ __all__ = [
     "transforms",
     "version",
     "weight_hooks",
+    "without",
 ]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -1,13 +1,15 @@
-r"""Private names of PyTorch's tensors and modules."""
+r"""What PyTorch's modules keep under private names: tensors, hooks, normalised weights, and base classes of layers."""
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from collections.abc import Container
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from deepinv_deq.compat.lookup import find
+from deepinv_deq.compat.names import find
 
 #: Where modules keep their tensors and submodules. There is no public way to put a tensor with a graph in the place of a parameter.
 STORES = ("_parameters", "_buffers", "_modules")
@@ -16,35 +18,28 @@ PRE_HOOKS = "_forward_pre_hooks"
 HOOKS = frozenset(k for k, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)).difference(STORES)
 
 
+#: Every attribute that all modules have. The others are the user's.
+OF_MODULES = frozenset(vars(nn.Module()))
+
+
 def stored(module: nn.Module) -> list[tuple[str, Any]]:
     r"""Names and values of the parameters, the buffers and the attributes of a module, without its submodules and hooks."""
     inside = vars(module)
-    own = [item for item in inside.items() if item[0] not in _OF_MODULES]
+    own = [item for item in inside.items() if item[0] not in OF_MODULES]
     return [*inside[STORES[0]].items(), *inside[STORES[1]].items(), *own]
 
 
-_OF_MODULES = frozenset(vars(nn.Module()))
+def without(module: nn.Module, names: Container[str]) -> nn.Module:
+    r"""A shallow copy of a module without some of its tensors and submodules."""
+    twin = copy.copy(module)
+    for store in STORES:
+        twin.__dict__[store] = {name: value for name, value in vars(module)[store].items() if name not in names}
+    return twin
 
 
 def has_hooks(module: nn.Module) -> bool:
     r"""Whether a call of a module does more than ``forward``."""
     return any(vars(module).get(name) for name in HOOKS)
-
-
-def version(t: Tensor) -> int | None:
-    r"""How often a tensor was changed in place; ``None`` for inference tensors, which do not count.
-
-    Without the name: ``None``, and changes in place are not noticed.
-    """
-    return None if t.is_inference() else getattr(t, "_version", None)
-
-
-def sparse_pieces(t: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Indices and values of a COO tensor. Without the names: after summing entries of the same index."""
-    if not hasattr(t, "_indices") or not hasattr(t, "_values"):
-        t = t.coalesce()
-        return t.indices(), t.values()
-    return t._indices(), t._values()
 
 
 def replica_of_script(module: Any) -> nn.Module:

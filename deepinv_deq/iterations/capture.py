@@ -63,7 +63,7 @@ class Capture:
         self.graded = torch.is_grad_enabled()
         self.inputs = self._find_inputs(y)
         self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] | None = None
-        self._verdicts, self._separable = getattr(iteration, "_verdicts", None) or Verdicts(), False
+        self._verdicts, self._separable = getattr(iteration, "_verdicts", None) or Verdicts(), set[int]()
 
     def replicate(self, put: Put | None = None, rows: Rows | None = None) -> tuple[Replica, tuple[Tensor, ...]]:
         r"""Replicas and constants of a map, with other tensors in some places.
@@ -84,10 +84,11 @@ class Capture:
         replica.roots[1].__dict__["_origin"] = self.physics.__dict__["_origin"].of(rows)
         return replica, constants
 
-    def separable(self) -> bool:
-        r"""Whether the map can be restricted to samples."""
-        self._separable = self._separable or self._verdicts.separable(self)
-        return self._separable
+    def separable(self, size: int) -> bool:
+        r"""Whether the map can be restricted to any ``size`` samples."""
+        if size not in self._separable and self._verdicts.separable(self, size):
+            self._separable.add(size)
+        return size in self._separable
 
     def samples(self) -> Samples | None:
         r"""Which tensors of the physics belong to samples; ``None`` where this is not certain."""

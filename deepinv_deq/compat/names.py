@@ -1,4 +1,4 @@
-r"""Find a name that may be gone."""
+r"""Private names by their path."""
 
 from __future__ import annotations
 
