@@ -53,6 +53,7 @@ __all__ = [
     "registered_solvers",
     "replica_of_script",
     "rotated_grid",
+    "run_eagerly",
     "scatter",
     "sparse_pieces",
     "stored",
@@ -126,6 +127,14 @@ def compile_again(module: nn.Module, twin: nn.Module) -> None:
         cells = getattr(module._compiled_call_impl, "__closure__", None) or ()
         contexts = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, kind)]
         twin.__dict__["_compiled_call_impl"] = contexts[0](twin._call_impl) if contexts else None
+
+
+def run_eagerly(twin: nn.Module) -> None:
+    r"""Let a copy run without compiled code, so that its operations can be watched. Without the names, it is not compiled."""
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if isinstance(twin, getattr(frames, "OptimizedModule", ())):
+        twin.__dict__["forward"] = twin._orig_mod.__call__  # type: ignore[operator, union-attr]
+    twin.__dict__["_compiled_call_impl"] = None
 
 
 # Forward mode and torch.func ----------------------------------------------------------------------------------------

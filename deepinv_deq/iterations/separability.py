@@ -167,6 +167,8 @@ def _turned(t: Tensor) -> Tensor:
 
 def _evaluate(made: tuple[Replica, tuple[Tensor, ...]], state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     replica, constants = made
+    for module in (m for root in replica.modules for m in root):
+        compat.run_eagerly(module)
     return as_tuple(replica.roots[0](state[0] if len(state) == 1 else state, replica.roots[1], *constants))
 
 

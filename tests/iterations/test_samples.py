@@ -402,6 +402,21 @@ def test_independent_samples_are_restricted(rows):
         torch.testing.assert_close(f.select(rows)(x[rows]), f(x)[rows])
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_compiled_denoisers_are_watched_without_compiled_code(coupled):
+    torch.compiler.reset()
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    function = COUPLED["by less than rounding"] if coupled else torch.tanh
+    f = bound(torch.compile(Function(function), backend=backend))
+    count = len(compiled)
+    assert (f.select(slice(0, 1)) is None) is coupled and len(compiled) == count > 0
+
+
 def couple(x, on=True):
     return x - 0.3 * x.mean(0, keepdim=True) if on else x
 
