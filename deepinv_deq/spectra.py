@@ -32,7 +32,10 @@ def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, gr
             # <b, P b> is the squared norm of P^(1/2) b: no square root of P is needed
             u = tuple((t / norm.reshape(-1, *[1] * (t.ndim - 1))).detach() for t in pb)
             last = left == 0
-            b = torch.autograd.grad(image, points, u, retain_graph=graph or not last, create_graph=graph and last)
+            keep = graph or not last
+            b = torch.autograd.grad(  # F may ignore a variable of its state, as that of Douglas-Rachford splitting does
+                image, points, u, retain_graph=keep, create_graph=graph and last, materialize_grads=True
+            )
             pb = metric(b)
             norm = _length(b, pb)
     return norm

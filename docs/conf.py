@@ -1,6 +1,5 @@
 """Sphinx configuration. Build with ``python -m sphinx -W --keep-going docs docs/_build/html``; no network is needed."""
 
-import html
 import os
 import re
 import sys
@@ -11,7 +10,8 @@ from pathlib import Path
 os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from docutils import nodes
+import extras
+import notebooks
 from gallery_order import NewcomersFirst
 from sphinx_gallery.sorting import ExplicitOrder
 
@@ -28,8 +28,8 @@ description = (
 )
 
 # the address of the repository has one place, [project.urls] in pyproject.toml; example.org means "not published yet"
-repository = re.search(r'^Repository = "(.*)"$', (HERE.parent / "pyproject.toml").read_text(), flags=re.M)[1]
-published = "example.org" not in repository
+_address = re.search(r'^Repository = "(.*)"$', (HERE.parent / "pyproject.toml").read_text(), flags=re.M)[1]
+repository = "" if "example.org" in _address else _address
 
 extensions = [
     "myst_parser",
@@ -43,6 +43,7 @@ extensions = [
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
+    "extras",
 ]
 exclude_patterns = ["_build", "inventories"]
 templates_path = ["_templates"]
@@ -59,6 +60,8 @@ rst_prolog = """
 """
 
 autosummary_generate = True
+# the guide page of each public name, for the line "See the guide" of its API page
+autosummary_context = {"guide": extras.guide_pages()}
 autodoc_typehints = "none"  # types are in the docstrings, as deepinv has them
 autodoc_inherit_docstrings = False
 nitpicky = True
@@ -108,6 +111,10 @@ sphinx_gallery_conf = {
         ["../examples/basics", "../examples/ct", "../examples/mri", "../examples/advanced"]
     ),
     "within_subsection_order": NewcomersFirst,
+    "thumbnail_size": (360, 360),
+    "reset_modules": ("matplotlib", extras.cpu_seconds),
+    "reset_modules_order": "both",
+    "write_computation_times": False,
     "backreferences_dir": "gen_modules/backreferences",
     "doc_module": ("deepinv_deq",),
     "reference_url": {"deepinv_deq": None},
@@ -118,9 +125,10 @@ sphinx_gallery_conf = {
     "notebook_images": False,
     "plot_gallery": "True",
     "abort_on_example_error": False,
-    "min_reported_time": 0,
-    "first_notebook_cell": "# Install the package, in a clone of the repository: %pip install .\n%matplotlib inline",
+    "min_reported_time": float("inf"),  # elapsed time; extras.py prints CPU time
+    "first_notebook_cell": notebooks.install_cell(repository),
 }
+notebooks.use()
 
 # -- pages ---------------------------------------------------------------------
 html_theme = "pydata_sphinx_theme"
@@ -133,8 +141,8 @@ html_theme_options = {
     "logo": {"text": "deepinv-deq"},
     "navbar_end": ["theme-switcher", "navbar-icon-links"],
     "header_links_before_dropdown": 7,
-    "icon_links": [{"name": "Source", "url": repository, "icon": "fa-solid fa-code"}] if published else [],
-    "secondary_sidebar_items": ["page-toc"],
+    "icon_links": [{"name": "Source", "url": repository, "icon": "fa-solid fa-code"}] if repository else [],
+    "secondary_sidebar_items": {"*": ["page-toc"], "guide/*": ["page-toc"]},
     "footer_start": ["copyright"],
     "footer_end": ["theme-version"],
     "pygments_light_style": "a11y-high-contrast-light",
@@ -144,37 +152,3 @@ _WIDE = ("index", "install", "quickstart", "results", "cost", "faults", "changel
 html_sidebars = {name: [] for name in _WIDE}
 html_context = {"default_mode": "auto"}
 html_show_sourcelink = False
-
-
-def _ask_nobody(app, pagename, templatename, context, doctree):
-    """Remove the link by which Matplotlib's animations load icons from another host. The theme has these icons."""
-    if "maxcdn" in context.get("body", ""):
-        context["body"] = re.sub(r'<link rel="stylesheet"\s+href="https://maxcdn[^>]*>', "", context["body"])
-
-
-def _describe(app, pagename, templatename, context, doctree):
-    """A description for search engines and link previews, on every page."""
-    title = re.sub("<[^>]*>", "", context.get("title", project))
-    tags = {"name": {"description": description}}
-    tags["property"] = {"og:title": title, "og:description": description, "og:type": "website", "og:site_name": project}
-    lines = [
-        f'<meta {kind}="{key}" content="{html.escape(text)}">'
-        for kind, values in tags.items()
-        for key, text in values.items()
-    ]
-    context["metatags"] = context.get("metatags", "") + "\n".join(lines)
-
-
-def _source(name, rawtext, text, lineno, inliner, options=None, content=None):
-    """The role ``:source:`path```: a link into the repository once it is published, the path itself until then."""
-    if not (HERE.parent / text).exists():
-        message = inliner.reporter.warning(f"There is no {text} in the repository.", line=lineno)
-        return [inliner.problematic(rawtext, rawtext, message)], [message]
-    node = nodes.literal(text, text)
-    return [nodes.reference("", "", node, refuri=f"{repository}/blob/main/{text}") if published else node], []
-
-
-def setup(app):
-    app.add_role("source", _source)
-    app.connect("html-page-context", _ask_nobody)
-    app.connect("html-page-context", _describe)

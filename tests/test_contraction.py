@@ -8,7 +8,17 @@ import torch
 from deepinv.physics import Denoising
 from torch import nn
 
-from deepinv_deq import DEADMM, DEHQS, DEGrad, DEProx, DEQReconstructor, EquilibriumUNet, ModularIDHook, Solver
+from deepinv_deq import (
+    DEADMM,
+    DEHQS,
+    DEGrad,
+    DEProx,
+    DEQReconstructor,
+    EquilibriumUNet,
+    FromOptim,
+    ModularIDHook,
+    Solver,
+)
 from deepinv_deq.losses import ContractionLoss
 from deepinv_deq.spectra import jacobian_norm
 from tests.problems import F64, SmallDenoiser, imaging, relative_error
@@ -139,6 +149,23 @@ def test_states_of_several_variables_are_penalised():
     y = physics.A(torch.rand(2, 1, 4, 4, dtype=F64))
     loss = ContractionLoss(0.5)(x_net=torch.ones(2, 1, 4, 4, dtype=F64), y=y, physics=physics, model=model)
     assert loss.shape == (2,) and bool((loss > 0).all())
+
+
+@pytest.mark.parametrize("name", ["PGD", "ADMM", "DRS", "PDCP"])
+def test_algorithms_of_deepinv_are_penalised_whatever_their_state(name):
+    prior = dinv.optim.PnP(EquilibriumUNet(channels=(4, 8), contraction=0.99))
+    settings = {"stepsize_dual": 0.5} if name == "PDCP" else {}
+    algorithm = getattr(dinv.optim, name)(
+        prior=prior, data_fidelity=dinv.optim.L2(), stepsize=0.5, g_param=0.1, max_iter=5, **settings
+    )
+    solver = Solver("anderson", max_iter=300, tol=1e-3, on_failure="ignore")
+    model = DEQReconstructor(FromOptim(algorithm), solver=solver)
+    y = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    penalty = ContractionLoss(bound=0.1)(x_net=model(y, Denoising()), y=y, physics=Denoising(), model=model).sum()
+    (gradient,) = torch.autograd.grad(
+        penalty, [next(p for p in model.parameters() if p.ndim == 4 and p.abs().sum() > 0)]
+    )
+    assert penalty > 0 and gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("stepsize", [1 / 51, 1 / 510])

@@ -2,15 +2,13 @@ r"""Checks of what a user hands to an iteration, and of what happens to it betwe
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from deepinv.models import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor, nn
 
@@ -130,22 +128,6 @@ def shape(y: Any) -> Any:
     r"""Shape of measurements, of every part where there are several."""
     of = y.shape
     return tuple(of) if isinstance(of, torch.Size) else tuple(tuple(s) for s in of)
-
-
-def takes_sigma(denoiser: nn.Module, sigma: Any) -> bool:
-    r"""Whether a denoiser is called with a noise level.
-
-    :raises ValueError: if it needs one and gets none.
-    """
-    try:
-        parameters: Mapping[str, inspect.Parameter] = inspect.signature(denoiser.forward).parameters
-    except ValueError:  # a module of TorchScript has no signature
-        parameters = {}
-    takes = "sigma" in parameters or isinstance(denoiser, Denoiser)
-    required = takes and "sigma" in parameters and parameters["sigma"].default is inspect.Parameter.empty
-    if required and sigma is None:
-        raise ValueError(f"{type(denoiser).__name__} needs a noise level: pass sigma=, in units of the image.")
-    return takes and sigma is not None
 
 
 def positive(name: str, value: Any) -> Tensor:

@@ -121,12 +121,13 @@ def _measure(physics: Physics, shape: torch.Size, like: Tensor) -> Tensor | None
             w, aw = _probe(physics, shape, rng, like, dtype)
             guess = torch.fft.irfftn(torch.fft.rfftn(w, dim=dims) * model, s=shape[2:], dim=dims)
             missed, size = missed + _energy(guess - aw), size + _energy(aw)
-    fits = missed <= _FIT**2 * size
+    fits = torch.isfinite(size) & (missed <= _FIT**2 * size)
     return model.masked_fill(~fits, torch.nan) if bool(fits.any()) else None
 
 
 def _energy(w: Tensor) -> Tensor:
-    return w.square().sum(dim=tuple(range(1, w.ndim)), keepdim=True)
+    # in double precision: the squares of a large operator's images are Inf in single precision, and would fit anything
+    return w.double().square().sum(dim=tuple(range(1, w.ndim)), keepdim=True)
 
 
 def _probe(

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import enum
 import functools
+import numbers
 import sys
 import types
 from array import array
@@ -47,7 +48,7 @@ def fill(twin: Any, value: Any, replicate: Callable[[Any], Any], slots_only: boo
     :param Callable replicate: replicates what is inside.
     :param bool slots_only: whether only attributes in slots are still missing.
     """
-    for name in _slots(type(value)):
+    for name in slots(type(value)):  # type: ignore[arg-type]
         if hasattr(value, name):
             object.__setattr__(twin, name, replicate(getattr(value, name)))
     if slots_only:
@@ -116,7 +117,7 @@ def contents(function: Any) -> Iterator[Any]:
 
 
 @functools.cache
-def _slots(kind: Any) -> tuple[str, ...]:
+def slots(kind: Any) -> tuple[str, ...]:
     found = []
     for base in kind.__mro__:
         names = base.__dict__.get("__slots__", ())
@@ -178,7 +179,25 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
         return kind, frozenset(inside(value))
     if hasattr(value, "tobytes"):
         return kind, value.tobytes()
-    return kind, fingerprint(vars(value), skip, seen) if is_plain(kind) and hasattr(value, "__dict__") else None
+    if is_plain(kind):
+        own = {name: getattr(value, name, None) for name in (*slots(kind), "__dict__")}
+        return kind, fingerprint(own, skip, seen)
+    if isinstance(value, (numbers.Number, range, slice)):
+        return kind, repr(value)
+    return _Same(value)
+
+
+class _Same:
+    r"""An object that replicas share, such as a generator: equal to itself only."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
 
 
 _VALUES = SHARED | {torch.Size, types.BuiltinFunctionType, type} - {torch.Generator}

@@ -76,10 +76,9 @@ def _constants_are_known(f: Capture) -> bool:
 
 def _in_doubt(f: Capture) -> bool:
     r"""Whether a buffer of the iteration has one row per sample, such as noise levels, or couples them in a known way."""
-    iteration = f.iteration
-    scalars = {id(iteration.stepsize), id(iteration.data_weight)}
+    scalars = _settings(f) | {id(f.levels)}
     known = f.samples()
-    samples = {id(t) for t in (known.rows if known else ())}
+    samples = {id(t) for t in (known.rows if known else ()) if t is not f.levels}
     for found in f.pristine.found.values():
         of_iteration = 0 in found.roots and not found.layer and found.role in ("buffer", "plain")
         rows = found.tensor.ndim and len(found.tensor) == f.batch > 1
@@ -89,6 +88,11 @@ def _in_doubt(f: Capture) -> bool:
             return True
     batch_norms, _ = compat.layers_that_change()
     return any(isinstance(m, batch_norms) and m.training for m in f.pristine.modules[0])
+
+
+def _settings(f: Capture) -> set[int]:
+    r"""The stepsize and the data weight, as they are stored, by identity."""
+    return {id(t) for name, t in compat.stored(f.iteration) if name in ("stepsize", "data_weight")}
 
 
 def _make(f: Capture) -> tuple[Any, ...]:
@@ -120,14 +124,14 @@ def _treats_samples_one_by_one(f: Capture, size: int) -> bool | None:
     Three evaluations with random states and tensors show it. The batch; the batch with its samples turned by one place, the first of
     them NaN: they treat all samples alike, and no value of one sample reaches another; some samples by themselves.
     """
-    example, batch, iteration = f.example(), f.batch, f.iteration
+    example, batch = f.example(), f.batch
     if example is None or any(len(shape) < 1 or shape[0] != batch for shape, _, _ in example):
         return False
     rng = torch.Generator().manual_seed(0)
     put: dict[int, Tensor] = {}
     known = f.samples()
     shared, rows = ({id(t) for t in (getattr(known, name) if known else ())} for name in ("shared", "rows"))
-    fixed = {id(iteration.stepsize), id(iteration.data_weight)}
+    fixed = _settings(f)
     for key, found in f.pristine.found.items():
         t, trained = found.tensor, found.role in ("parameter", "computed")
         if (key in shared or (found.roots == {0} and key not in fixed)) and t.numel() and _is_random(t):
@@ -136,6 +140,8 @@ def _treats_samples_one_by_one(f: Capture, size: int) -> bool | None:
         elif found.role == "buffer":
             put[key] = t.detach().clone()  # a layer that keeps statistics must not keep those of random images
     turned = {key: put.get(key, f.pristine.found[key].tensor).roll(1, 0) for key in rows}
+    if (levels := id(f.levels)) in turned:  # which go through the user's code
+        turned[levels] = _turned(put.get(levels, f.levels))
     # constants become random, too, but not negative: they may be counts
     constants = {id(c): c.detach() + _scale(c) * _noise(c.shape, c, rng) for c in f.constants if c.numel()}
     state = [torch.randn(s, generator=rng, dtype=torch.float32).to(device, dtype) for s, dtype, device in example]

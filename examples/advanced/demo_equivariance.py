@@ -3,7 +3,7 @@ Equivariance of a trained model
 ===============================
 
 The reconstruction of a rotated scan should be the rotated reconstruction. The architecture does not guarantee this. This example measures
-how equivariant a model is before and after training, with the measures of Tables 2 and 3 of the paper. :doc:`/results` has the tables.
+how equivariant a model is before and after training, with the measures of Tables 2 and 3 of the paper.
 """
 
 # %%
@@ -39,7 +39,7 @@ models = {
 #
 # :class:`deepinv_deq.PipelineEquivariance` compares :math:`f(A T_g x)` with :math:`T_g f(A x)`. :class:`deepinv_deq.IterationEquivariance`
 # compares :math:`F(T_g x, A T_g x)` with :math:`T_g F(x, A x)`. Both are metrics for a Trainer. The default rotation is by 90°, which needs no
-# interpolation. Higher is more equivariant.
+# interpolation. Higher is more equivariant. The page :doc:`/results` has the tables.
 
 metrics = {"pipeline": PipelineEquivariance(), "iteration": IterationEquivariance()}
 figure, axes = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
@@ -58,9 +58,11 @@ plt.show()
 # Views are 6° apart. A rotation by a multiple of 6° gives the same sinogram up to a shift. Any other angle gives new information. Interpolation
 # limits the values at these angles, for all models.
 
+# sphinx_gallery_thumbnail_number = 2
+
 rotation = dinv.transform.Rotate(interpolation_mode="bilinear")
 angles = list(range(0, 46, 3))
-figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
 for name, model in models.items():
     values = [
         PipelineEquivariance(rotation, params={"theta": [angle]})(x, x, physics=physics, model=model).item()

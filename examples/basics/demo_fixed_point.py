@@ -87,7 +87,7 @@ def draw_curves(axis, points):
 
 
 points = solve_from_all(model)
-figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
 draw_curves(axis, points)
 plt.show()
 
@@ -142,8 +142,12 @@ class Amplified(torch.nn.Module):
 
 expanding = deq(Amplified(EquilibriumUNet(pretrained="gray")), on_failure="ignore")
 elsewhere = solve_from_all(expanding)
-figure, axes = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")
-for axis, (name, course) in zip(axes, elsewhere.items(), strict=True):
-    axis.imshow(course[-1][0, 0], cmap="gray", vmin=0, vmax=1)
-    axis.set(title=f"from {name}\n{psnr(course[-1], x).item():.1f} dB", xticks=[], yticks=[])
+figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
+for column, (name, course) in zip(axes.T, elsewhere.items(), strict=True):
+    column[0].imshow(course[-1][0, 0], cmap="gray", vmin=0, vmax=1)
+    column[0].set_title(f"from {name}\n{psnr(course[-1], x).item():.1f} dB")
+    error = column[1].imshow((course[-1] - x)[0, 0], cmap="RdBu", vmin=-0.2, vmax=0.2)
+for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
+figure.colorbar(error, ax=axes[1], label="error")
 plt.show()

@@ -63,7 +63,7 @@ for tol in (0.5, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6):
 model.hook = jfb
 error = (gradient(model, y, physics, x) - exact).norm() / exact.norm()
 
-figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
 axis.semilogy(*zip(*points, strict=True), "o-", label="ID, tolerances 0.5 to 1e-6")
 axis.semilogy(1, error, "s", color="tab:red", label="JFB")
 axis.set(xlabel="vector-Jacobian products", ylabel="relative error of the gradient")

@@ -87,13 +87,26 @@ solved = train(model)
 #
 # The network alone cannot see the measurements again. The iteration uses them in every evaluation.
 
+# sphinx_gallery_thumbnail_number = 1
+
 psnr = dinv.metric.PSNR(complex_abs=True)
 images = {"zero-filled": physics_test.A_adjoint(y_test), "network": cleaned, "DEQ": solved, "ground truth": x_test}
-figure, axes = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")
-for axis, (name, image) in zip(axes, images.items(), strict=True):
-    axis.imshow(image[0].norm(dim=0).cpu(), cmap="gray", vmin=0, vmax=1)
-    level = "" if name == "ground truth" else f"\n{psnr(image, x_test).item():.1f} dB"
+magnitudes = {name: image[0].norm(dim=0).cpu() for name, image in images.items()}
+figure, axes = plt.subplots(2, 2, figsize=(6, 6.6), layout="constrained")
+for axis, (name, magnitude) in zip(axes.flat, magnitudes.items(), strict=True):
+    axis.imshow(magnitude, cmap="gray", vmin=0, vmax=1)
+    level = "" if name == "ground truth" else f": {psnr(images[name], x_test).item():.1f} dB"
     axis.set(title=name + level, xticks=[], yticks=[])
+plt.show()
+
+# %%
+# The errors of the magnitudes.
+
+figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+for axis, name in zip(axes, ("zero-filled", "network", "DEQ"), strict=True):
+    shown = axis.imshow(magnitudes[name] - magnitudes["ground truth"], cmap="RdBu", vmin=-0.3, vmax=0.3)
+    axis.set(title=name, xticks=[], yticks=[])
+figure.colorbar(shown, ax=axes, label="error")
 plt.show()
 
 # %%
@@ -108,3 +121,14 @@ print(model.forward_stat.outcome)
 # The adjoint solve of the last training step, counted in vector-Jacobian products.
 
 print(model.hook.stat.outcome)
+
+# %%
+# The residual of the forward solve, evaluation by evaluation.
+
+trace, steps = model.forward_stat["rel_trace"][0].cpu(), model.forward_stat.evaluations
+figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+axis.semilogy(range(1, steps + 1), trace[:steps], "o-", label="residual")
+axis.axhline(model.solver.tol, color="gray", linestyle="--", label="tolerance")
+axis.set(xlabel="evaluations of the iteration", ylabel="relative residual")
+axis.legend()
+plt.show()

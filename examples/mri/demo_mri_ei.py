@@ -30,9 +30,19 @@ noise = dinv.physics.GaussianNoise(0.05, rng=torch.Generator().manual_seed(0))
 physics = dinv.physics.MRI(mask=mask, img_size=(2, size, size), noise_model=noise)
 y = physics(x)
 
+figure, axes = plt.subplots(1, 2, figsize=(6, 3.2), layout="constrained")
+axes[0].imshow(mask[0, 0], cmap="gray")
+axes[0].set(title="sampled frequencies", xticks=[], yticks=[])
+shown = axes[1].imshow(y[0].norm(dim=0).clamp(min=1e-3).log10(), cmap="magma")
+axes[1].set(title="measurements", xticks=[], yticks=[])
+figure.colorbar(shown, ax=axes[1], label="logarithm of the magnitude")
+plt.show()
+
 # %%
 # Reconstructions
 # ---------------
+
+# sphinx_gallery_thumbnail_number = 2
 
 model = DEQReconstructor.from_pretrained("mri-ei")
 before = DEQReconstructor(
@@ -49,13 +59,23 @@ images["ground truth"] = x
 print(model.forward_stat.outcome)
 
 psnr = dinv.metric.PSNR(complex_abs=True)
-figure, axes = plt.subplots(1, 5, figsize=(13, 3.2), layout="constrained")
-axes[0].imshow(mask[0, 0], cmap="gray")
-axes[0].set(title="sampled\nfrequencies", xticks=[], yticks=[])
-for axis, (name, shown) in zip(axes[1:], images.items(), strict=True):
-    axis.imshow(shown[0].norm(dim=0), cmap="gray", vmin=0, vmax=1)
-    level = "" if name == "ground truth" else f"\n{psnr(shown, x).item():.1f} dB"
-    axis.set(title=name + level, xticks=[], yticks=[])
+magnitudes = {name: image[0].norm(dim=0) for name, image in images.items()}
+figure, axes = plt.subplots(2, 2, figsize=(6, 6.6), layout="constrained")
+for axis, (name, magnitude) in zip(axes.flat, magnitudes.items(), strict=True):
+    axis.imshow(magnitude, cmap="gray", vmin=0, vmax=1)
+    level = "" if name == "ground truth" else f": {psnr(images[name], x).item():.1f} dB"
+    axis.set_title(name + level, fontsize="medium")
+    axis.set(xticks=[], yticks=[])
+plt.show()
+
+# %%
+# The errors of the magnitudes.
+
+figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+for axis, name in zip(axes, list(images)[:3], strict=True):
+    shown = axis.imshow(magnitudes[name] - magnitudes["ground truth"], cmap="RdBu", vmin=-0.3, vmax=0.3)
+    axis.set(title=name, xticks=[], yticks=[])
+figure.colorbar(shown, ax=axes, label="error")
 plt.show()
 
 # %%

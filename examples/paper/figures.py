@@ -4,7 +4,7 @@ Figures of the records, and Figure 1 of the paper
 
 .. code-block:: bash
 
-    python examples/paper/figures.py --plots docs/_static                        # all plots of the records, for one scale
+    python examples/paper/figures.py --plots docs/_static/small                  # all plots of the records, for one scale
     python examples/paper/figures.py --figure docs/_static/figure1.png --slices  # of images that may be passed on
     python examples/paper/figures.py --figure runs/paper/fig1.png                # of the first test images
 

@@ -220,8 +220,8 @@ def render() -> str:
             blocks.append(f"Nothing was run at scale *{scale}*.")
             continue
         blocks += [f"## Scale {scale}", provenance(records)]
-        blocks.append("### Claims\n\n" + table(["claim", "cells", "measured", "*paper, dB*", ""], claims.rows(records)))
-        blocks.append("### Tables")
+        header = ["claim", "cells", "measured", "*paper, dB*", ""]
+        blocks.append(dropdown("All claims", table(header, claims.rows(records))))
         for task in TASKS:
             blocks.append(dropdown(f"Table 1, {task.upper()}: PSNR of the test images in dB", table_1(records, task)))
             blocks.append(dropdown(f"SSIM, {task.upper()}", table_1(records, task, "ssim", 3)))

@@ -1,0 +1,44 @@
+r"""The plots of the pages Benchmarks and Robustness say what the records say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.benchmarks import plots
+
+
+@pytest.fixture
+def parts():
+    return json.loads((plots.RECORDS / "cost-cpu.json").read_text())["parts"]
+
+
+@pytest.mark.parametrize("task", plots.TASKS)
+@pytest.mark.parametrize(("part", "measure"), [("equal error", "gradient error"), ("inference", "residual")])
+def test_error_against_seconds_with_misses_hollow(parts, part, measure, task):
+    rows = parts[f"{part}, {task}"]["rows"]
+    rows[1]["exact enough"] = False
+    (axis,) = plots.scatter(parts, part, task, "title", "label", 1e-2).axes
+    *lines, goal = axis.lines
+    assert len(lines) == len(rows) and goal.get_ydata()[0] == 1e-2
+    for line, row in zip(lines, rows, strict=True):
+        assert (line.get_xdata()[0], line.get_ydata()[0]) == (row["seconds"], row[measure])
+        assert (line.get_markerfacecolor() == "none") == (not row["exact enough"])
+    assert axis.get_xscale() == axis.get_yscale() == "log"
+    for value, (low, high) in ((1e-2, axis.get_ylim()), *((row[measure], axis.get_ylim()) for row in rows)):
+        assert low < value < high
+
+
+@pytest.mark.parametrize("task", plots.TASKS)
+def test_bars_of_memory(parts, task):
+    (axis,) = plots.memory(parts, task).axes
+    rows = [row for row in parts["memory"]["rows"] if row["task"] == task]
+    assert [bar.get_width() for bar in axis.patches] == [row["MB"] for row in rows]
+    assert axis.get_xscale() == "log" and axis.get_xlim()[1] > 1.3 * max(row["MB"] for row in rows)  # room for labels
+
+
+def test_files_are_the_same_for_the_same_records(tmp_path):
+    first = [path.read_bytes() for path in plots.draw(tmp_path / "a")]
+    second = [path.read_bytes() for path in plots.draw(tmp_path / "b")]
+    assert first == second and max(map(len, first)) < 150_000
