@@ -1,14 +1,16 @@
 r"""All private names of PyTorch, TorchDEQ and deepinv that the package uses.
 
 Each function looks its name up when it is called. If a version of a library lacks the name, the feature in the docstring of
-the function is lost; ``import deepinv_deq`` and training go on. To use another private name, add a function to this package.
+the function is lost; ``import deepinv_deq`` and training go on. To use another private name, add a function here.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
@@ -17,6 +19,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from deepinv_deq.compat.lookup import find
 from deepinv_deq.compat.modules import (
     HOOKS,
     OF_MODULES,
@@ -25,13 +28,15 @@ from deepinv_deq.compat.modules import (
     has_hooks,
     layers_that_change,
     layers_with_statistics,
+    parts_of_script,
     replica_of_script,
+    sparse_pieces,
     stored,
+    version,
     weight_hooks,
     without,
 )
-from deepinv_deq.compat.names import find
-from deepinv_deq.compat.tensors import dispatch_mode, sparse_pieces, version
+from deepinv_deq.compat.operations import dispatch_mode
 
 __all__ = [
     "HOOKS",
@@ -50,9 +55,11 @@ __all__ = [
     "layers_that_change",
     "layers_with_statistics",
     "outside_of_compiled_graphs",
+    "parts_of_script",
     "registered_solvers",
     "replica_of_script",
     "rotated_grid",
+    "run_eagerly",
     "scatter",
     "sparse_pieces",
     "stored",
@@ -126,6 +133,14 @@ def compile_again(module: nn.Module, twin: nn.Module) -> None:
         cells = getattr(module._compiled_call_impl, "__closure__", None) or ()
         contexts = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, kind)]
         twin.__dict__["_compiled_call_impl"] = contexts[0](twin._call_impl) if contexts else None
+
+
+def run_eagerly(twin: nn.Module) -> None:
+    r"""Let a copy run without compiled code, so that its operations can be watched. Without the names, it is not compiled."""
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if isinstance(twin, getattr(frames, "OptimizedModule", ())):
+        twin.__dict__["forward"] = twin._orig_mod.__call__  # type: ignore[operator, union-attr]
+    twin.__dict__["_compiled_call_impl"] = None
 
 
 # Forward mode and torch.func ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-r"""What PyTorch's modules keep under private names: tensors, hooks, normalised weights, and base classes of layers."""
+r"""Private names of PyTorch's tensors and modules."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from collections import OrderedDict
 from collections.abc import Container
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from deepinv_deq.compat.names import find
+from deepinv_deq.compat.lookup import find
 
 #: Where modules keep their tensors and submodules. There is no public way to put a tensor with a graph in the place of a parameter.
 STORES = ("_parameters", "_buffers", "_modules")
 PRE_HOOKS = "_forward_pre_hooks"
 #: Where modules keep their hooks. In PyTorch 2.4, the stores are ordered dictionaries, too.
 HOOKS = frozenset(k for k, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)).difference(STORES)
-
-
 #: Every attribute that all modules have. The others are the user's.
 OF_MODULES = frozenset(vars(nn.Module()))
 
@@ -42,9 +40,30 @@ def has_hooks(module: nn.Module) -> bool:
     return any(vars(module).get(name) for name in HOOKS)
 
 
+def version(t: Tensor) -> int | None:
+    r"""How often a tensor was changed in place; ``None`` for inference tensors, which do not count.
+
+    Without the name: ``None``, and changes in place are not noticed.
+    """
+    return None if t.is_inference() else getattr(t, "_version", None)
+
+
+def sparse_pieces(t: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Indices and values of a COO tensor. Without the names: after summing entries of the same index."""
+    if not hasattr(t, "_indices") or not hasattr(t, "_values"):
+        t = t.coalesce()
+        return t.indices(), t.values()
+    return t._indices(), t._values()
+
+
 def replica_of_script(module: Any) -> nn.Module:
     r"""A replica of a TorchScript module. Without the name: an AttributeError; such modules cannot be used."""
     return module._replicate_for_data_parallel()
+
+
+def parts_of_script(module: Any) -> list[dict[str, Any]]:
+    r"""Parameters, buffers and submodules of a TorchScript module, which are in C++."""
+    return [dict(getattr(module, store).items()) for store in STORES]
 
 
 def weight_hooks() -> tuple[tuple[Any, ...], Any]:

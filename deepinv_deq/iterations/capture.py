@@ -11,6 +11,7 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
+from deepinv_deq.compat import STORES
 from deepinv_deq.iterations.checks import Watch, fits, shape
 from deepinv_deq.iterations.circulant import Origin
 from deepinv_deq.iterations.replica import Replica
@@ -46,8 +47,8 @@ class Capture:
         iteration_twin.__dict__["_private"] = True
         self.levels = sigma if isinstance(sigma, Tensor) and sigma.ndim else None  # one row per sample
         if sigma is not None:
-            for store in (iteration_twin.__dict__["_parameters"], iteration_twin.__dict__["_buffers"]):
-                store.pop("sigma", None)
+            for store in STORES:
+                iteration_twin.__dict__[store].pop("sigma", None)
             iteration_twin.__dict__["sigma"] = sigma
             self.pristine = self.pristine.again()  # which finds the new tensor
         # the measurements are for a diagnosis only: a map lives until backward, and must not keep them alive

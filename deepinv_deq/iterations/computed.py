@@ -118,9 +118,10 @@ def replicate_script(
         "_of_replica"
     )  # in a replica, neither tensors nor submodules are in PyTorch's own lists
     if known is None:
-        stores = (("parameter", module._parameters), ("buffer", module._buffers))
+        parameters, buffers, modules = compat.parts_of_script(module)
+        stores = (("parameter", parameters), ("buffer", buffers))
         tensors = {name: (t, role) for role, store in stores for name, t in store.items()}
-        known = dict(module._modules.items()), tensors
+        known = modules, tensors
     twin = keep(module, compat.replica_of_script(module))
     children = {name: replicate(child) for name, child in known[0].items()}
     placed = {name: (place(t, role, None), role) for name, (t, role) in known[1].items()}

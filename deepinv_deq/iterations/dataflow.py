@@ -81,9 +81,16 @@ def _listed(name: str, args: Any, kwargs: Any) -> bool:
     name = name.removesuffix("_")
     if name in _SEE_VALUES:  # the code of deepinv's physics was read
         return _caller().startswith("deepinv.physics") and not any(_has_nan(t) for t in tree_leaves((args, kwargs)))
-    if name in _PASS_ON or name in _ONLY_SHAPES:
+    if name in _ONLY_SHAPES or (name in _PASS_ON and _stays_floating(name, args, kwargs)):
         return True
     return not any(_has_nan(t) for t in tree_leaves((args[_OWN_INPUTS.get(name, 0) :], kwargs)))
+
+
+def _stays_floating(name: str, args: Any, kwargs: Any) -> bool:
+    r"""Whether a result can hold NaN, which integers cannot."""
+    types = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.dtype)]
+    types += [args[0].dtype] if name == "copy" else []
+    return all(dtype.is_floating_point or dtype.is_complex for dtype in types)
 
 
 def _caller() -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepinv_deq.compat import HOOKS, OF_MODULES
+from deepinv_deq.compat import HOOKS, OF_MODULES, STORES
 
 SHARED = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
@@ -53,17 +53,20 @@ def fill(twin: Any, value: Any, replicate: Callable[[Any], Any], slots_only: boo
             object.__setattr__(twin, name, replicate(getattr(value, name)))
     if slots_only:
         return
-    if isinstance(value, dict):
-        for key, item in dict(value).items():
+    # the contents of a container are in the twin already, and another thread may change those of the original
+    if isinstance(twin, dict):
+        for key, item in list(twin.items()):
             dict.__setitem__(twin, key, replicate(item))
-    elif isinstance(value, (list, deque)):
-        for i, item in enumerate(list(value)):
+    elif isinstance(twin, (list, deque)):
+        for i, item in enumerate(list(twin)):
             twin[i] = replicate(item)
-    elif isinstance(value, set):
+    elif isinstance(twin, set):
+        items = [replicate(item) for item in twin]
         twin.clear()
-        twin.update([replicate(item) for item in set(value)])
-    elif isinstance(value, np.ndarray) and value.dtype == object:
-        twin.flat = [replicate(item) for item in value.flat]
+        twin.update(items)
+    elif isinstance(twin, np.ndarray) and twin.dtype == object:
+        for i, item in enumerate(twin.flat):
+            twin.flat[i] = replicate(item)
     if hasattr(value, "__dict__"):
         twin.__dict__.update({name: replicate(item) for name, item in dict(value.__dict__).items()})
 
@@ -158,10 +161,9 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
         return tuple(fingerprint(part, skip, seen) for part in parts)
 
     if isinstance(value, nn.Module):
-        names = tuple(name for name, _ in value.named_children())
-        own = {name: item for name, item in vars(value).items() if name not in OF_MODULES}
-        hooks = inside(vars(value).get(name) for name in sorted(HOOKS))
-        return kind, _code(kind), value.training, names, hooks, fingerprint(own, skip, seen)
+        own = {name: item for name, item in vars(value).items() if name not in OF_MODULES or (item and name in HOOKS)}
+        names = tuple(vars(value)[STORES[2]])
+        return kind, _code(kind), value.training, names, fingerprint(own, skip, seen)
     if kind is types.FunctionType:
         cells = contents(value)
         return value.__code__, inside([value.__defaults__, value.__kwdefaults__, value.__dict__, *cells])
@@ -177,10 +179,25 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
         return kind, frozenset(inside(value))
     if hasattr(value, "tobytes"):
         return kind, value.tobytes()
-    if isinstance(value, (numbers.Number, range)):
-        return kind, value
-    attributes = (*slots(kind), "__dict__") if is_plain(kind) else ()
-    return kind, inside(getattr(value, name, None) for name in attributes)
+    if is_plain(kind):
+        own = {name: getattr(value, name, None) for name in (*slots(kind), "__dict__")}
+        return kind, fingerprint(own, skip, seen)
+    if isinstance(value, (numbers.Number, range, slice)):
+        return kind, repr(value)
+    return _Same(value)
+
+
+class _Same:
+    r"""An object that replicas share, such as a generator: equal to itself only."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
 
 
 _VALUES = SHARED | {torch.Size, types.BuiltinFunctionType, type} - {torch.Generator}

@@ -92,7 +92,7 @@ def _in_doubt(f: Capture) -> bool:
 
 def _settings(f: Capture) -> set[int]:
     r"""The stepsize and the data weight, as they are stored, by identity."""
-    return {id(value) for name, value in compat.stored(f.iteration) if name in ("stepsize", "data_weight")}
+    return {id(t) for name, t in compat.stored(f.iteration) if name in ("stepsize", "data_weight")}
 
 
 def _make(f: Capture) -> tuple[Any, ...]:
@@ -140,6 +140,8 @@ def _treats_samples_one_by_one(f: Capture, size: int) -> bool | None:
         elif found.role == "buffer":
             put[key] = t.detach().clone()  # a layer that keeps statistics must not keep those of random images
     turned = {key: put.get(key, f.pristine.found[key].tensor).roll(1, 0) for key in rows}
+    if (levels := id(f.levels)) in turned:  # which go through the user's code
+        turned[levels] = _turned(put.get(levels, f.levels))
     # constants become random, too, but not negative: they may be counts
     constants = {id(c): c.detach() + _scale(c) * _noise(c.shape, c, rng) for c in f.constants if c.numel()}
     state = [torch.randn(s, generator=rng, dtype=torch.float32).to(device, dtype) for s, dtype, device in example]
@@ -171,6 +173,8 @@ def _turned(t: Tensor) -> Tensor:
 
 def _evaluate(made: tuple[Replica, tuple[Tensor, ...]], state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     replica, constants = made
+    for module in (m for root in replica.modules for m in root):
+        compat.run_eagerly(module)
     return as_tuple(replica.roots[0](state[0] if len(state) == 1 else state, replica.roots[1], *constants))
 
 

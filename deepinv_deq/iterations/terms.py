@@ -9,6 +9,7 @@ from deepinv.physics import Physics, StackedPhysics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
+from deepinv_deq.compat import STORES
 from deepinv_deq.iterations.checks import positive
 from deepinv_deq.iterations.noise import broadcast, name_of_sigma
 from deepinv_deq.iterations.separability import Verdicts
@@ -61,7 +62,7 @@ class Terms(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if name == "stepsize" and value is self._parameters.get(name):  # a learned one: its sign means nothing
+        if name == "stepsize" and value is vars(self)[STORES[0]].get(name):  # a learned one: its sign means nothing
             # in a bound map always, without asking the device; to the user it is the parameter wherever that is positive
             return value.abs() if self._private or bool((value.detach() < 0).any()) else value
         return value

@@ -1,4 +1,4 @@
-r"""Private names by their path."""
+r"""Find a name that may be gone."""
 
 from __future__ import annotations
 
