@@ -315,7 +315,9 @@ def test_weights_of_deepinvs_trained_models_move_over_in_one_line():
     x = torch.rand(1, 1, 8, 8)
     f = model.iteration.bind(x, dinv.physics.Denoising())
     torch.testing.assert_close(f(x), trained.backbone_net(x))
-    unfolded = PGD(prior=PnP(LevelOfDeepinv()), data_fidelity=L2(), stepsize=0.4, sigma_denoiser=0.7, max_iter=4, unfold=True)
+    unfolded = PGD(
+        prior=PnP(LevelOfDeepinv()), data_fidelity=L2(), stepsize=0.4, sigma_denoiser=0.7, max_iter=4, unfold=True
+    )
     same = DEQReconstructor(FromOptim(unfolded))
     names = {name.rpartition(".")[2] for name, p in same.named_parameters() if p.requires_grad}
     assert "stepsize" in names and "g_param" in names

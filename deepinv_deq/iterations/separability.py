@@ -73,7 +73,6 @@ def _constants_are_known(f: Capture) -> bool:
 
 def _in_doubt(f: Capture) -> bool:
     r"""Whether a buffer of the iteration has one row per sample, such as noise levels, or couples them in a known way."""
-    iteration = f.iteration
     scalars = _settings(f) | {id(f.levels)}
     known = f.samples()
     samples = {id(t) for t in (known.rows if known else ()) if t is not f.levels}
@@ -115,7 +114,7 @@ def _plain(value: Any, skip: bool = False) -> Any:
 
 def _treats_samples_one_by_one(f: Capture) -> bool | None:
     r"""Compare one sample alone with the same sample in the batch; ``None`` where that shows nothing."""
-    example, batch, iteration = f.example(), f.batch, f.iteration
+    example, batch = f.example(), f.batch
     if example is None or any(len(shape) < 1 or shape[0] != batch for shape, _, _ in example):
         return False
     rng = torch.Generator().manual_seed(0)

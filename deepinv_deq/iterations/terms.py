@@ -128,7 +128,9 @@ class Terms(nn.Module):
         :return: image of the same shape.
         """
         name = "sigma" if self._takes_sigma is True else self._takes_sigma  # True in models that 0.1 saved whole
-        options: dict[str, Any] = {} if self.sigma is None or not name else {name: broadcast(self.sigma, x, self.denoiser)}
+        options: dict[str, Any] = (
+            {} if self.sigma is None or not name else {name: broadcast(self.sigma, x, self.denoiser)}
+        )
         if context:
             options["context"] = context[0]
         return self.denoiser(x, **options)
@@ -205,7 +207,9 @@ def measurements(y: Any, physics: Any) -> Any:
     parts = len(cast(Any, physics).physics_list)
     if len(y) != parts or not all(isinstance(part, Tensor) for part in y):
         kinds = ", ".join(type(part).__name__ for part in y)
-        raise ValueError(f"The stacked physics has {parts} parts, but the measurements are [{kinds}]: give one tensor each.")
+        raise ValueError(
+            f"The stacked physics has {parts} parts, but the measurements are [{kinds}]: give one tensor each."
+        )
     return TensorList(list(y))
 
 

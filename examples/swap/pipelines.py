@@ -20,7 +20,7 @@ from deepinv.optim.prior import PnP
 from deepinv.physics import GaussianNoise, Physics
 from torch import Tensor, nn
 
-from deepinv_deq import DEGrad, DEHQS, DEProx, DEQReconstructor, EquilibriumUNet, FromOptim
+from deepinv_deq import DEHQS, DEGrad, DEProx, DEQReconstructor, EquilibriumUNet, FromOptim
 from deepinv_deq.datasets import phantoms
 from deepinv_deq.losses import ContractionLoss
 
@@ -42,7 +42,7 @@ class Pipeline:
     physics: Physics
     model: nn.Module
     losses: list[nn.Module]
-    lr: float = 3e-3
+    lr: float = 2e-3
     channels: int = 1
     operators: list[Physics] = field(default_factory=list)
 
@@ -92,17 +92,25 @@ def supervised_inpainting(swapped: bool) -> Pipeline:
 def unfolded_super_resolution(swapped: bool) -> Pipeline:
     physics = dinv.physics.Downsampling((1, SIZE, SIZE), filter="bicubic", factor=2, noise_model=noise(0.01))
     prior = PnP(DnCNN(1, 1, depth=5, nf=16, pretrained=None))
-    model, losses = PGD(prior=prior, data_fidelity=L2(), stepsize=1.0, sigma_denoiser=0.03, max_iter=5, unfold=True), [SupLoss()]
+    model, losses = (
+        PGD(prior=prior, data_fidelity=L2(), stepsize=1.0, sigma_denoiser=0.03, max_iter=5, unfold=True),
+        [SupLoss()],
+    )
     if swapped:
-        model = DEQReconstructor(DEHQS(network()))
+        model = DEQReconstructor(DEHQS(network(), stepsize=20.0))
         losses.append(ContractionLoss())
     return Pipeline(physics, model, losses)
 
 
 def equilibrium_deblurring(swapped: bool) -> Pipeline:
-    physics = dinv.physics.BlurFFT((1, SIZE, SIZE), filter=dinv.physics.blur.gaussian_blur(1.0), noise_model=noise(0.02))
+    physics = dinv.physics.BlurFFT(
+        (1, SIZE, SIZE), filter=dinv.physics.blur.gaussian_blur(1.0), noise_model=noise(0.02)
+    )
     prior = PnP(network())
-    model, losses = PGD(prior=prior, data_fidelity=L2(), stepsize=1.0, sigma_denoiser=0.03, max_iter=20, DEQ=True), [SupLoss()]
+    model, losses = (
+        PGD(prior=prior, data_fidelity=L2(), stepsize=1.0, sigma_denoiser=0.03, max_iter=20, DEQ=True),
+        [SupLoss()],
+    )
     if swapped:
         model = DEQReconstructor(FromOptim(model))
         losses.append(ContractionLoss())
@@ -166,7 +174,10 @@ def tomography(swapped: bool) -> Pipeline:
 
 def demosaicing(swapped: bool) -> Pipeline:
     physics = dinv.physics.Demosaicing((3, SIZE, SIZE), noise_model=noise(0.01))
-    model, losses = DRS(prior=PnP(unet(3)), data_fidelity=L2(), stepsize=1.0, sigma_denoiser=0.03, max_iter=3, unfold=True), [SupLoss()]
+    model, losses = (
+        DRS(prior=PnP(unet(3)), data_fidelity=L2(), stepsize=1.0, sigma_denoiser=0.03, max_iter=3, unfold=True),
+        [SupLoss()],
+    )
     if swapped:
         model = DEQReconstructor(DEProx(network(3)))
         losses.append(ContractionLoss())

@@ -14,10 +14,9 @@ from collections.abc import Callable
 import deepinv as dinv
 import torch
 from deepinv.datasets import TensorDataset
+from pipelines import TEST, TRAIN, Pipeline, images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
-from pipelines import TEST, TRAIN, Pipeline, images
 
 BATCH, SEED = 4, 0
 

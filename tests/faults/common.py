@@ -21,5 +21,6 @@ RECORD = Path(__file__).parents[1] / "benchmarks" / "records" / "faults.json"
 TRIED: Counter[str] = Counter()  # counted once nothing was found wrong
 DIVERGENCES = "divergences of a solve, a gradient or a loss in the middle of a training"
 DAMAGED = "checkpoints cut off, changed, forged or of another kind"
+HOSTILE = "hostile files: forged entries, other formats, cut off, changed, views of 4 TiB"
 MANY_STEPS = "training steps in resident memory that does not grow"
 TINY = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
