@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("cost.md", "faults.md", "results.md", "index.rst"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("cost.md", "faults.md", "results.md", "guide/swap.md", "index.rst"))]
 SOURCES = {  # block: the script and the function that render it
     "exactness": ("tests/benchmarks/exactness.py", "render"),
     "cost": ("tests/benchmarks/cost_tables.py", "render"),
@@ -18,6 +18,7 @@ SOURCES = {  # block: the script and the function that render it
     "faults": ("tests/benchmarks/fault_table.py", "render"),
     "findings": ("examples/paper/tables.py", "findings"),
     "results": ("examples/paper/tables.py", "render"),
+    "swap": ("examples/swap/table.py", "render"),
     "table 1": ("examples/paper/tables.py", "summary"),
     "facts": ("docs/facts.py", "render"),
 }

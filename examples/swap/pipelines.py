@@ -119,7 +119,7 @@ def equilibrium_deblurring(swapped: bool) -> Pipeline:
 
 def splitting_inpainting(swapped: bool) -> Pipeline:
     physics = inpainting()
-    model, losses = ArtifactRemoval(unet()), [SplittingLoss(split_ratio=0.8, eval_n_samples=2)]
+    model, losses = ArtifactRemoval(unet()), [SplittingLoss(split_ratio=0.6, eval_split_input=False)]
     if swapped:
         model = DEQReconstructor(DEProx(network()))
         losses.append(ContractionLoss())

@@ -19,4 +19,4 @@ def _record(request):
     some = any(name.endswith(".py") for name in config.args)
     if FULL and not single and not request.session.testsfailed:
         known = json.loads(RECORD.read_text()) if some and RECORD.exists() else {}
-        RECORD.write_text(json.dumps(known | TRIED, indent=1) + "\n")
+        RECORD.write_text(json.dumps({**known, **TRIED}, indent=1) + "\n")
