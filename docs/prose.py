@@ -32,6 +32,7 @@ def text_of(path: Path) -> str:
 
 def heading(text: str) -> str:
     """The first heading."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)
     found = re.search(rf"^# (.+)$|^(\S.*)\n{RULE}$", text, flags=re.M)
     return (found[1] or found[2]) if found else ""
 

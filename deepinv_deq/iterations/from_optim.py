@@ -20,7 +20,7 @@ _ALIASES = {"sigma_denoiser": "g_param", "lambda_reg": "lambda"}  # names of dee
 
 
 class FromOptim(MeasurementIteration):
-    r"""An algorithm of :mod:`deepinv.optim` as a template: its iteration :math:`F`, whose fixed point is the reconstruction.
+    r"""An algorithm of :mod:`deepinv.optim` as an iteration :math:`F`, whose fixed point is the reconstruction.
 
     The algorithm keeps its prior, data fidelity, parameters and start; what changes is how its fixed point is found and
     differentiated. Any data fidelity will do, and any physics that it can be used with. The network of a
