@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from deepinv_deq import compat
 from deepinv_deq.files import read_weights
+from deepinv_deq.group_norm import GroupNorm
 
 _NORMS = {"spectral": parametrizations.spectral_norm, "weight": parametrizations.weight_norm, None: None}
 
@@ -47,10 +48,10 @@ class EquilibriumUNet(UNet):
     :param int context_channels: channels of a second image that the network gets besides ``x``, such as the linear reconstruction
         (see ``context`` of :class:`FixedPointIteration`). Pretrained weights without context are extended by zeros.
     :param int dim: 2 for images, 3 for volumes of shape ``(B, C, D, H, W)``.
-    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: ``"gray"`` or ``"complex"``, which ship with the package
-        (one channel, or two for real and imaginary part; 16-32-64, spectral norm, blind up to a noise level of 0.1, BSDS500, trained
-        with a penalty on the Jacobian: its spectral radius on test images is 1.0 to 1.2, and below 1), or a file written by
-        ``examples/paper/pretrain_denoiser.py``.
+    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: ``"gray"``, ``"complex"`` or ``"color"``, which ship with the package
+        (1 channel, 2 for real and imaginary part, or 3 for RGB; 16-32-64, spectral norm, blind up to a noise level of 0.1, BSDS500,
+        recoloured at random for RGB, trained with a penalty on the Jacobian), or a file written by
+        ``examples/paper/pretrain_denoiser.py``. Their PSNR and norms are in :doc:`/guide/fixed_points`.
     :param int groups: largest number of groups of a group norm; a scale uses the largest divisor of its channels up to it.
     :param str, torch.device device: where to put the weights.
 
@@ -167,7 +168,7 @@ def _normalise(net: UNet, norm: str | None, groups: int) -> None:
     for block in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for i, layer in enumerate(block):
             if isinstance(layer, compat.layers_that_change()[0]):
-                block[i] = nn.GroupNorm(_divisor(layer.num_features, groups), layer.num_features)
+                block[i] = GroupNorm(_divisor(layer.num_features, groups), layer.num_features)
     # A random residual, however small, is amplified where the data say little: training would start far from every solution.
     last = net.Conv_1x1
     nn.init.zeros_(last.weight)

@@ -17,24 +17,26 @@ from deepinv_deq.metrics import solving_model
 from deepinv_deq.spectra import jacobian_norm
 from deepinv_deq.states import State, as_tuple
 
+_STEPS = 3  # largest number of plain steps before the Jacobian is measured
+
 
 class ContractionLoss(Loss):
     r"""Bounds the norm of the Jacobian that must be below one for the fixed point to be unique.
 
     .. math::
 
-        w \, \overline{\hat x^2} \, \max\big(\|P^{1/2} J P^{1/2}\|_2 - \mathrm{bound}, 0\big)^2
+        w \, \tfrac{1}{n} \big(\|\hat x\| + \|x - \hat x\|\big)^2 \max\big(\|P^{1/2} J P^{1/2}\|_2 - \mathrm{bound}, 0\big)^2
 
     :math:`J` is the Jacobian of the contractive part of the iteration (:meth:`FixedPointIteration.contractive_part
     <deepinv_deq.FixedPointIteration.contractive_part>`): that of the denoiser with :math:`P \approx (\lambda A^\top A + I)^{-1}`
     for DE-Grad, that of the whole iteration with :math:`P = I` for the other iterations. The norm is estimated from below by power
     iteration with vector-Jacobian products, only the last of which has a graph. Each call measures one random point of each
-    sample, between the reconstruction and one of the usual starting points (zeros, the linear reconstruction, noise), because
-    the bound must hold everywhere for the solver to reach the same point from every start.
+    sample, because the bound must hold wherever a solver goes for it to reach the same point from every start: a point between
+    the reconstruction :math:`\hat x` and what up to three plain steps make of a usual start (zeros, the linear reconstruction, noise).
 
-    Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The mean square
-    :math:`\overline{\hat x^2}` of the reconstruction gives the term the unit of a squared error of images, so one weight is right
-    at any scale. A smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
+    Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The first factor,
+    of images of :math:`n` numbers, gives the term the unit of a squared error of images, so one weight is right at any scale. A point
+    far from the reconstruction counts more: contracting there costs the reconstruction little. A smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
 
     :param float bound: largest norm without a penalty, in :math:`(0, 1)`.
     :param float weight: weight :math:`w > 0`, no unit.
@@ -92,20 +94,33 @@ class ContractionLoss(Loss):
             raise ValueError(f"ContractionLoss needs a DEQReconstructor, and {type(model).__name__} holds none.")
         f = deq.iteration.bind(y, physics)
         start = f.init(y)
-        point = self._point(x_net.detach(), as_tuple(start)[0])
-        x: State = point if isinstance(start, Tensor) else (point, *start[1:])  # other variables are at their start
+        x_hat = x_net.detach()
+        x = self._point(f, x_hat, start)
         norm = jacobian_norm(f, x, iterations=self.iterations, rng=self.rng)
-        size = x_net.detach().abs().square().flatten(1).mean(dim=1)
-        return self.weight * size * (norm - self.bound).relu().square()
+        size = _root_mean_square(x_hat) + _root_mean_square(as_tuple(x)[0] - x_hat)
+        return self.weight * size.square() * (norm - self.bound).relu().square()
 
-    def _point(self, x_hat: Tensor, start: Tensor) -> Tensor:
-        r"""A random point between each reconstruction and one of the starting points."""
-        rows = (len(x_hat), *[1] * (x_hat.ndim - 1))
-        share = torch.rand(rows, generator=self.rng).to(x_hat)
+    @torch.no_grad()
+    def _point(self, f: Any, x_hat: Tensor, start: State) -> State:
+        r"""A random point of each sample that a solve may pass: without the steps, solves from noise stall far away."""
+        single, (image, *others) = isinstance(start, Tensor), as_tuple(start)
         noise = torch.rand(x_hat.shape, generator=self.rng).to(x_hat) * x_hat.abs().amax()
-        ends = (x_hat, start, torch.zeros_like(x_hat), noise)
+        ends = (x_hat, image, torch.zeros_like(x_hat), noise)
         end = ends[int(torch.randint(len(ends), (), generator=self.rng))]
-        return x_hat + share * (end - x_hat)
+        state: State = end if single else (end, *others)  # other variables begin where they do by default
+        natural = f.natural(state) or (lambda step: step)
+        for _ in range(int(torch.randint(_STEPS + 1, (), generator=self.rng))):
+            change = natural(f.step(state))
+            moved = tuple(a + b for a, b in zip(as_tuple(state), as_tuple(change), strict=True))
+            state = moved[0] if single else moved
+        end, *others = as_tuple(state)
+        share = torch.rand((len(x_hat), *[1] * (x_hat.ndim - 1)), generator=self.rng).to(x_hat)
+        point = x_hat + share * (end - x_hat)
+        return point if single else (point, *others)
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return x.abs().square().flatten(1).mean(dim=1).sqrt()
 
 
 class TurnedOperatorLoss(MOILoss):

@@ -82,14 +82,18 @@ class Map:
 
 
 class _Wrapped(Map):
-    r"""Another object as a :class:`Map`: a callable, or one with some of the methods of a map."""
+    r"""Another object as a :class:`Map`: a callable, or one whose class has some of the methods of a map."""
 
     def __init__(self, f: Callable[[Any], Any]):
         self._f = f
 
+    def _offers(self, name: str) -> bool:
+        # an attribute of that name, such as a submodule, is not meant
+        return callable(getattr(type(self._f), name, None))
+
     @property
     def inputs(self) -> Tensors | None:  # type: ignore[override]
-        return getattr(self._f, "inputs", None) if hasattr(self._f, "rebind") else None
+        return getattr(self._f, "inputs", None) if self._offers("rebind") else None
 
     def __call__(self, x: Any) -> Any:
         return self._f(x)
@@ -98,18 +102,17 @@ class _Wrapped(Map):
         return as_map(self._f.rebind(inputs))  # type: ignore[attr-defined]
 
     def preconditioner(self, x: Any) -> Callable[[Any], Any] | None:
-        offered = getattr(self._f, "preconditioner", None)
-        return None if offered is None else offered(x)
+        return self._f.preconditioner(x) if self._offers("preconditioner") else None  # type: ignore[attr-defined]
 
     def select(self, rows: Rows) -> Map | None:
         # an object with the old method ``separable`` restricts itself only after that method said so: solve it whole
-        offered = None if hasattr(self._f, "separable") else getattr(self._f, "select", None)
-        part = None if offered is None else offered(rows)
+        if self._offers("separable") or not self._offers("select"):
+            return None
+        part = self._f.select(rows)  # type: ignore[attr-defined]
         return None if part is None else as_map(part)
 
     def diagnose(self) -> str:
-        offered = getattr(self._f, "diagnose", None)
-        return "" if offered is None else offered()
+        return self._f.diagnose() if self._offers("diagnose") else ""  # type: ignore[attr-defined]
 
 
 def as_map(f: Callable[[Any], Any]) -> Map:

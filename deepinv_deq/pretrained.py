@@ -7,7 +7,6 @@ import os
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from deepinv_deq.denoisers import EquilibriumUNet, with_defaults_of_0_1
@@ -105,7 +104,7 @@ def settings_of(iteration: FixedPointIteration) -> dict[str, Any]:
         if name in _APART:
             continue
         if name.startswith("learn_") and not hasattr(iteration, name):
-            settings[name] = isinstance(getattr(iteration, name.removeprefix("learn_")), torch.nn.Parameter)
+            settings[name] = name.removeprefix("learn_") in dict(iteration.named_parameters(recurse=False))
             continue
         value = getattr(iteration, name, _APART)
         if isinstance(value, Tensor) and value.numel() == 1:

@@ -19,6 +19,7 @@ from deepinv_deq.course import Course
 from deepinv_deq.implicit import ModularIDHook
 from deepinv_deq.implicit.forward_mode import refusing_vmap
 from deepinv_deq.iterations import FixedPointIteration
+from deepinv_deq.iterations.terms import measurements
 from deepinv_deq.maps import Map, as_map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
 from deepinv_deq.states import State
@@ -116,6 +117,11 @@ class DEQReconstructor(Reconstructor):
         """
         pretrained.save(self, path, about)
 
+    @property
+    def params_algo(self) -> dict[str, list[Any]]:
+        r"""Stepsize and the other numbers of the iteration, as :func:`deepinv.utils.plot_parameters` wants them: lists of one value."""
+        return {k: [v.detach() if isinstance(v, Tensor) else v] for k, v in self.iteration.numbers().items()}
+
     @compat.outside_of_compiled_graphs
     def forward(
         self,
@@ -123,30 +129,36 @@ class DEQReconstructor(Reconstructor):
         physics: Physics,
         init: Init | None = None,
         *,
+        sigma: float | Tensor | None = None,
         x_gt: Tensor | None = None,
         compute_metrics: bool = False,
         **kwargs: Any,
     ) -> Any:
         r"""Reconstruct.
 
-        :param torch.Tensor y: measurements, of the shape ``physics.A`` returns, batch first.
+        :param torch.Tensor, list[torch.Tensor] y: measurements, of the shape ``physics.A`` returns, batch first; a list for a stacked
+            physics.
         :param deepinv.physics.Physics physics: forward operator.
         :param torch.Tensor, tuple[torch.Tensor, ...], Callable, None init: first point, of shape ``(B, C, H, W)`` (a tuple for several
             variables), or a function of ``y`` and ``physics``; default ``iteration.init``, or what ``warm_starts`` remembers.
+        :param float, torch.Tensor, None sigma: noise level for the denoiser in this call, in units of the image: one number, or one
+            per sample of shape ``(B,)``. Default: that of the iteration. Denoisers without a noise level do not get it.
         :param torch.Tensor, None x_gt: ground truth of shape ``(B, C, H, W)``, for the PSNR of the iterates.
         :param bool compute_metrics: whether to return the course of the solve too, as deepinv's optimisation models do.
         :param kwargs: ignored, as deepinv's models must.
         :return: reconstruction of shape ``(B, C, H, W)``; with ``compute_metrics``, also a dictionary with lists
             ``"residual"`` and, given ``x_gt``, ``"psnr"``: one list per sample, one number per evaluation.
-        :raises ValueError: if ``y`` has NaN or Inf, or does not fit ``physics``; if ``init`` does not fit.
+        :raises ValueError: if ``y`` has NaN or Inf, or does not fit ``physics``; if ``init`` or ``sigma`` does not fit.
         :raises TypeError: if ``physics`` has no adjoint, or ``init`` is no state.
         :raises RuntimeError: inside of :func:`torch.vmap`, :func:`torch.func.grad` and their kin.
         :raises ConvergenceError: if a solve misses its tolerance and its solver was told to raise.
         """
         with refusing_vmap():
+            y = measurements(y, physics)
             check_finite(y)
             give_lazy_layers_their_shapes(self.iteration, y, physics)
-            f = as_map(self.iteration.bind(y, physics))
+            level = {} if sigma is None else {"sigma": sigma}  # subclasses may override bind(y, physics)
+            f = as_map(self.iteration.bind(y, physics, **level))
             course = Course(f, x_gt, self.iteration.output) if compute_metrics else None
             x_star, stat = _solve(self, f, course, y, physics, init)
             x_hat = self.iteration.output(self.hook(f, x_star, on_solve=self._callbacks))
@@ -174,6 +186,7 @@ class DEQReconstructor(Reconstructor):
         :return: the certificate; its ``outcome`` says in one sentence what was found.
         :raises ValueError: if a layer of the model is in a training mode that changes the map (batch norm, dropout).
         """
+        y = measurements(y, physics)
         return certify(self.iteration, self.solver, y, physics, x_gt=x_gt, products=products, metric=metric)
 
 

@@ -14,7 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 STATIC = ROOT / "docs" / "_static"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("cost.md", "faults.md", "results.md", "index.rst"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("cost.md", "faults.md", "results.md", "index.rst", "guide/fixed_points.rst")),
+]
 SOURCES = {  # block: the script and the function that render it
     "exactness": ("tests/benchmarks/exactness.py", "render"),
     "cost": ("tests/benchmarks/cost_tables.py", "render"),
@@ -23,8 +26,10 @@ SOURCES = {  # block: the script and the function that render it
     "faults": ("tests/benchmarks/fault_table.py", "render"),
     "findings": ("examples/paper/tables.py", "findings"),
     "results": ("examples/paper/tables.py", "render"),
+    "shipped": ("examples/paper/shipped.py", "render"),
     "result plots": ("docs/result_plots.py", "render"),
     "table 1": ("examples/paper/tables.py", "summary"),
+    "weights": ("examples/paper/weights_table.py", "render"),
     "facts": ("docs/facts.py", "render"),
 }
 PAPER = ["examples/paper/figures.py", "examples/paper/records.py", "examples/paper/paired.py"]

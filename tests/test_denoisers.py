@@ -87,10 +87,12 @@ def test_copies_dtype_and_state(norm):
     assert pickle.loads(pickle.dumps(net.double()))(x.double()).dtype == torch.float64
 
 
-def test_pretrained_weights_denoise():
-    net = EquilibriumUNet(pretrained="gray").eval()
+@pytest.mark.parametrize("pretrained, channels", [("gray", 1), ("complex", 2), ("color", 3)])
+def test_pretrained_weights_denoise(pretrained, channels):
+    net = EquilibriumUNet(pretrained=pretrained).eval()
     rng = torch.Generator().manual_seed(0)
-    x = torch.nn.functional.interpolate(torch.rand(4, 1, 6, 6, generator=rng), size=48, mode="bicubic").clamp(0, 1)
+    x = torch.rand(4, channels, 6, 6, generator=rng)
+    x = torch.nn.functional.interpolate(x, size=48, mode="bicubic").clamp(0, 1)
     y = x + 0.1 * torch.randn(x.shape, generator=rng)
     with torch.no_grad():
         assert (net(y) - x).square().mean() < 0.65 * (y - x).square().mean()  # 2 dB: a contraction denoises less
@@ -98,7 +100,7 @@ def test_pretrained_weights_denoise():
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), net.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("pretrained", ["gray", "complex"])
+@pytest.mark.parametrize("pretrained", ["gray", "complex", "color"])
 def test_pretrained_weights_without_context_ignore_it_at_first(pretrained):
     plain = EquilibriumUNet(pretrained=pretrained).eval()
     net = EquilibriumUNet(pretrained=pretrained, context_channels=2).eval()
@@ -133,7 +135,7 @@ def test_bad_settings():
         EquilibriumUNet(norm="batch")
     with pytest.raises(ValueError, match="at least two scales"):
         EquilibriumUNet(channels=(8,))
-    with pytest.raises(FileNotFoundError, match="one of complex, gray"):
+    with pytest.raises(FileNotFoundError, match="one of color, complex, gray"):
         EquilibriumUNet(pretrained="colour")
     with pytest.raises(ValueError, match="'channels': .16, 32, 64.*not .*'channels': .4, 8"):
         EquilibriumUNet(channels=(4, 8), pretrained="gray")

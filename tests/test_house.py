@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "deepinv_deq"
 # from the bottom to the top, along the data flow: states, maps, solvers, implicit, iterations, models, their certificate, training
 LAYERS = [
     {"_versions", "compat", "states", "_digest"},
-    {"maps", "files", "datasets", "_sparse_matrices", "_sparse_parts", "_sparse_products", "physics"},
+    {"maps", "files", "group_norm", "datasets", "_sparse_matrices", "_sparse_parts", "_sparse_products", "physics"},
     {"solvers"},
     {"implicit"},
     {"iterations"},

@@ -15,7 +15,8 @@ from torch import Tensor
 from deepinv_deq.iterations.bound import BoundIteration
 from deepinv_deq.iterations.capture import Capture
 from deepinv_deq.iterations.checks import refuse_partial_gradients, warn_if_unsuitable
-from deepinv_deq.iterations.terms import Terms, linear_reconstruction, measurement
+from deepinv_deq.iterations.noise import noise_levels
+from deepinv_deq.iterations.terms import Terms, linear_reconstruction, measurement, measurements
 from deepinv_deq.states import State, as_tuple
 
 __all__ = ["FixedPointIteration", "linear_reconstruction", "measurement"]
@@ -33,7 +34,8 @@ class FixedPointIteration(Terms):
         of shape ``(C, 1, 1)``. The factor 2 of :math:`\nabla \|Ax - y\|^2` is in it (eq. 6).
     :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image. A
         :class:`torch.nn.Parameter` is trained.
-    :param bool learn_stepsize: whether :math:`\eta` is trained.
+    :param bool learn_stepsize: whether :math:`\eta` is trained. The stepsize is the absolute value of the trained number, so it stays
+        positive whatever the optimiser does.
     :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
         :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
         normalised and the data are precise.
@@ -138,18 +140,21 @@ class FixedPointIteration(Terms):
         """
         return self.preconditioner(x, physics)
 
-    def bind(self, y: Tensor, physics: Physics) -> BoundIteration:
+    def bind(self, y: Any, physics: Physics, *, sigma: Any = None) -> BoundIteration:
         r"""Fix the measurement: returns the map :math:`x \mapsto F_\theta(x; y)`.
 
         Constants and normalised weights (spectral norm, weight norm) are computed here, once.
 
-        :param torch.Tensor y: measurement, of the shape ``physics.A`` returns.
+        :param torch.Tensor, list[torch.Tensor] y: measurement, of the shape ``physics.A`` returns; a list for a stacked physics.
         :param deepinv.physics.Physics physics: linear forward operator with an adjoint.
+        :param float, torch.Tensor, None sigma: noise level for these measurements, instead of that of the iteration: one number,
+            one per sample of shape ``(B,)``, or a map of shape ``(B, ...)``. Denoisers without a noise level do not get it.
         :return: a map with the attribute ``inputs``, see :class:`deepinv_deq.DifferentiableMap`.
         :raises TypeError: if ``physics`` is not a linear operator, or if the denoiser is a distributed one that has to be
             wrapped for training, see :class:`deepinv_deq.distributed.SynchronisedDenoiser`.
-        :raises ValueError: if the shape of ``y`` does not fit ``physics``.
+        :raises ValueError: if the shape of ``y`` does not fit ``physics``, or ``sigma`` not the batch.
         """
+        y = measurements(y, physics)
         if self.linear and not isinstance(physics, LinearPhysics):
             raise TypeError(
                 f"{type(self).__name__} needs a linear operator with an adjoint, which {type(physics).__name__} is not. "
@@ -160,7 +165,7 @@ class FixedPointIteration(Terms):
             self._warned_stochastic = warn_if_unsuitable(self.denoiser)
         refuse_partial_gradients(self.denoiser)
         self._refuse_bad_stepsize()
-        capture = Capture(self, physics, y)
+        capture = Capture(self, physics, y, noise_levels(sigma, y))
         return BoundIteration(capture, capture.first, capture.constants)
 
 

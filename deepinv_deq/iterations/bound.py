@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq.compat import version
+from deepinv_deq.compat import has_hooks, version
 from deepinv_deq.iterations.capture import Capture, Put
 from deepinv_deq.iterations.checks import OwnInput
 from deepinv_deq.iterations.replica import Replica
@@ -43,7 +43,7 @@ class BoundIteration(Map):
         if self._network.writes is not False:
             for module in self._iteration.networks():
                 if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
-                    module.register_forward_pre_hook(self._network, prepend=True)
+                    module.register_forward_pre_hook(self._network, prepend=True, with_kwargs=True)
 
     def __call__(self, x: State) -> State:
         r"""Evaluate the map.
@@ -61,8 +61,7 @@ class BoundIteration(Map):
         :return: a state of the same shapes.
         :raises RuntimeError: if the iteration writes to its argument in place.
         """
-        inside = self._iteration.__dict__
-        if inside["_forward_hooks"] or inside["_forward_pre_hooks"] or "forward" in inside:
+        if has_hooks(self._iteration) or "forward" in vars(self._iteration):
             return super().step(x)  # which calls the iteration with its hooks
         return self._evaluate(self._iteration.step, x)
 

@@ -31,16 +31,25 @@ class Capture:
     :param FixedPointIteration iteration: the iteration.
     :param deepinv.physics.Physics physics: forward operator.
     :param torch.Tensor y: measurement.
+    :param float, torch.Tensor, None sigma: a noise level in the place of the iteration's, with one row per sample if it has rows.
     :raises ValueError: if ``y`` does not fit ``physics``.
 
     ``pristine`` is a replica that is never evaluated: what evaluations cache must not reach :meth:`replicate`.
     """
 
-    def __init__(self, iteration: FixedPointIteration, physics: Physics, y: Any):
+    def __init__(self, iteration: FixedPointIteration, physics: Physics, y: Any, sigma: float | Tensor | None = None):
         self.pristine = Replica([iteration, physics])
         if any(isinstance(f.tensor, UninitializedParameter) for f in self.pristine.found.values()):
             initialise(iteration, physics, y)
             self.pristine = Replica([iteration, physics])
+        iteration_twin = self.pristine.roots[0]
+        iteration_twin.__dict__["_private"] = True
+        self.levels = sigma if isinstance(sigma, Tensor) and sigma.ndim else None  # one row per sample
+        if sigma is not None:
+            for store in (iteration_twin.__dict__["_parameters"], iteration_twin.__dict__["_buffers"]):
+                store.pop("sigma", None)
+            iteration_twin.__dict__["sigma"] = sigma
+            self.pristine = self.pristine.again()  # which finds the new tensor
         # the measurements are for a diagnosis only: a map lives until backward, and must not keep them alive
         self._y = weakref.ref(y) if type(y).__weakrefoffset__ else lambda: y
         self.batch = len(y if isinstance(y, Tensor) else y[0])
@@ -83,7 +92,10 @@ class Capture:
     def samples(self) -> Samples | None:
         r"""Which tensors of the physics belong to samples; ``None`` where this is not certain."""
         state = self.example()
-        return None if state is None else sample_tensors(self.physics, self.batch, len(state[0][0]))
+        known = None if state is None else sample_tensors(self.physics, self.batch, len(state[0][0]))
+        if known is not None and self.levels is not None and len(self.levels) == self.batch:
+            known.rows.append(self.levels)
+        return known
 
     def remember(self, x: State) -> None:
         r"""Note the shapes of a state of all samples."""

@@ -2,15 +2,13 @@ r"""Checks of what a user hands to an iteration, and of what happens to it betwe
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from deepinv.models import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor, nn
 
@@ -32,13 +30,13 @@ class Watch:
         found = [f for f in found if not f.statistic]
         # buffers that a layer in training mode may update itself, such as statistics of a user's own layer
         self._own = [i for i, f in enumerate(found) if f.role == "buffer" and f.training and f.root == 0]
-        self._known = [(f.tensor, version(f.tensor)) for f in found] + [(c, version(c)) for c in constants]
+        self._known = [(t, _mark(t)) for t in (*(f.tensor for f in found), *constants)]
 
     def evaluated(self) -> None:
         r"""Accept what layers in training mode did to their own buffers in an evaluation."""
         for i in self._own:
             t = self._known[i][0]
-            self._known[i] = (t, version(t))
+            self._known[i] = (t, _mark(t))
 
     def check(self) -> None:
         r"""Compare the tensors with those of the forward pass.
@@ -46,13 +44,19 @@ class Watch:
         :raises RuntimeError: if a tensor was changed in place.
         """
         for t, known in self._known:
-            if known is not None and version(t) != known:
+            if known != _mark(t):
                 raise RuntimeError(
                     f"A tensor of shape {tuple(t.shape)} was changed in place between forward and backward: a tensor of the "
                     "physics, a weight, a buffer or the measurements. The gradient would be that of another map. Replace a "
                     "tensor of the physics instead of changing it (physics.update(...) does), step optimisers after "
                     "backward, and clone measurements whose memory is used again."
                 )
+
+
+def _mark(t: Tensor) -> tuple[Any, ...]:
+    r"""What tells that a tensor was changed: its version, and its memory and type, which ``t.data = ...`` changes."""
+    plain = t.layout is torch.strided and type(t) in (Tensor, nn.Parameter)
+    return version(t), t.dtype, t.data_ptr() if plain else None
 
 
 class OwnInput:
@@ -65,14 +69,17 @@ class OwnInput:
         self.writes: bool | None = None
         self._given: list[tuple[Tensor, int | None]] = []
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.settle()
         if self.writes is False:
             return None
         args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        kwargs = {name: a.clone() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
         if self.writes is None:
-            self._given = [(a, version(a)) for a in args if isinstance(a, Tensor)]
-        return args
+            self._given = [(a, version(a)) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        return args, kwargs
 
     def settle(self) -> None:
         r"""Conclude from the first evaluation."""
@@ -121,22 +128,6 @@ def shape(y: Any) -> Any:
     r"""Shape of measurements, of every part where there are several."""
     of = y.shape
     return tuple(of) if isinstance(of, torch.Size) else tuple(tuple(s) for s in of)
-
-
-def takes_sigma(denoiser: nn.Module, sigma: Any) -> bool:
-    r"""Whether a denoiser is called with a noise level.
-
-    :raises ValueError: if it needs one and gets none.
-    """
-    try:
-        parameters: Mapping[str, inspect.Parameter] = inspect.signature(denoiser.forward).parameters
-    except ValueError:  # a module of TorchScript has no signature
-        parameters = {}
-    takes = "sigma" in parameters or isinstance(denoiser, Denoiser)
-    required = takes and "sigma" in parameters and parameters["sigma"].default is inspect.Parameter.empty
-    if required and sigma is None:
-        raise ValueError(f"{type(denoiser).__name__} needs a noise level: pass sigma=, in units of the image.")
-    return takes and sigma is not None
 
 
 def positive(name: str, value: Any) -> Tensor:

@@ -6,9 +6,12 @@ frequencies nearly one by one, so a filter undoes most of that, for the price of
 
 from __future__ import annotations
 
+import functools
+import numbers
 import threading
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +22,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from deepinv_deq.compat import version
-from deepinv_deq.iterations.objects import is_plain
+from deepinv_deq.iterations.objects import is_plain, slots
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import sample_tensors
 from deepinv_deq.states import Rows
@@ -122,12 +125,13 @@ def _measure(physics: Physics, shape: torch.Size, like: Tensor) -> Tensor | None
             w, aw = _probe(physics, shape, rng, like, dtype)
             guess = torch.fft.irfftn(torch.fft.rfftn(w, dim=dims) * model, s=shape[2:], dim=dims)
             missed, size = missed + _energy(guess - aw), size + _energy(aw)
-    fits = missed <= _FIT**2 * size
+    fits = torch.isfinite(size) & (missed <= _FIT**2 * size)
     return model.masked_fill(~fits, torch.nan) if bool(fits.any()) else None
 
 
 def _energy(w: Tensor) -> Tensor:
-    return w.square().sum(dim=tuple(range(1, w.ndim)), keepdim=True)
+    # in double precision: the squares of a large operator's images are Inf in single precision, and would fit anything
+    return w.double().square().sum(dim=tuple(range(1, w.ndim)), keepdim=True)
 
 
 def _probe(
@@ -161,13 +165,33 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return kind, inside["training"], tuple(inside["_modules"]), _plain(own, depth + 1)
     if isinstance(value, dict):
         return tuple((str(key), _plain(item, depth + 1)) for key, item in value.items())
-    if isinstance(value, (list, tuple, set)):
-        return tuple(_plain(item, depth + 1) for item in value)
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return kind, tuple(_plain(item, depth + 1) for item in value)
+    if kind is functools.partial:
+        return _plain((value.func, value.args, value.keywords), depth + 1)
+    if kind is types.MethodType:
+        return _plain((value.__func__, value.__self__), depth + 1)
     if hasattr(value, "tobytes"):
-        return value.tobytes()
-    return kind, _plain(vars(value), depth + 1) if is_plain(kind) and hasattr(value, "__dict__") else None
+        return kind, value.tobytes()
+    if is_plain(kind):
+        return kind, tuple((name, _plain(getattr(value, name, None), depth + 1)) for name in (*slots(kind), "__dict__"))
+    return _Same(value)
 
 
+class _Same:
+    r"""An object that replicas share, such as a generator or a number of another kind: equal to itself, and to equal numbers."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def __eq__(self, other: Any) -> bool:
+        a, b = self._value, getattr(other, "_value", None)
+        return a is b or (isinstance(a, _IMMUTABLE) and type(a) is type(b) and a == b)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_IMMUTABLE = (numbers.Number, range, slice)
 _DEPTH = 8  # of containers in containers
 _NUMBERS = {int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device, type}
 _OF_MODULES = set(nn.Module().__dict__)

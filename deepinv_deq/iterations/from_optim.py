@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from deepinv.optim import FISTA, GD, MD, BaseOptim
 from deepinv.optim.optim_iterators import OptimIterator
-from deepinv.physics import Physics
+from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
 
 from deepinv_deq.iterations.base import measurement
+from deepinv_deq.iterations.noise import name_of_sigma
 from deepinv_deq.iterations.splitting import MeasurementIteration
 from deepinv_deq.states import State, as_tuple
 
@@ -31,8 +32,10 @@ class FromOptim(MeasurementIteration):
     :param Sequence[str] trainable: names of scalar parameters of the algorithm to train, such as ``"stepsize"`` or
         ``"lambda"``, besides those that it trains already (``unfold=True``).
 
+    A learned stepsize stays positive: it is the absolute value of the trained number.
+
     :raises TypeError: if ``optim`` is no algorithm of deepinv.
-    :raises ValueError: if its step changes from one iteration to the next (parameters given as lists, FISTA's momentum,
+    :raises ValueError: if its denoiser needs a noise level and ``optim`` has none, if its step changes from one iteration to the next (parameters given as lists, FISTA's momentum,
         subsets, backtracking), so that it has no fixed point, or if a name in ``trainable`` is unknown.
 
     |sep|
@@ -61,6 +64,9 @@ class FromOptim(MeasurementIteration):
         if unknown:
             known = ", ".join(name for name, value in given.items() if isinstance(value, (int, float, Tensor)))
             raise ValueError(f"No scalar parameter {', '.join(unknown)}: {type(optim).__name__} has {known}.")
+        network = getattr(optim.prior[0], "denoiser", None)
+        if isinstance(network, nn.Module):
+            name_of_sigma(network, given.get("g_param"), "sigma_denoiser")
         # the prior is the learnable part; the stepsize that is used is among the parameters of the algorithm
         super().__init__(optim.prior[0], stepsize=float(torch.as_tensor(given.get("stepsize", 1.0)).detach()))
         self.data_fidelity = optim.data_fidelity[0]
@@ -85,15 +91,31 @@ class FromOptim(MeasurementIteration):
         network = getattr(self.denoiser, "denoiser", None)
         return (network,) if isinstance(network, nn.Module) else ()
 
+    def numbers(self) -> dict[str, Any]:
+        r"""The numbers of the algorithm, by deepinv's names.
+
+        :return: numbers or tensors by name.
+        """
+        signed = self._options | dict(self._tensors.items())
+        # the sign of a learned stepsize means nothing, as in other iterations
+        numbers = {k: v.abs() if k.startswith("stepsize") and isinstance(v, Tensor) else v for k, v in signed.items()}
+        return {k: v for k, v in numbers.items() if isinstance(v, (int, float, Tensor))}
+
     def init(self, y: Any, physics: Physics) -> State:
-        r"""Where the algorithm starts: its ``custom_init``, or :math:`A^\top y`.
+        r"""Where the algorithm starts: its ``custom_init``, else :math:`A^\top y`, or the physics' own ``A_dagger`` if it is not linear.
 
         :param torch.Tensor y: measurement.
         :param deepinv.physics.Physics physics: forward operator.
         :return: first image, or tuple of all variables, without gradient.
+        :raises TypeError: if there is none of these.
         """
+        owner = getattr(self._init, "__self__", None)
+        given = getattr(owner, "custom_init", None)
         with torch.no_grad():
-            start = self._init(y, physics)["est"]
+            if given is None and not isinstance(physics, LinearPhysics):
+                image = _start_of_non_linear(y, physics)
+                given = None if image is None else (image, image.clone())
+            start = self._init(y, physics, init=given)["est"]
         return start[0] if self._single else tuple(start)
 
     def forward(self, x: State, physics: Physics, *constants: Tensor) -> State:  # type: ignore[override]
@@ -105,7 +127,9 @@ class FromOptim(MeasurementIteration):
         :return: variables of the same shapes.
         """
         y = measurement(constants, physics)
-        parameters = self._options | dict(self._tensors.items())
+        parameters = self._options | self.numbers()
+        if self.sigma is not None and self.networks():  # given for these measurements
+            parameters["g_param"] = self.sigma
         step = self.iterator({"est": as_tuple(x)}, self.data_fidelity, self.denoiser, parameters, y, physics)
         after = step["est"]
         return after[0] if self._single else tuple(after)
@@ -121,6 +145,24 @@ class FromOptim(MeasurementIteration):
     def extra_repr(self) -> str:
         r"""The algorithm's name."""
         return self._name
+
+
+def _start_of_non_linear(y: Any, physics: Physics) -> Tensor | None:
+    r"""The inverse that a non-linear physics computes itself, such as the spectral method of phase retrieval; ``None`` if it has an
+    adjoint only."""
+    if type(physics).A_dagger is not Physics.A_dagger:
+        # the spectral method draws its start: not from the generators that a resumed run must find as they were
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            start = physics.A_dagger(y)
+        if isinstance(start, Tensor):
+            return start
+    if hasattr(physics, "A_adjoint"):
+        return None
+    raise TypeError(
+        f"{type(physics).__name__} has no adjoint and no A_dagger that returns one image, so there is no start: give "
+        "custom_init=lambda y, physics: ... to the algorithm, or init= in the call of the model."
+    )
 
 
 def _refuse_what_has_no_fixed_point(optim: BaseOptim) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deepinv_deq.iterations.base import FixedPointIteration
 from deepinv_deq.iterations.circulant import inverse_filter, spectrum
-from deepinv_deq.states import State
+from deepinv_deq.iterations.terms import measurement
+from deepinv_deq.states import State, as_tuple
 
 
 class DEProx(FixedPointIteration):
@@ -108,7 +109,7 @@ class DEGrad(FixedPointIteration):
         metric: Callable[[Any], Any] | None = None
         if exact:
             with torch.no_grad():
-                y = torch.zeros_like(physics.A(x))
+                y = measurement(tuple(torch.zeros_like(part) for part in as_tuple(physics.A(x))), physics)
             metric = torch.no_grad()(lambda r: cast(Any, physics).prox_l2(r, y, gamma=self.data_weight))
         elif (inverse := self.preconditioner(x, physics)) is not None:
             eta = self.stepsize.detach()

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import enum
 import functools
 import sys
 import types
 import weakref
-from collections import OrderedDict
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from deepinv.physics import Tomography
 from torch import Tensor, nn
 
 from deepinv_deq import compat
+
+SHARED = frozenset(
+    {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
+    | {object, torch.dtype, torch.device, torch.Size, torch.Generator}
+)  # immutable, or the same for everyone
+_CONTAINERS = (dict, list, set, deque, bytearray, array, np.ndarray, types.SimpleNamespace)
+_FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
+_LIBRARIES = _FOREIGN | {"deepinv", "deepinv_deq"}
 
 
 class _AnyShape:
@@ -93,10 +104,10 @@ def compute_weights(twin: nn.Module, normalised: nn.ModuleDict | None) -> set[st
     """
     inside, names = twin.__dict__, set[str]()
     for name, parametrization in ({} if normalised is None else dict(normalised.items())).items():
-        store = "_parameters" if parametrization._parameters else "_buffers"
+        store = compat.STORES[0 if len(list(parametrization.parameters(recurse=False))) else 1]
         inside[store][name] = parametrization()
         names.add(name)
-    hooks = inside["_forward_pre_hooks"]
+    hooks = inside[compat.PRE_HOOKS]
     kinds, pruning = compat.weight_hooks() if hooks else ((), None)
     for key, hook in list(hooks.items()):
         if isinstance(hook, kinds):
@@ -137,33 +148,109 @@ def replicate_script(
 
 
 def shallow(value: Any) -> Any:
-    return type(value)(value) if type(value) in (dict, list, set, OrderedDict) else copy.copy(value)
+    r"""A new object with the same contents; the object itself where that is not possible.
+
+    Methods such as ``__getstate__`` may leave attributes out, so they are not used.
+    """
+    try:
+        return object.__new__(type(value))
+    except TypeError:  # a container, whose contents are in C
+        return copy.copy(value) if isinstance(value, _CONTAINERS) else value
+
+
+def fill(twin: Any, value: Any, replicate: Callable[[Any], Any], slots_only: bool = False) -> None:
+    r"""Replicate the contents and the attributes of an object.
+
+    :param object twin: what :func:`shallow` returned.
+    :param object value: the object.
+    :param Callable replicate: replicates what is inside.
+    :param bool slots_only: whether only attributes in slots are still missing.
+    """
+    for name in slots(type(value)):  # type: ignore[arg-type]
+        if hasattr(value, name):
+            object.__setattr__(twin, name, replicate(getattr(value, name)))
+    if slots_only:
+        return
+    if isinstance(value, dict):
+        for key, item in dict(value).items():
+            dict.__setitem__(twin, key, replicate(item))
+    elif isinstance(value, (list, deque)):
+        for i, item in enumerate(list(value)):
+            twin[i] = replicate(item)
+    elif isinstance(value, set):
+        twin.clear()
+        twin.update([replicate(item) for item in set(value)])
+    elif isinstance(value, np.ndarray) and value.dtype == object:
+        twin.flat = [replicate(item) for item in value.flat]
+    if hasattr(value, "__dict__"):
+        twin.__dict__.update({name: replicate(item) for name, item in dict(value.__dict__).items()})
+
+
+def of_class(twin: Any, replicate: Callable[[Any], Any]) -> None:
+    r"""Put what the user's classes keep (tensors, numbers, containers) on the replica, where it is looked up first."""
+    for base in type(twin).__mro__ if hasattr(twin, "__dict__") else ():
+        if _library(base) not in _LIBRARIES:
+            for name, value in dict(vars(base)).items():
+                data = isinstance(value, (Tensor, nn.Module)) or not (callable(value) or hasattr(value, "__get__"))
+                if data and not name.startswith("__") and not hasattr(type(value), "__set__"):
+                    twin.__dict__.setdefault(name, replicate(value))
+
+
+def of_function(
+    function: types.FunctionType, replicate: Callable[[Any], Any], keep: Callable[[Any, Any], Any]
+) -> types.FunctionType:
+    r"""A function with private closure, default values and attributes.
+
+    :param Callable function: the function.
+    :param Callable replicate: replicates what is inside.
+    :param Callable keep: notes a replica.
+    :return: the replica; the function itself where nothing can change.
+    """
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if not (function.__closure__ or function.__dict__) and all(type(value) in SHARED for value in defaults):
+        return function
+    cells = tuple(_cell(cell, replicate, keep) for cell in function.__closure__ or ())
+    twin = keep(function, types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells))
+    for cell, original in zip(cells, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a cell that is not filled yet
+            cell.cell_contents = replicate(original.cell_contents)
+    twin.__defaults__, twin.__kwdefaults__ = replicate(function.__defaults__), replicate(function.__kwdefaults__)
+    twin.__dict__.update({name: replicate(value) for name, value in function.__dict__.items()})
+    return twin
+
+
+def _cell(cell: types.CellType, replicate: Callable[[Any], Any], keep: Callable[[Any, Any], Any]) -> types.CellType:
+    known = replicate(cell)  # functions that share a variable go on sharing it
+    return keep(cell, types.CellType()) if known is cell else known
 
 
 def contents(function: Any) -> Iterator[Any]:
     r"""What a closure refers to."""
     for cell in getattr(function, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # a cell that is not filled yet
+        with contextlib.suppress(ValueError):
             yield cell.cell_contents
 
 
 @functools.cache
 def slots(kind: Any) -> tuple[str, ...]:
-    names = [name for base in kind.__mro__ for name in _as_names(base.__dict__.get("__slots__", ()))]
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+    found = []
+    for base in kind.__mro__:
+        names = base.__dict__.get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else tuple(names):
+            private = name.startswith("__") and not name.endswith("__")
+            found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
-def _as_names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+def _library(kind: Any) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 @functools.cache
 def is_plain(kind: Any) -> bool:
-    r"""Whether objects of a class are plain Python objects, which can be replicated attribute by attribute."""
-    library = kind.__module__.partition(".")[0]
-    if kind is types.SimpleNamespace:
+    r"""Whether objects of a class are plain Python objects or containers, which can be replicated part by part."""
+    if issubclass(kind, _CONTAINERS) or kind.__module__ == "collections":
         return True
-    if library in sys.stdlib_module_names or library in ("torch", "numpy") or issubclass(kind, type):
+    if _library(kind) in _FOREIGN or issubclass(kind, (type, enum.Enum)):
         return False
-    resource = any(hasattr(kind, name) for name in ("__del__", "__exit__", "_shared_by_replicas"))
-    return kind.__new__ is object.__new__ and not resource
+    return not any(hasattr(kind, name) for name in ("__del__", "_shared_by_replicas"))

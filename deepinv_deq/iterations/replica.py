@@ -4,13 +4,17 @@ A replica owns every module, list, dictionary and plain object that is reachable
 nothing that the original's owner changes later (numbers, modes, submodules, replaced tensors) reaches the replica, and nothing
 that an evaluation stores on the replica reaches the original.
 
-Three things cannot be made private. They are listed here, and only here:
+What cannot be made private is listed here, and only here:
 
-- A tensor that is changed *in place* is changed for both. :class:`Watch` notices this by the tensor's version counter.
-- A *closure*, as in ``LinearPhysics(A=lambda x: mask * x)``, keeps its own references. The tensors in it are watched for changes
-  in place. A variable that is given another value is not noticed. Make the tensor an attribute of the module instead.
-- Objects of extension modules (random generators, C++ objects) and resources (objects with ``__del__`` or ``__exit__``) are
-  shared. NumPy arrays are copied.
+- A tensor that is changed *in place* is changed for both. :class:`Watch` notices this by the tensor's version counter and its
+  address. PyTorch does not count changes through ``tensor.data.mul_(...)`` or a NumPy view of the tensor.
+- *Global variables* and the attributes of other classes are looked up in every evaluation. Make them attributes of the module.
+- *Hooks* are the user's functions themselves, so that what they record reaches the user.
+- Objects of extension modules (random generators, C++ objects), weak dictionaries and resources (objects with ``__del__``) are
+  shared.
+
+Everything else is private: numbers, containers, NumPy arrays, plain objects, what functions refer to (closures and default
+values), and the attributes of a module's own class.
 
 What an evaluation stores on a module (``self.features = ...``) stays on the replica. To look at feature maps, register a forward
 hook: hooks fire on the replica as well. Layers that update a buffer in place (batch norm) update the original's buffer, and an
@@ -21,34 +25,32 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from deepinv.physics import Physics
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deepinv_deq import compat
+from deepinv_deq.compat import HOOKS, STORES
 from deepinv_deq.iterations.objects import (
+    SHARED,
     compute_weights,
     contents,
+    fill,
     is_plain,
+    of_class,
+    of_function,
     renew,
     replicate_script,
     shallow,
-    slots,
 )
 
-_SHARED = frozenset(
-    {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
-    | {torch.dtype, torch.device, torch.Size, torch.Generator}
-)
-_STORES = ("_parameters", "_buffers", "_modules")  # in PyTorch 2.4 ordered dictionaries, as hooks are
-_HOOKS = frozenset(k for k, value in nn.Module().__dict__.items() if isinstance(value, OrderedDict)).difference(_STORES)
 _SUFFIXES = ("_orig", "_mask", "_u", "_v", "_g")  # of the tensors from which old-style hooks compute a weight
 
 
@@ -78,15 +80,17 @@ class Replica:
 
     :param Iterable roots: modules or other objects.
     :param Mapping put: tensors to use in the place of others, by the identity of the others.
+    :param bool first: whether the roots are the user's, and not those of a replica.
     """
 
-    def __init__(self, roots: Iterable[Any], put: Mapping[int, Tensor] | None = None):
+    def __init__(self, roots: Iterable[Any], put: Mapping[int, Tensor] | None = None, first: bool = True):
         self.found: dict[int, Found] = {}
         self.modules: list[list[nn.Module]] = []
-        self._put = put or {}
+        self._put, self._first = put or {}, first
         # the originals are kept until the end of the walk: another thread may drop one, and its address would be used again
         memo: dict[int, tuple[Any, Any]] = {}
         self._memo, self._hooks = memo, list[OrderedDict[int, Any]]()
+        self._referred: list[Any] = []  # what replicas refer to weakly
         twins = []
         for root in roots:
             self.modules.append([])
@@ -100,11 +104,11 @@ class Replica:
 
     def again(self, put: Mapping[int, Tensor] | None = None) -> Replica:
         r"""A replica of this one, with other tensors in some places."""
-        return Replica(self.roots, put)
+        return Replica(self.roots, put, first=False)
 
     def _copy(self, value: Any) -> Any:
         kind: Any = type(value)
-        if kind in _SHARED:
+        if kind in SHARED:
             return value
         if id(value) in self._memo:
             return self._memo[id(value)][1]
@@ -113,35 +117,37 @@ class Replica:
         if isinstance(value, nn.Module):
             return self._module(value)
         if kind is types.FunctionType:
-            self._watch_closure(value)
-            return value
+            return of_function(value, self._copy, self._keep)
         if kind is types.MethodType:
-            owner = self._copy(value.__self__)
-            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+            owner, function = self._copy(value.__self__), self._copy(value.__func__)
+            same = owner is value.__self__ and function is value.__func__
+            return value if same else types.MethodType(function, owner)
         if kind is functools.partial:
             args, keywords = self._copy(value.args), self._copy(dict(value.keywords))
             return functools.partial(self._copy(value.func), *args, **keywords)
-        if isinstance(value, dict):
-            twin = self._keep(value, shallow(value))
-            for key, item in list(twin.items()):
-                twin[key] = self._copy(item)
-            return twin
-        if isinstance(value, list):
-            twin = self._keep(value, shallow(value))
-            twin[:] = [self._copy(item) for item in value]
-            return twin
-        if isinstance(value, tuple):
-            if all(type(item) in _SHARED for item in value):
-                return value
+        if kind is types.MappingProxyType:
+            return self._keep(value, types.MappingProxyType(self._copy(dict(value))))
+        if kind is weakref.ref:
+            target = value()
+            self._referred.append(self._copy(target))
+            return value if self._referred[-1] is target else weakref.ref(self._referred[-1])
+        if isinstance(value, (tuple, frozenset)):
             items = [self._copy(item) for item in value]
-            if all(a is b for a, b in zip(items, value, strict=True)):
+            inside = {name: self._copy(item) for name, item in getattr(value, "__dict__", {}).items()}
+            if not inside and all(a is b for a, b in zip(items, value, strict=True)):
                 return value
-            return kind._make(items) if hasattr(kind, "_make") else kind(items)
-        if isinstance(value, set):
-            return self._keep(value, shallow(value))
-        if kind is np.ndarray:
-            return self._keep(value, value.copy())
-        return self._object(value) if is_plain(kind) else value
+            with_attributes = inside or hasattr(kind, "_fields")
+            base = tuple if isinstance(value, tuple) else frozenset
+            twin = base.__new__(kind, items) if with_attributes else kind(items)
+            if inside:
+                twin.__dict__.update(inside)
+            return self._keep(value, twin)
+        twin = shallow(value) if is_plain(kind) else value
+        if twin is not value:
+            fill(self._keep(value, twin), value, self._copy)
+            if self._first:
+                of_class(twin, self._copy)
+        return twin
 
     def _keep(self, value: Any, twin: Any) -> Any:
         self._memo[id(value)] = (value, twin)
@@ -160,52 +166,41 @@ class Replica:
                 found.role = role
         return self._put.get(id(t), t)
 
-    def _object(self, value: Any) -> Any:
-        kind: Any = type(value)
-        twin = self._keep(value, kind.__new__(kind))
-        for name in slots(kind):
-            if hasattr(value, name):
-                object.__setattr__(twin, name, self._copy(getattr(value, name)))
-        if hasattr(value, "__dict__"):
-            inside = dict(value.__dict__)
-            twin.__dict__.update({name: self._copy(item) for name, item in inside.items()})
-        return twin
-
     def _module(self, module: nn.Module) -> nn.Module:
         kind, inside = type(module), dict(module.__dict__)
         if isinstance(module, torch.jit.ScriptModule):
             return replicate_script(module, self._keep, self._copy, self._tensor)
-        stores = {name: dict(inside[name]) for name in _STORES}
-        normalised = stores["_modules"].pop("parametrizations", None) if parametrize.is_parametrized(module) else None
+        parameters, buffers, modules = stores = [dict(inside[name]) for name in STORES]
+        normalised = modules.pop("parametrizations", None) if parametrize.is_parametrized(module) else None
         if normalised is not None:
             kind = kind.__bases__[0]  # parametrize gave the module a class of its own
         twin = object.__new__(kind)
         self._keep(module, twin)
         object.__setattr__(twin, "__dict__", inside)
         self.modules[-1].append(twin)
-        inside |= stores
-        for name in _HOOKS & inside.keys():
+        inside.update(zip(STORES, stores, strict=True))
+        for name in HOOKS & inside.keys():
             inside[name] = OrderedDict(inside[name])
             if inside[name]:
                 self._hooks.append(inside[name])
+                for hook in inside[name].values():
+                    self._watch(hook)
         computed = compute_weights(twin, normalised)
         unused = {name + suffix for name in computed for suffix in _SUFFIXES}
-        for name, t in stores["_parameters"].items():
-            if t is not None and name not in unused:
-                role = "computed" if name in computed else "parameter"
-                stores["_parameters"][name] = self._tensor(t, role, twin)
-        for name, t in stores["_buffers"].items():
-            if t is not None and name not in unused:
-                role = "computed" if name in computed else "buffer"
-                stores["_buffers"][name] = self._tensor(t, role, twin)
-        for name, child in stores["_modules"].items():
-            if child is not None:
-                stores["_modules"][name] = self._copy(child)
+        for store, role in ((parameters, "parameter"), (buffers, "buffer")):
+            for name, t in store.items():
+                if t is not None and name not in unused:
+                    store[name] = self._tensor(t, "computed" if name in computed else role, twin)
+        for name, child in modules.items():
+            modules[name] = self._copy(child)
         for name, value in inside.items():
             if name in computed:
                 inside[name] = self._tensor(value, "computed", twin)
-            elif type(value) not in _SHARED and name not in stores and name not in _HOOKS:
+            elif name not in STORES and name not in HOOKS:
                 inside[name] = self._copy(value)
+        fill(twin, module, self._copy, slots_only=True)
+        if self._first:
+            of_class(twin, self._copy)
         renew(twin)
         if inside.get("implicit_backward_solver") is True and isinstance(twin, Physics):
             # deepinv's own backward of prox_l2 solves with the physics as it is then, and adds to the ``grad`` of its tensors
@@ -213,8 +208,7 @@ class Replica:
         compat.compile_again(module, twin)
         return twin
 
-    def _watch_closure(self, function: Callable[..., Any]) -> None:
-        for value in contents(function):
-            for t in [value] if isinstance(value, Tensor) else value if isinstance(value, (list, tuple)) else []:
-                if isinstance(t, Tensor):
-                    self._tensor(t, "closure", None)
+    def _watch(self, hook: Any) -> None:
+        for t in contents(hook):
+            if isinstance(t, Tensor):
+                self._tensor(t, "closure", None)

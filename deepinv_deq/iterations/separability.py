@@ -74,9 +74,9 @@ def _constants_are_known(f: Capture) -> bool:
 def _in_doubt(f: Capture) -> bool:
     r"""Whether a buffer of the iteration has one row per sample, such as noise levels, or couples them in a known way."""
     iteration = f.iteration
-    scalars = {id(iteration.stepsize), id(iteration.data_weight)}
+    scalars = _settings(f) | {id(f.levels)}
     known = f.samples()
-    samples = {id(t) for t in (known.rows if known else ())}
+    samples = {id(t) for t in (known.rows if known else ()) if t is not f.levels}
     for found in f.pristine.found.values():
         of_iteration = 0 in found.roots and not found.layer and found.role in ("buffer", "plain")
         rows = found.tensor.ndim and len(found.tensor) == f.batch > 1
@@ -86,6 +86,13 @@ def _in_doubt(f: Capture) -> bool:
             return True
     batch_norms, _ = compat.layers_that_change()
     return any(isinstance(m, batch_norms) and m.training for m in f.pristine.modules[0])
+
+
+def _settings(f: Capture) -> set[int]:
+    r"""The stepsize and the data weight, as they are stored, by identity."""
+    inside = f.iteration.__dict__
+    stored = inside["_parameters"] | inside["_buffers"]
+    return {id(stored[name]) for name in ("stepsize", "data_weight") if name in stored}
 
 
 def _make(f: Capture) -> tuple[Any, ...]:
@@ -115,7 +122,7 @@ def _treats_samples_one_by_one(f: Capture) -> bool | None:
     put: dict[int, Tensor] = {}
     known = f.samples()
     shared = {id(t) for t in (known.shared if known else ())}
-    fixed = {id(iteration.stepsize), id(iteration.data_weight)}
+    fixed = _settings(f)
     for key, found in f.pristine.found.items():
         t = found.tensor
         random = key in shared or (found.roots == {0} and found.role in ("parameter", "computed") and key not in fixed)

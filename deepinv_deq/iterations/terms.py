@@ -2,14 +2,15 @@ r"""The terms that iterations are made of: the denoiser, the data term, and what
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepinv.physics import Physics, StackedPhysics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
-from deepinv_deq.iterations.checks import positive, takes_sigma
+from deepinv_deq.iterations.checks import positive
+from deepinv_deq.iterations.noise import broadcast, name_of_sigma
 from deepinv_deq.iterations.separability import Verdicts
 from deepinv_deq.states import Rows, State
 
@@ -22,6 +23,7 @@ class Terms(nn.Module):
     data_weight: Tensor
     per_channel = True  # whether the stepsize may be one number for each channel
     context = False  # for models that 0.1 saved whole
+    _private = False  # whether this is a replica inside a bound map
 
     def __init__(
         self,
@@ -52,10 +54,17 @@ class Terms(nn.Module):
             self.register_buffer("sigma", sigma)
         else:
             self.sigma = sigma
-        self._takes_sigma = takes_sigma(denoiser, sigma)
+        self._takes_sigma = name_of_sigma(denoiser, sigma)
         self.context = context or getattr(denoiser, "context_channels", 0) > 0
         self._verdicts = Verdicts()
         self._warned_stochastic = False
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name == "stepsize" and value is self._parameters.get(name):  # a learned one: its sign means nothing
+            # in a bound map always, without asking the device; to the user it is the parameter wherever that is positive
+            return value.abs() if self._private or bool((value.detach() < 0).any()) else value
+        return value
 
     def constants(self, y: Tensor, physics: Physics) -> tuple[Tensor, ...]:
         r"""What depends on the measurement alone, computed once per solve. Default: :math:`(A^\top y,)`.
@@ -96,6 +105,14 @@ class Terms(nn.Module):
         """
         return state if isinstance(state, Tensor) else state[0]
 
+    def numbers(self) -> dict[str, Any]:
+        r"""The numbers of the iteration: stepsize, data weight, and noise level (``"g_param"``, as deepinv calls it) if it has one.
+
+        :return: numbers or tensors by name.
+        """
+        numbers = {"stepsize": self.stepsize, "data_weight": self.data_weight, "g_param": self.sigma}
+        return {name: value for name, value in numbers.items() if value is not None}
+
     def networks(self) -> tuple[nn.Module, ...]:
         r"""The modules that may write to their input in place, as networks that begin with ``ReLU(inplace=True)`` do.
 
@@ -110,7 +127,10 @@ class Terms(nn.Module):
         :param torch.Tensor context: the linear reconstruction, where ``context`` is set.
         :return: image of the same shape.
         """
-        options: dict[str, Any] = {"sigma": self.sigma} if self._takes_sigma else {}
+        name = "sigma" if self._takes_sigma is True else self._takes_sigma  # True in models that 0.1 saved whole
+        options: dict[str, Any] = (
+            {} if self.sigma is None or not name else {name: broadcast(self.sigma, x, self.denoiser)}
+        )
         if context:
             options["context"] = context[0]
         return self.denoiser(x, **options)
@@ -155,17 +175,42 @@ class Terms(nn.Module):
         return 1.0 / (float(self.data_weight) * sqnorm)
 
     def _refuse_bad_stepsize(self) -> None:
-        # training may have moved it; NaN is left to the solver, which reports it
-        if isinstance(self.stepsize, nn.Parameter) and bool((self.stepsize.detach() <= 0).any()):
+        # NaN is left to the solver, which reports it
+        if bool((self.stepsize.detach() == 0).any()):
             raise ValueError(
-                f"The learned stepsize has become {self.stepsize.detach().tolist()}, and must stay positive. Give it a smaller "
-                "learning rate, or clamp it after every optimiser step: iteration.stepsize.data.clamp_(min=1e-4)."
+                f"The stepsize has become {self.stepsize.detach().tolist()}: it must not be zero. Set it to a positive number, "
+                "and give it a smaller learning rate."
             )
 
 
 def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
     r"""Measurements that :func:`as_tuple` took apart."""
     return TensorList(list(constants)) if isinstance(physics, StackedPhysics) else constants[0]
+
+
+def measurements(y: Any, physics: Any) -> Any:
+    r"""Measurements as deepinv wants them: a list for a stacked physics becomes a :class:`deepinv.utils.TensorList`.
+
+    :param torch.Tensor, Sequence[torch.Tensor] y: measurements.
+    :param deepinv.physics.Physics physics: forward operator.
+    :return: measurements.
+    :raises TypeError: for a list with another physics.
+    :raises ValueError: if a list has not one part for each part of the physics.
+    """
+    if not isinstance(y, (list, tuple)):
+        return y
+    if not isinstance(physics, StackedPhysics):
+        raise TypeError(
+            f"The measurements of {type(physics).__name__} must be a tensor, got a {type(y).__name__} of {len(y)}: a list is for "
+            "deepinv.physics.stack(...). Use torch.cat to make one batch of several tensors."
+        )
+    parts = len(cast(Any, physics).physics_list)
+    if len(y) != parts or not all(isinstance(part, Tensor) for part in y):
+        kinds = ", ".join(type(part).__name__ for part in y)
+        raise ValueError(
+            f"The stacked physics has {parts} parts, but the measurements are [{kinds}]: give one tensor each."
+        )
+    return TensorList(list(y))
 
 
 def linear_reconstruction(y: Any, physics: Any) -> Tensor:

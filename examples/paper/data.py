@@ -87,17 +87,27 @@ class Task:
         return self.x.shape[1]
 
 
-def make_task(name: str, scale: str, data: Path, *, validate: bool = False, device: str = "cpu") -> Task:
+def make_task(
+    name: str,
+    scale: str,
+    data: Path,
+    *,
+    validate: bool = False,
+    device: str = "cpu",
+    other: dict[str, Any] | None = None,
+) -> Task:
     r"""Load the images and measure them.
 
     :param str name: ``"ct"`` or ``"mri"``.
     :param str scale: a key of :data:`SCALES`.
     :param Path data: folder with the ``.npz`` files of :data:`FILES`; for MRI, a folder with fastMRI's ``.h5`` files will do.
     :param bool validate: hold out the last ninth of the training images in the place of the test images.
+    :param dict other: settings in the place of those of the scale: ``size``, ``views``, ``acceleration``, or ``file`` for other images.
     :raises FileNotFoundError: if there are no images.
     """
-    s = SCALES[scale][name]
-    images = _fastmri(data, s["size"]) if name == "mri" and list(data.glob("*.h5")) else _images(name, data, s["size"])
+    s = SCALES[scale][name] | (other or {})
+    fastmri = name == "mri" and "file" not in s and list(data.glob("*.h5"))
+    images = _fastmri(data, s["size"]) if fastmri else _images(name, data, s["size"], s.get("file", FILES[name]))
     n_test = len(images) // 10
     stop = len(images) - n_test
     train, test = slice(0, stop), slice(stop, len(images))
@@ -181,12 +191,12 @@ def metrics(task: Task) -> dict[str, Any]:
     }
 
 
-def _images(name: str, data: Path, size: int) -> Tensor:
-    path = data / FILES[name] if data.is_dir() else data
+def _images(name: str, data: Path, size: int, file: str) -> Tensor:
+    path = data / file if data.is_dir() else data
     try:
         return load_images(path, size)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} {SOURCES[name]} --data takes the folder of {FILES[name]}.") from error
+        raise FileNotFoundError(f"{error} {SOURCES[name]} --data takes the folder of {file}.") from error
 
 
 def _fastmri(folder: Path, size: int) -> Tensor:

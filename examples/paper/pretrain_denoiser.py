@@ -11,14 +11,16 @@ a DEQ (section 4.2.1, on BSDS500). The weights that ship with the package, ``Equ
     python examples/paper/pretrain_denoiser.py --data ../shared/data/bsds500_gray_256.npz --start gray.pt --steps 350 --lr 5e-4 \
         --batch-size 8 --contraction 0.9 --contraction-steps 350 --out deepinv_deq/weights/gray.pt
 
-and ``"complex"`` from ``--in-channels 2 --steps 2400 --contraction 0.9 --contraction-steps 900``.
+``"complex"`` from ``--in-channels 2 --steps 2400 --contraction 0.9 --contraction-steps 900``, and ``"color"`` from ``--in-channels 3
+--steps 1600 --contraction 0.9 --contraction-steps 600``.
 
 With ``--in-channels 2`` the images get a smooth random phase, and the denoiser is one of complex images, as MRI needs it. With
 ``--in-channels 3`` the images are recoloured: no colour photographs are used. The grey patch is the luminance; the chroma is smooth, and
 follows a random palette of four colours along a blurred mixture of that patch and another one. Without ``--data`` the script trains on
 generated phantoms. ``--model dncnn`` trains deepinv's DnCNN in the same way, for PnP and RED.
 
-The last line says how well held-out images are denoised, and the largest norm of the Jacobian. The file keeps these numbers under ``"about"``.
+The last line says how well held-out images are denoised, and the largest norm of the Jacobian. The file keeps these numbers under
+``"about"``, where ``weights_table.py`` finds them. With ``--steps 0 --start gray`` nothing is trained, and what ships is measured.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from tqdm import trange
 
 from deepinv_deq import EquilibriumUNet
 from deepinv_deq.datasets import load_images, phantoms
+from deepinv_deq.files import save_intact
 
 parser = argparse.ArgumentParser(description="Train EquilibriumUNet as a blind Gaussian denoiser.")
 parser.add_argument("--data", help=".npz with 'images' and optionally 'split', or folder of images; default: phantoms")
@@ -189,11 +192,12 @@ noise = torch.randn(patches.shape, generator=torch.Generator().manual_seed(3))
 for sigma in (0.0, 0.05):
     parts = (patches + sigma * noise).split(4)
     about[f"jacobian_norm_{sigma:g}"] = round(max(largest_norm(part) for part in parts), 4)
-about |= {"steps": args.steps, "seconds": round(time.time() - start), "held_out_images": len(test)}
+about["held_out_images"] = len(test)
+about |= {"steps": args.steps, "seconds": round(time.time() - start)} if args.steps else {}
 Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-torch.save({"settings": settings, "state_dict": model.state_dict(), "about": about}, args.out)
+save_intact({"settings": settings, "state_dict": dict(model.state_dict()), "about": about}, args.out)
 psnrs = ", ".join(f"{about[f'denoised_psnr_{sigma:g}']:.2f} dB at {sigma:g}" for sigma in (0.02, 0.05, 0.1))
 print(
-    f"{args.out}: {Path(args.out).stat().st_size / 1024:.0f} KiB after {about['seconds']} s; held-out PSNR {psnrs}; largest norm of the "
+    f"{args.out}: {Path(args.out).stat().st_size / 1024:.0f} KiB after {time.time() - start:.0f} s; held-out PSNR {psnrs}; largest norm of the "
     f"Jacobian {about['jacobian_norm_0']:.3f} without noise, {about['jacobian_norm_0.05']:.3f} at 0.05"
 )

@@ -43,7 +43,7 @@ def ship(task_name: str, scale: str, seed: int, data: Path, out: Path, named: st
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     settings = record["config"]
     # half of the tolerance on record, which halves the spread over starts; unlike in training, a missed one warns
-    model.solver = Solver("anderson", max_iter=300, tol=settings["test_tol"] / 2)
+    model.solver = Solver("anderson", max_iter=400, tol=settings["test_tol"] / 2)
     model.hook.solver = Solver("gmres", max_iter=settings["max_iter"], tol=settings["backward_tol"])
     about = {key: settings[key] for key in ("task", "loss", "scale", "size", "seed", "epochs")}
     about |= {key: settings[key] for key in ("views", "acceleration") if key in settings}

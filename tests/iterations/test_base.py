@@ -105,11 +105,14 @@ def test_a_stepsize_for_each_channel():
         DEProx(nn.Tanh(), stepsize=eta - 0.2)
 
 
-def test_a_learned_stepsize_that_training_made_negative_is_an_error():
+def test_a_stepsize_that_became_zero_is_an_error():
     iteration = DEProx(nn.Identity(), stepsize=0.3, learn_stepsize=True)
     physics = Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
-    iteration.stepsize.data.fill_(-0.1)
-    with pytest.raises(ValueError, match=r"learned stepsize has become -0.1.*, and must stay positive.*clamp"):
+    iteration.stepsize.data.fill_(-0.1)  # the sign of the trained number means nothing
+    assert float(iteration.stepsize.detach()) == pytest.approx(0.1)
+    iteration.bind(torch.ones(1, 1, 4, 4), physics)
+    iteration.stepsize = nn.Parameter(torch.tensor(0.0))
+    with pytest.raises(ValueError, match=r"stepsize has become 0.0: it must not be zero.*smaller learning rate"):
         iteration.bind(torch.ones(1, 1, 4, 4), physics)
     iteration.load_state_dict(DEProx(nn.Identity(), stepsize=0.2).state_dict())
     assert float(iteration.stepsize.detach()) == pytest.approx(0.2)

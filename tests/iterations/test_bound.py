@@ -219,7 +219,9 @@ def test_measurements_overwritten_in_place_are_exact_or_an_error(template):
             loss.backward()
 
 
-@pytest.mark.parametrize("what", ["parameter", "buffer", "list", "physics", "part of a stack", "closure"])
+@pytest.mark.parametrize(
+    "what", ["parameter", "buffer", "list", "physics", "part of a stack", "closure", "hook", "data", "type"]
+)
 def test_tensors_changed_in_place_are_an_error(what):
     denoiser = SmallDenoiser()
     denoiser.register_buffer("level", torch.tensor(0.5, dtype=F64))
@@ -237,19 +239,27 @@ def test_tensors_changed_in_place_are_an_error(what):
         "part of a stack": lambda: dinv.physics.StackedLinearPhysics([part, Denoising()]),
         "closure": lambda: dinv.physics.LinearPhysics(A=lambda x, **_: gain * x, A_adjoint=lambda y, **_: gain * y),
     }.get(what, lambda: part)()
+    if what == "hook":
+        denoiser.register_forward_hook(lambda m, i, out: gain * out)
     model = deq(DEProx(denoiser, stepsize=0.3))
     y = physics.A(torch.rand(2, 1, 6, 6, dtype=F64, generator=rng()))
     model(y, physics).sum().backward()
     loss = model(y, physics).sum()
     with torch.no_grad():
-        {
-            "parameter": denoiser.conv.bias,
-            "buffer": denoiser.level,
-            "list": denoiser.tensors[0],
-            "physics": part.mask,
-            "part of a stack": part.mask,
-            "closure": gain,
-        }[what].mul_(0.5)
+        if what == "data":
+            denoiser.level.data = torch.tensor(0.1, dtype=F64)
+        elif what == "type":
+            denoiser.conv.float()
+        else:
+            {
+                "parameter": denoiser.conv.bias,
+                "buffer": denoiser.level,
+                "list": denoiser.tensors[0],
+                "physics": part.mask,
+                "part of a stack": part.mask,
+                "closure": gain,
+                "hook": gain,
+            }[what].mul_(0.5)
     message = (
         "modified by an inplace operation" if what == "parameter" else "changed in place between forward and backward"
     )

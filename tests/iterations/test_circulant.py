@@ -2,8 +2,17 @@ r"""The circulant preconditioner: exact for filters, measured once for each stat
 
 from __future__ import annotations
 
+import functools
 import gc
+import operator
+from array import array
+from collections import deque
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from deepinv.physics import MRI, BlurFFT, Inpainting, LinearPhysics, StackedLinearPhysics
@@ -119,6 +128,59 @@ def test_the_spectrum_is_measured_anew_when_anything_changes():
     assert eigenvalue(physics) == pytest.approx(1) and eigenvalue(stack) == pytest.approx(2)
     physics.inside[0] = torch.full((1,), 3.0)
     assert eigenvalue(physics) == pytest.approx(9) and eigenvalue(stack) == pytest.approx(10)
+
+
+@dataclass
+class Box:
+    __slots__ = ("held",)
+    held: float
+
+
+# what a physics may keep its number in: how it is put there, and how it is read
+KEPT = {
+    "partial": (lambda k: functools.partial(operator.mul, k), lambda kept: kept(1.0)),
+    "keywords": (lambda k: functools.partial(lambda a, by: a * by, by=k), None),
+    "deque": (lambda k: deque([k, 0.0]), lambda kept: kept[0]),
+    "fraction": (lambda k: Fraction(k), float),
+    "decimal": (lambda k: Decimal(k), float),
+    "frozenset": (lambda k: frozenset([k]), lambda kept: next(iter(kept))),
+    "slice": (lambda k: slice(0, k), lambda kept: kept.stop),
+    "numpy scalar": (np.float64, float),
+    "numpy array": (lambda k: np.array([k]), lambda kept: float(kept[0])),
+    "slots": (Box, lambda kept: kept.held),
+    "namespace": (lambda k: SimpleNamespace(inside={"list": [k]}), lambda kept: kept.inside["list"][0]),
+    "method": (lambda k: Box(k).__eq__, lambda kept: kept.__self__.held),
+    "array": (lambda k: array("d", [k]), lambda kept: kept[0]),
+}
+
+
+class Keeps(LinearPhysics):
+    read, kept = None, None
+
+    def A(self, x, **_):
+        return self.read(self.kept) * x
+
+    def A_adjoint(self, y, **_):
+        return self.A(y)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_spectrum_is_measured_anew_whatever_the_number_is_kept_in(name):
+    put, read = KEPT[name]
+    physics, x = Keeps(), torch.rand(1, 1, 8, 8)
+    Keeps.read = staticmethod(read or (lambda kept: kept(1.0)))
+    for number in (1.0, 2.0, 3.0, 3.0):
+        physics.kept = put(number)
+        assert float(spectrum(physics, x).mean()) == pytest.approx(number**2, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-12, 1.0, 1e12, 1e18])
+def test_an_operator_that_is_no_filter_is_none_at_any_scale(scale):
+    mask = scale * (torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.5)
+    x = torch.rand(1, 1, 16, 16)
+    assert spectrum(Inpainting((1, 16, 16), mask=mask.float()), x) is None
+    eigenvalues = spectrum(Inpainting((1, 16, 16), mask=torch.full((1, 16, 16), scale)), x)
+    torch.testing.assert_close(eigenvalues, torch.full_like(eigenvalues, scale**2), rtol=1e-4, atol=0)
 
 
 def test_the_spectrum_is_not_that_of_another_physics_at_the_same_address():

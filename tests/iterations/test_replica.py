@@ -3,12 +3,13 @@ r"""Replicas: shared tensors, everything else private, the same values and gradi
 from __future__ import annotations
 
 import copy
+import enum
 import functools
 import gc
 import pickle
 import types
 import weakref
-from collections import namedtuple
+from collections import ChainMap, UserDict, deque, namedtuple
 
 import numpy as np
 import pytest
@@ -58,7 +59,95 @@ class Slotted:
         self.inside = inside
 
 
+class Made:
+    r"""Cannot be made without an argument, and drops everything when it is pickled or copied."""
+
+    def __new__(cls, _):
+        return super().__new__(cls)
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    def __getstate__(self):
+        return {}
+
+
+class Block:
+    def __init__(self, inside):
+        self.inside = inside
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+class Row(tuple):
+    pass
+
+
+class Table(dict):
+    pass
+
+
+def with_attribute(container, t):
+    container.inside = t
+    return container
+
+
+def refers_to(m, t):
+    m.child = Holder(t)
+    m.gain = weakref.ref(m.child)
+
+
+def closure(t):
+    inside = [t]
+
+    def change(value):
+        nonlocal t
+        t = inside[0] = value
+
+    return Plain(get=lambda: t, first=lambda: inside[0], change=change)
+
+
+def defaults(t):
+    def get(gain=t, *, again=(t,)):
+        return 0.5 * (gain + again[0])
+
+    return get
+
+
+def on_the_class(m, t):
+    if "gain" in vars(type(m)):
+        type(m).gain = t
+    else:
+        m.__class__ = type("WithGain", (type(m),), {"gain": t})
+
+
 GAIN = {
+    "deque": (lambda m, t: setattr(m, "gain", deque([t], maxlen=2)), lambda m: m.gain[0]),
+    "set": (lambda m, t: setattr(m, "gain", {t}), lambda m: max(m.gain)),
+    "frozen set": (lambda m, t: setattr(m, "gain", frozenset({t})), lambda m: max(m.gain)),
+    "UserDict": (lambda m, t: setattr(m, "gain", UserDict(a=t)), lambda m: m.gain["a"]),
+    "ChainMap": (lambda m, t: setattr(m, "gain", ChainMap({}, {"a": t})), lambda m: m.gain["a"]),
+    "read-only dictionary": (
+        lambda m, t: setattr(m, "gain", types.MappingProxyType({"a": t})),
+        lambda m: m.gain["a"],
+    ),
+    "object with __new__": (lambda m, t: setattr(m, "gain", Made(t)), lambda m: m.gain.inside),
+    "context manager": (lambda m, t: setattr(m, "gain", Block(t)), lambda m: m.gain.inside),
+    "attribute of a tuple": (lambda m, t: setattr(m, "gain", with_attribute(Row(), t)), lambda m: m.gain.inside),
+    "attribute of a dictionary": (lambda m, t: setattr(m, "gain", with_attribute(Table(), t)), lambda m: m.gain.inside),
+    "weak reference": (refers_to, lambda m: m.gain().gain),
+    "closure": (lambda m, t: setattr(m, "gain", closure(t)), lambda m: 0.5 * (m.gain.get() + m.gain.first())),
+    "default values": (lambda m, t: setattr(m, "gain", defaults(t)), lambda m: m.gain()),
+    "attribute of a function": (
+        lambda m, t: setattr(m, "gain", with_attribute(lambda: None, t)),
+        lambda m: m.gain.inside,
+    ),
+    "attribute of the class": (on_the_class, lambda m: m.gain),
+    "array of objects": (lambda m, t: setattr(m, "gain", np.array([Holder(t)])), lambda m: m.gain[0].gain),
     "attribute": (lambda m, t: setattr(m, "gain", t), lambda m: m.gain),
     "list": (lambda m, t: setattr(m, "gain", [t]), lambda m: m.gain[0]),
     "tuple": (lambda m, t: setattr(m, "gain", (1, t)), lambda m: m.gain[1]),
@@ -146,6 +235,16 @@ def test_whatever_a_module_keeps_is_that_of_the_forward_pass(kind, where):
 
 
 CONTENTS = {
+    "deque": lambda m: m.gain.append(m.gain.popleft() * 0.1),
+    "UserDict": lambda m: m.gain.update(a=0.1),
+    "object with __new__": lambda m: setattr(m.gain, "inside", 0.1),
+    "context manager": lambda m: setattr(m.gain, "inside", 0.1),
+    "attribute of a tuple": lambda m: setattr(m.gain, "inside", 0.1),
+    "weak reference": lambda m: setattr(m.child, "gain", 0.1),
+    "closure": lambda m: m.gain.change(0.1),
+    "attribute of a function": lambda m: setattr(m.gain, "inside", 0.1),
+    "attribute of the class": lambda m: setattr(type(m), "gain", 0.1),
+    "array of objects": lambda m: setattr(m.gain[0], "gain", 0.1),
     "list": lambda m: m.gain.__setitem__(0, 0.1),
     "dictionary": lambda m: m.gain.__setitem__("a", 0.1),
     "nested": lambda m: m.gain["a"][0].__setitem__("b", (0.1,)),
@@ -163,6 +262,66 @@ def test_the_contents_of_containers_are_those_of_the_forward_pass(kind):
     exact = gradients("physics", kind)
     for ours, theirs in zip(gradients("physics", kind, CONTENTS[kind]), exact, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+class Kind(enum.Enum):
+    A = 1
+
+
+class InSlots(SmallDenoiser):
+    __slots__ = ("gain", "__hidden")
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.__hidden = 0.5, 1.0
+
+    def forward(self, x):
+        return self.gain * self.__hidden * super().forward(x)
+
+
+def test_slots_of_a_module_are_private():
+    model = deq(DEProx(InSlots(), stepsize=0.6))
+    physics = Inpainting((1, 6, 6), mask=mask(1, 6, 6))
+    y = torch.rand(2, 1, 6, 6, dtype=F64, generator=rng())
+    assert_unrolled_gives_the_same(model, physics, y)
+    weight = model.iteration.denoiser.conv.weight
+    exact = torch.autograd.grad(model(y, physics).square().sum(), weight)[0]
+    loss = model(y, physics).square().sum()
+    model.iteration.denoiser.gain = 0.1
+    assert relative_error(torch.autograd.grad(loss, weight)[0], exact) <= 1e-10
+
+
+def test_a_forward_that_calls_the_one_it_replaces():
+    net = SmallDenoiser()
+    before = net.forward
+    net.forward = lambda x: 0.5 * before(x)
+    physics = Inpainting((1, 6, 6), mask=mask(1, 6, 6))
+    y = torch.rand(2, 1, 6, 6, dtype=F64, generator=rng())
+    model = deq(DEProx(net, stepsize=0.6))
+    assert_unrolled_gives_the_same(model, physics, y)
+    exact = torch.autograd.grad(model(y, physics).square().sum(), net.conv.weight)[0]
+    loss = model(y, physics).square().sum()
+    net.scale = 0.1
+    assert relative_error(torch.autograd.grad(loss, net.conv.weight)[0], exact) <= 1e-10
+
+
+def test_functions_that_call_themselves_or_share_a_variable():
+    count = 0
+
+    def up():
+        nonlocal count
+        count += 1
+        return up if count < 3 else get
+
+    def get():
+        return count
+
+    twin = Replica([Plain(up=up, get=get)]).roots[0]
+    assert twin.up is not up and twin.up()()() is twin.get and twin.get() == 3 and count == 0
+
+
+def test_members_of_an_enumeration_are_themselves():
+    assert Replica([Plain(kind=Kind.A, sentinel=object)]).roots[0].kind is Kind.A
 
 
 # Normalised weights ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import functools
 import importlib
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
@@ -18,32 +19,49 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from deepinv_deq.compat.lookup import find
+from deepinv_deq.compat.modules import (
+    HOOKS,
+    PRE_HOOKS,
+    STORES,
+    has_hooks,
+    layers_that_change,
+    layers_with_statistics,
+    replica_of_script,
+    sparse_pieces,
+    stored,
+    version,
+    weight_hooks,
+)
+
+__all__ = [
+    "HOOKS",
+    "PRE_HOOKS",
+    "STORES",
+    "compile_again",
+    "compiled_for_many_products",
+    "distributed_framework",
+    "find",
+    "forward_mode",
+    "gather",
+    "has_hooks",
+    "is_mapped",
+    "layers_that_change",
+    "layers_with_statistics",
+    "outside_of_compiled_graphs",
+    "registered_solvers",
+    "replica_of_script",
+    "rotated_grid",
+    "scatter",
+    "sparse_pieces",
+    "stored",
+    "tangents",
+    "transforms",
+    "version",
+    "weight_hooks",
+]
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def find(path: str) -> Any:
-    r"""The object of a dotted path, such as ``"torch._functorch.config"``.
-
-    :param str path: module and attributes.
-    :return: the object, or ``None`` where this version has none.
-    """
-    module, *names = path.split(".")
-    found: Any = sys.modules.get(module)
-    if found is None:
-        return None
-    for name in names:
-        module = f"{module}.{name}"
-        value = sys.modules.get(
-            module
-        )  # first: the function torch.nn.utils.spectral_norm hides the module of the same name
-        value = getattr(found, name, None) if value is None else value
-        if value is None:
-            try:
-                value = importlib.import_module(module)
-            except (ImportError, AttributeError):
-                return None
-        found = value
-    return found
 
 
 # torch.compile ------------------------------------------------------------------------------------------------------
@@ -197,54 +215,3 @@ def rotated_grid(radon: Any, i: int) -> Tensor:
         return radon.all_grids[i]
     detectors = radon.all_grids.shape[2] // len(radon.theta)
     return radon.all_grids[:, :, i * detectors : (i + 1) * detectors]
-
-
-# PyTorch's tensors and modules --------------------------------------------------------------------------------------
-
-
-def version(t: Tensor) -> int | None:
-    r"""How often a tensor was changed in place; ``None`` for inference tensors, which do not count.
-
-    Without the name: ``None``, and changes in place are not noticed.
-    """
-    return None if t.is_inference() else getattr(t, "_version", None)
-
-
-def sparse_pieces(t: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Indices and values of a COO tensor. Without the names: after summing entries of the same index."""
-    if not hasattr(t, "_indices") or not hasattr(t, "_values"):
-        t = t.coalesce()
-        return t.indices(), t.values()
-    return t._indices(), t._values()
-
-
-def replica_of_script(module: Any) -> nn.Module:
-    r"""A replica of a TorchScript module. Without the name: an AttributeError; such modules cannot be used."""
-    return module._replicate_for_data_parallel()
-
-
-def weight_hooks() -> tuple[tuple[Any, ...], Any]:
-    r"""Classes of old-style hooks that compute a weight before every call, and that of pruning.
-
-    Without one of them its weights are computed in every evaluation, as PyTorch does.
-    """
-    paths = ("spectral_norm.SpectralNorm", "weight_norm.WeightNorm", "prune.BasePruningMethod")
-    found = [find(f"torch.nn.utils.{path}") for path in paths]
-    return tuple(kind for kind in found if kind), found[2]
-
-
-def layers_with_statistics() -> tuple[Any, ...]:
-    r"""Base class of batch and instance norm. Without it, the public classes."""
-    base = find("torch.nn.modules.batchnorm._NormBase")
-    norms = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-    return (base,) if base else (*layers_that_change()[0], *norms)
-
-
-def layers_that_change() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    r"""Base classes of batch norm and of dropout. Without them, the public classes for images and volumes."""
-    norms = find("torch.nn.modules.batchnorm._BatchNorm")
-    drops = find("torch.nn.modules.dropout._DropoutNd")
-    return (
-        (norms,) if norms else (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-        (drops,) if drops else (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
-    )

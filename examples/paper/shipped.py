@@ -1,0 +1,110 @@
+r"""
+Certify the models that ship
+============================
+
+.. code-block:: bash
+
+    python examples/paper/shipped.py                      # all conditions: some 20 minutes of one core
+    python examples/paper/shipped.py --only ct-ei/own     # one of them
+
+Loads ``ct-ei`` and ``mri-ei`` as a user does, and certifies their reconstructions of test images: under the conditions of their training,
+and under others (more pixels, other numbers of views, other accelerations, other anatomy, photographs). Each condition is written to
+``shipped.json`` at once. ``tables.py`` makes the table.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from data import DATA, FILES, HERE, make_task, metrics, start
+from evaluation import summary
+from records import SPREAD_DB, write
+
+from deepinv_deq import DEQReconstructor
+
+RECORD = HERE / "shipped.json"
+PHOTOS = "bsds500_gray_256.npz"
+#: What is different from the training, how many of the test images are certified, and how the table calls it.
+CONDITIONS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "ct-ei/own": ({}, 10, "64×64, 30 views, as trained"),
+    "ct-ei/128-50": ({"size": 128, "views": 50}, 10, "128×128, 50 views"),
+    "ct-ei/views-20": ({"views": 20}, 5, "64×64, 20 views"),
+    "ct-ei/views-60": ({"views": 60}, 5, "64×64, 60 views"),
+    "ct-ei/hearts": ({"file": FILES["mri"]}, 5, "64×64, 30 views, MR slices of hearts"),
+    "ct-ei/photos": ({"file": PHOTOS}, 5, "64×64, 30 views, photographs"),
+    "mri-ei/own": ({}, 10, "96×96, 8×, as trained"),
+    "mri-ei/256": ({"size": 256}, 5, "256×256, 8×"),
+    "mri-ei/4x": ({"acceleration": 4}, 5, "96×96, 4×"),
+    "mri-ei/chests": ({"file": FILES["ct"]}, 5, "96×96, 8×, CT slices of chests"),
+    "mri-ei/photos": ({"file": PHOTOS}, 5, "96×96, 8×, photographs"),
+}
+
+
+def measure(condition: str, data: Path) -> dict[str, Any]:
+    r"""The certificate of a shipped model under a condition, as plain values.
+
+    :param str condition: a key of :data:`CONDITIONS`.
+    :param Path data: folder with the images.
+    """
+    name = condition.split("/")[0]
+    other, count, _ = CONDITIONS[condition]
+    task = make_task(name.split("-")[0], "small", data, other=other)
+    x, y = task.x[task.test][:count], task.y[task.test][:count]
+    model = DEQReconstructor.from_pretrained(name).eval()
+    psnr, begun = metrics(task)["psnr"], time.time()
+    certificate = model.certify(y, task.physics, x_gt=x, metric=psnr)
+    model(y, task.physics)
+    db = [values for values in certificate.psnr.values()]
+    spread = [max(column) - min(column) for column in zip(*(v.tolist() for v in db), strict=True)]
+    return {
+        "model": name,
+        "images": len(x),
+        "tol": certificate.tol,
+        "psnr_start": summary(psnr(start(y, task.physics), x)),
+        "psnr": {key: summary(values) for key, values in certificate.psnr.items()},
+        "spread_db": [round(value, 4) for value in spread],
+        "spectral_radius": certificate.spectral_radius.tolist(),
+        "error": certificate.error.tolist(),
+        "converged": int(certificate.converged.sum()),
+        "evaluations": model.forward_stat["nstep"].tolist(),
+        "outcome": certificate.outcome,
+        "seconds": round(time.time() - begun),
+    }
+
+
+def render() -> str:
+    r"""The table of the page."""
+    lines = [
+        "| model | images and operator | linear | model | largest spread | largest radius | evaluations | converged |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for condition, r in json.loads(RECORD.read_text()).items() if RECORD.exists() else ():
+        spread, radius = max(r["spread_db"]), max(r["spectral_radius"])
+        mean = sum(r["evaluations"]) / len(r["evaluations"])
+        mark = "" if spread <= SPREAD_DB else " (not a fixed point)"
+        lines.append(
+            f"| `{r['model']}` | {CONDITIONS[condition][2]} | {r['psnr_start']['mean']:.2f} | {r['psnr']['tenth']['mean']:.2f} | "
+            f"{spread:.3f}{mark} | {radius:.3f} | {mean:.0f} | {r['converged']} of {r['images']} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Certify the models that ship.")
+    parser.add_argument("--only", nargs="+", default=list(CONDITIONS), help=", ".join(CONDITIONS))
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with the images")
+    args = parser.parse_args()
+    if unknown := set(args.only) - set(CONDITIONS):
+        sys.exit(f"error: unknown condition {', '.join(sorted(unknown))}: must be one of {', '.join(CONDITIONS)}.")
+    for key in args.only:
+        found = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        found[key] = measure(key, args.data)
+        ordered = {k: found[k] for k in CONDITIONS if k in found}
+        write(RECORD, json.dumps(ordered, indent=1) + "\n")
+        print(
+            f"{key}: {found[key]['psnr']['tenth']['mean']:.2f} dB, spread {max(found[key]['spread_db']):.3f} dB; {found[key]['outcome']}",
+            flush=True,
+        )
