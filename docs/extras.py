@@ -74,8 +74,10 @@ def print_cpu_seconds(app, docname, source):
 def link_paths(app, doctree):
     """Link every literal path of the repository: to its page in the gallery, or to the repository once it is published."""
     for node in list(doctree.findall(nodes.literal)):
-        path = node.astext()
-        if not re.fullmatch(r"(examples|docs|tests|deepinv_deq|\.ci)/[\w./-]+", path) or not (ROOT / path).exists():
+        found = re.fullmatch(
+            r"(?:python3? )?((?:examples|docs|tests|deepinv_deq|\.ci)/[\w./-]+)(?: .*)?", node.astext()
+        )
+        if not found or not (ROOT / (path := found[1])).exists():
             continue
         if node.parent is None or isinstance(node.parent, (nodes.reference, pending_xref)):
             continue
