@@ -152,7 +152,8 @@ class TurnedOperatorLoss(MOILoss):
     >>> from deepinv.physics import Tomography
     >>> from deepinv_deq import DEGrad, DEQReconstructor, EquilibriumUNet
     >>> from deepinv_deq.losses import TurnedOperatorLoss
-    >>> turned = [Tomography(angles=torch.arange(4) * 45.0 + turn, img_width=8, normalize=True) for turn in (10.0, 20.0)]
+    >>> angles = torch.arange(4) * 45.0
+    >>> turned = [Tomography(angles=angles + turn, img_width=8, normalize=True) for turn in (10.0, 20.0)]
     >>> model = DEQReconstructor(DEGrad(EquilibriumUNet(channels=(4, 8)), stepsize=0.5))
     >>> TurnedOperatorLoss(turned)(torch.rand(1, 1, 8, 8), physics=None, model=model).shape
     torch.Size([1])

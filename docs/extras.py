@@ -120,9 +120,10 @@ def thumbnail_texts(app, pagename, templatename, context, doctree):
 
 
 def ask_nobody(app, pagename, templatename, context, doctree):
-    """Remove the link by which Matplotlib's animations load icons from another host. The theme has these icons."""
+    """Remove the link by which Matplotlib's animations load icons from another host, which the theme has. Name their frames."""
     if "maxcdn" in context.get("body", ""):
-        context["body"] = re.sub(r'<link rel="stylesheet"\s+href="https://maxcdn[^>]*>', "", context["body"])
+        body = re.sub(r'<link rel="stylesheet"\s+href="https://maxcdn[^>]*>', "", context["body"])
+        context["body"] = re.sub(r'<img (id="_anim_img)', r'<img alt="Frames of the animation" \1', body)
 
 
 def _summary(doctree, otherwise):

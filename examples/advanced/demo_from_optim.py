@@ -31,7 +31,7 @@ x_test = torch.nn.functional.interpolate(mr_slice(), size=(128, 128), mode="area
 def blur(size):
     return dinv.physics.BlurFFT(
         (1, size, size),
-        filter=dinv.physics.blur.gaussian_blur(sigma=1.5),
+        filter=dinv.physics.functional.gaussian_blur(sigma=1.5),
         noise_model=dinv.physics.GaussianNoise(0.02, rng=torch.Generator().manual_seed(0)),
     )
 
