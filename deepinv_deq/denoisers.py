@@ -48,10 +48,10 @@ class EquilibriumUNet(UNet):
     :param int context_channels: channels of a second image that the network gets besides ``x``, such as the linear reconstruction
         (see ``context`` of :class:`FixedPointIteration`). Pretrained weights without context are extended by zeros.
     :param int dim: 2 for images, 3 for volumes of shape ``(B, C, D, H, W)``.
-    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: ``"gray"``, ``"complex"`` or ``"color"``, which ship with the package
-        (1 channel, 2 for real and imaginary part, or 3 for RGB; 16-32-64, spectral norm, blind up to a noise level of 0.1, BSDS500,
-        recoloured at random for RGB, trained with a penalty on the Jacobian), or a file written by
-        ``examples/paper/pretrain_denoiser.py``. Their PSNR and norms are in :doc:`/guide/fixed_points`.
+    :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: a file written by
+        ``examples/paper/pretrain_denoiser.py``, or one that ships with the package: ``"gray"`` (1 channel), ``"complex"`` (2, real and
+        imaginary part) or ``"color"`` (3, RGB). These have ``channels=(16, 32, 64)`` and spectral norm, and are blind up to a noise
+        level of 0.1. Training: BSDS500, recoloured at random for RGB, with a penalty on the Jacobian. Their PSNR and norms are in :doc:`/guide/fixed_points`.
     :param int groups: largest number of groups of a group norm; a scale uses the largest divisor of its channels up to it.
     :param str, torch.device device: where to put the weights.
 

@@ -24,7 +24,7 @@ __all__ = ["FixedPointIteration", "linear_reconstruction", "measurement"]
 
 
 class FixedPointIteration(Terms):
-    r"""Base class of the maps :math:`x \mapsto F_\theta(x; y)` whose fixed point is the reconstruction (eq. 4).
+    r"""Base class of iterations :math:`x \mapsto F_\theta(x; y)` whose fixed point is the reconstruction (eq. 4).
 
     A subclass implements ``forward(x, physics, *constants)``, a pure function of its arguments and of the module's
     parameters, and may override :meth:`constants`, :meth:`init` and :meth:`preconditioner`.
