@@ -42,8 +42,8 @@ def ship(task_name: str, scale: str, seed: int, data: Path, out: Path, named: st
     model = make_model(task, "deq-id", record["config"], weights_of(task_name, "unet", data))
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     settings = record["config"]
-    # half of the tolerance on record, which halves the spread over starts; unlike in training, a missed one warns
-    model.solver = Solver("anderson", max_iter=400, tol=settings["test_tol"] / 2)
+    # the tolerance on record; unlike in training, a missed one warns
+    model.solver = Solver("anderson", max_iter=400, tol=settings["test_tol"])
     model.hook.solver = Solver("gmres", max_iter=settings["max_iter"], tol=settings["backward_tol"])
     about = {key: settings[key] for key in ("task", "loss", "scale", "size", "seed", "epochs")}
     about |= {key: settings[key] for key in ("views", "acceleration") if key in settings}
