@@ -107,8 +107,8 @@ def norms(x: Tensor) -> Tensor:
 def unit_size(c: Tensor) -> Tensor:
     r"""A power of two of the size of each row, of shape ``(B, 1)``: dividing by it is exact. 1 for rows of zeros, NaN or Inf."""
     size = c.abs().amax(dim=1, keepdim=True) if c.shape[1] else c.new_ones(c.shape[0], 1)
-    exponent = torch.frexp(size).exponent - 1
-    unit = torch.ldexp(torch.ones_like(size), exponent).clamp_min(torch.finfo(size.dtype).tiny)
+    # exact, and without torch.ldexp, which computes in float32 in PyTorch 2.4
+    unit = (size / (2 * torch.frexp(size).mantissa)).clamp_min(torch.finfo(size.dtype).tiny)
     return torch.where((size > 0) & torch.isfinite(size), unit, 1.0)
 
 
