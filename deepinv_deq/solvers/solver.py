@@ -113,27 +113,21 @@ class Solver:
         :raises ConvergenceError: if the tolerance is missed and ``on_failure="raise"``.
         """
         whole = as_map(f)
-        solved = [self._solve(part, x0 if rows is None else take(x0, rows)) for rows, part in self.parts(whole, x0)]
+        solved = [self._solve(part, x0 if rows is None else take(x0, rows)) for rows, part in parts_of(self, whole, x0)]
         torch.clear_autocast_cache()  # casts made here carry no graph and must not serve an evaluation with one
         stat = self.joined([stat for _, stat in solved])
         self.report(stat, whole.diagnose)
         return join([x for x, _ in solved]), stat
 
-    def parts(self, f: Map, x: Any) -> list[tuple[slice | None, Map]]:
-        r"""The maps of the samples that are solved together.
+    def chunks(self, f: Callable[[Any], Any], x: Any) -> list[slice] | None:
+        r"""Which samples are solved together.
 
-        :param Map f: the map.
+        :param Callable f: the map.
         :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
-        :return: slices of the batch and their maps; ``None`` and ``f`` where it cannot be restricted to some samples.
+        :return: slices of the batch; ``None`` for all samples at once, as where the map cannot be restricted to some.
         """
-        parts: list[tuple[slice | None, Map]] = []
-        rows = chunks(x, self.chunk_size) if self.batched else []
-        for some in rows if len(rows) > 1 else []:
-            part = f.select(some)
-            if part is None:
-                return [(None, f)]
-            parts.append((some, part))
-        return parts or [(None, f)]
+        rows = [rows for rows, _ in parts_of(self, as_map(f), x)]
+        return [some for some in rows if some is not None] or None
 
     def joined(self, stats: Sequence[SolverStat]) -> SolverStat:
         r"""One statistic for the chunks of a batch.
@@ -184,6 +178,24 @@ class Solver:
         stat["evaluations"], stat["work"] = problem.evaluations, problem.samples / max(1, len(x))
         stat.judge(self.method, self.tol)
         return layout.unpack(x), stat
+
+
+def parts_of(solver: Solver, f: Map, x: State) -> list[tuple[slice | None, Map]]:
+    r"""The maps of the samples that are solved together.
+
+    :param Solver solver: the solver.
+    :param Map f: the map.
+    :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
+    :return: slices of the batch and their maps; ``None`` and ``f`` where it cannot be restricted to some samples.
+    """
+    parts: list[tuple[slice | None, Map]] = []
+    rows = chunks(x, solver.chunk_size) if solver.batched else []
+    for some in rows if len(rows) > 1 else []:
+        part = f.select(some)
+        if part is None:
+            return [(None, f)]
+        parts.append((some, part))
+    return parts or [(None, f)]
 
 
 def _contradicted(solver: Solver, worst: float, device: str) -> str:
