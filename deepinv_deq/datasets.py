@@ -30,7 +30,7 @@ def load_images(path: str | os.PathLike[str], size: int | None = None, *, max_by
     by the largest value of their type; DICOM slices are clipped to Hounsfield units in [-1000, 1000]. Colours are averaged.
 
     :param str, os.PathLike path: file or folder.
-    :param int, None size: side to resize to, by averaging areas, after the central square is cut out; ``None`` keeps all.
+    :param int, None size: side to which the central square of each image is resized, by averaging areas; ``None`` keeps all.
     :param int max_bytes: memory that the images may take, 4 GiB by default. A file that asks for more is refused before any
         of it is allocated: what a small compressed file or a forged header asks for has no bound.
     :return: tensor of shape ``(N, 1, H, W)``, ``float32``.
@@ -44,21 +44,15 @@ def load_images(path: str | os.PathLike[str], size: int | None = None, *, max_by
     if size is not None and size < 1:
         raise ValueError(f"size must be a positive number of pixels, got {size}.")
     if path.is_dir():
-        images = _load_folder(path, max_bytes)
+        images = _load_folder(path, max_bytes, size)
     elif not path.is_file():
         raise ValueError(f"{path} is neither a file nor a folder.")
     elif path.suffix.lower() in _READERS:
         images = _load_image(path, max_bytes)[None, None]
     else:
         images = _load_arrays(path, max_bytes)
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):  # also true for NaN
-        raise ValueError(f"The images of {path} have values in [{low:.3g}, {high:.3g}]: scale them to [0, 1].")
-    if size is None:
-        return images
-    side = min(images.shape[-2:])
-    top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
-    return interpolate(images[..., top : top + side, left : left + side], size=(size, size), mode="area")
+    _check_range(images, path)
+    return images if size is None else _square(images, size)
 
 
 def phantoms(n: int, size: int, seed: int = 0) -> Tensor:
@@ -161,18 +155,33 @@ def _check_size(numbers: int, itemsize: int, max_bytes: int) -> None:
         raise ValueError(f"it asks for {needed:,} bytes, more than max_bytes={max_bytes:,}")
 
 
-def _load_folder(path: Path, max_bytes: int) -> Tensor:
+def _check_range(images: Tensor, source: Path) -> None:
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):  # also true for NaN
+        raise ValueError(f"The images of {source} have values in [{low:.3g}, {high:.3g}]: scale them to [0, 1].")
+
+
+def _square(images: Tensor, size: int) -> Tensor:
+    side = min(images.shape[-2:])
+    top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
+    return interpolate(images[..., top : top + side, left : left + side], size=(size, size), mode="area")
+
+
+def _load_folder(path: Path, max_bytes: int, size: int | None) -> Tensor:
     files = sorted(f for f in path.iterdir() if f.suffix.lower() in _READERS)
     if not files:
         raise FileNotFoundError(f"No image in the folder {path}: it needs files with {', '.join(sorted(_READERS))}.")
     images: list[Tensor] = []
     for file in files:
         images.append(_load_image(file, max_bytes - sum(image.nbytes for image in images)))
+        if size is not None:
+            _check_range(images[-1], path)  # averages hide values outside of the range
+            images[-1] = _square(images[-1][None, None], size)[0, 0]
         if images[-1].shape != images[0].shape:
             first, other = tuple(images[0].shape), tuple(images[-1].shape)
             raise ValueError(
                 f"The images of {path} have different sizes: {files[0].name} is {first}, {file.name} is {other}. "
-                "Crop or resize them to one size first."
+                "Give size=, to which the central square of each is resized."
             )
     return torch.stack(images)[:, None]
 

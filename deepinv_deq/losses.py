@@ -31,8 +31,8 @@ class ContractionLoss(Loss):
     <deepinv_deq.FixedPointIteration.contractive_part>`): that of the denoiser with :math:`P \approx (\lambda A^\top A + I)^{-1}`
     for DE-Grad, that of the whole iteration with :math:`P = I` for the other iterations. The norm is estimated from below by power
     iteration with vector-Jacobian products, only the last of which has a graph. Each call measures one random point of each
-    sample, because the bound must hold wherever a solver goes for it to reach the same point from every start: a point between
-    the reconstruction :math:`\hat x` and what up to three plain steps make of a usual start (zeros, the linear reconstruction, noise).
+    sample: a point between the reconstruction :math:`\hat x` and what up to three plain steps make of a usual start (zeros, the
+    linear reconstruction, noise). A solver reaches the same point from every start only if the bound holds wherever the solver goes.
 
     Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The first factor,
     of images of :math:`n` numbers, gives the term the unit of a squared error of images, so one weight is right at any scale. A point
@@ -152,7 +152,8 @@ class TurnedOperatorLoss(MOILoss):
     >>> from deepinv.physics import Tomography
     >>> from deepinv_deq import DEGrad, DEQReconstructor, EquilibriumUNet
     >>> from deepinv_deq.losses import TurnedOperatorLoss
-    >>> turned = [Tomography(angles=torch.arange(4) * 45.0 + turn, img_width=8, normalize=True) for turn in (10.0, 20.0)]
+    >>> angles = torch.arange(4) * 45.0
+    >>> turned = [Tomography(angles=angles + turn, img_width=8, normalize=True) for turn in (10.0, 20.0)]
     >>> model = DEQReconstructor(DEGrad(EquilibriumUNet(channels=(4, 8)), stepsize=0.5))
     >>> TurnedOperatorLoss(turned)(torch.rand(1, 1, 8, 8), physics=None, model=model).shape
     torch.Size([1])

@@ -39,10 +39,9 @@ class _ModelMetric(Metric):
         :param torch.nn.Module model: a :class:`DEQReconstructor`, or a model that wraps one, as deepinv's losses and
             :class:`torch.nn.parallel.DistributedDataParallel` do.
         :param kwargs: ignored.
-        :return: tensor of shape ``(B,)``, where ``B`` is the batch size of the solve; NaN for a model that solves nothing,
-            such as the linear one a Trainer compares with, and of a backward solve before there was one.
-        :raises ValueError: without an argument that is needed, if the model holds several :class:`DEQReconstructor`, or if it was
-            never called.
+        :return: tensor of shape ``(B,)``, where ``B`` is the batch size of the solve. NaN for a model that solves nothing,
+            such as the linear one a Trainer compares with. NaN for the backward solve before the first one.
+        :raises ValueError: without an argument that is needed, if the model holds several :class:`DEQReconstructor`, or if it was never called.
         """
         given = {"model": model, "y": y, "physics": physics}
         lacking = [name for name in self.needs if given[name] is None]
@@ -90,9 +89,9 @@ class FixedPointResidual(_SolveMetric):
     other metrics are. Put it before metrics that call the model themselves, such as :class:`PipelineEquivariance`. While
     training, the last solve is that of the last loss that called the model.
 
-    :param str which: ``"forward"``, the fixed point, or ``"backward"``, the adjoint equation of the last gradient; NaN where
-        there was none, as with ``mode="jfb"``. deepinv keeps metrics apart by the name of their class: for both in one
-        Trainer, give one of them a name of its own, ``class AdjointResidual(FixedPointResidual): pass``.
+    :param str which: ``"forward"``, the fixed point, or ``"backward"``, the adjoint equation of the last gradient. NaN if there
+        was no such solve, as with ``mode="jfb"``. deepinv identifies a metric by the name of its class. To use both in one
+        Trainer, derive a class with another name: ``class AdjointResidual(FixedPointResidual): pass``.
     :param str, None reduction: over the batch, as in all deepinv metrics; a Trainer wants ``None``, the default.
 
     :raises ValueError: if ``which`` is neither of the two.

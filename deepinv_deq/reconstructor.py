@@ -96,9 +96,9 @@ class DEQReconstructor(Reconstructor):
     ) -> DEQReconstructor:
         r"""A trained model, in one line.
 
-        :param str, os.PathLike name: ``"ct-ei"`` (sparse-view CT, 64×64 pixels, 30 views) or ``"mri-ei"`` (8x accelerated MRI,
-            96×96 pixels, noise 0.05 in k-space), which ship with the package and were trained without ground truth in
-            ``examples/paper``; or a file written by :meth:`save_pretrained`.
+        :param str, os.PathLike name: a file written by :meth:`save_pretrained`, or a model that ships with the package and was
+            trained without ground truth in ``examples/paper``. ``"ct-ei"`` is for sparse-view CT (64×64 pixels, 30 views).
+            ``"mri-ei"`` is for 8x accelerated MRI (96×96 pixels, noise 0.05 in k-space).
         :param str, torch.device device: where to put it.
         :param settings: ``solver=``, ``hook=`` or ``warm_starts=`` in the place of the saved ones.
         :return: the model, in evaluation mode.

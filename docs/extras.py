@@ -74,8 +74,10 @@ def print_cpu_seconds(app, docname, source):
 def link_paths(app, doctree):
     """Link every literal path of the repository: to its page in the gallery, or to the repository once it is published."""
     for node in list(doctree.findall(nodes.literal)):
-        path = node.astext()
-        if not re.fullmatch(r"(examples|docs|tests|deepinv_deq|\.ci)/[\w./-]+", path) or not (ROOT / path).exists():
+        found = re.fullmatch(
+            r"(?:python3? )?((?:examples|docs|tests|deepinv_deq|\.ci)/[\w./-]+)(?: .*)?", node.astext()
+        )
+        if not found or not (ROOT / (path := found[1])).exists():
             continue
         if node.parent is None or isinstance(node.parent, (nodes.reference, pending_xref)):
             continue
@@ -118,9 +120,10 @@ def thumbnail_texts(app, pagename, templatename, context, doctree):
 
 
 def ask_nobody(app, pagename, templatename, context, doctree):
-    """Remove the link by which Matplotlib's animations load icons from another host. The theme has these icons."""
+    """Remove the link by which Matplotlib's animations load icons from another host, which the theme has. Name their frames."""
     if "maxcdn" in context.get("body", ""):
-        context["body"] = re.sub(r'<link rel="stylesheet"\s+href="https://maxcdn[^>]*>', "", context["body"])
+        body = re.sub(r'<link rel="stylesheet"\s+href="https://maxcdn[^>]*>', "", context["body"])
+        context["body"] = re.sub(r'<img (id="_anim_img)', r'<img alt="Frames of the animation" \1', body)
 
 
 def _summary(doctree, otherwise):

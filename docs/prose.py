@@ -3,6 +3,7 @@
 Exits with 1 if a page exceeds 18 words a sentence on average, or 35 words in one sentence. ``--all`` prints the sentences beyond 35 words, too.
 """
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -11,20 +12,27 @@ ROOT = Path(__file__).parents[1]
 MEAN, LONGEST = 18.0, 35
 NAMES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "examples/README.rst"]
 PATTERNS = ["docs/*.rst", "docs/*.md", "docs/guide/*.rst", "examples/*/README.rst", "examples/*/demo_*.py"]
+PATTERNS += ["deepinv_deq/*.py", "deepinv_deq/*/*.py"]  # their docstrings are the pages of the API
 RULE = r"(?P<rule>[=\-^~\"'*#])(?P=rule){2,}"  # underlines of headings
 
 
 def pages() -> list[Path]:
     """All pages that a reader sees, without those that only include another."""
     found = [ROOT / name for name in NAMES] + [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
-    return [path for path in found if path.name not in ("changelog.md", "contributing.md", "sg_execution_times.rst")]
+    hidden = ("changelog.md", "contributing.md", "sg_execution_times.rst", "__init__.py")
+    return [path for path in found if path.name not in hidden]
 
 
 def text_of(path: Path) -> str:
-    """The prose of a page: for a gallery script, its docstring and the comments of its text blocks."""
+    """The prose of a page: for a gallery script, its docstring and the comments of its text blocks; for a module, all docstrings."""
     source = path.read_text()
     if path.suffix != ".py":
         return source
+    if "deepinv_deq" in path.relative_to(ROOT).parts:
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        found = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+        fields = r"^( *):(?:param [^:]*|return|raises [^:]*):"
+        return "\n\n".join([path.stem + "\n===", *(re.sub(fields, r"\n\1-", text, flags=re.M) for text in found)])
     docstring = re.search(r'r?"""(.*?)"""', source, flags=re.S)
     blocks = re.findall(r"^# %%\n((?:#.*\n)*)", source, flags=re.M)
     return "\n\n".join([docstring[1] if docstring else "", *(re.sub(r"^# ?", "", b, flags=re.M) for b in blocks)])
@@ -32,6 +40,7 @@ def text_of(path: Path) -> str:
 
 def heading(text: str) -> str:
     """The first heading."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)
     found = re.search(rf"^# (.+)$|^(\S.*)\n{RULE}$", text, flags=re.M)
     return (found[1] or found[2]) if found else ""
 
@@ -42,10 +51,10 @@ def sentences(text: str) -> list[str]:
     text = re.sub(
         r"^\.\. (code-block|math|literalinclude|toctree|footbibliography).*\n((\n| +.*\n)*)", "\n", text, flags=re.M
     )
-    text = re.sub(r"^ *(\.\. .*|:[\w-]+:.*|>>> .*|\.\.\. .*|\|.*|=+( +=+)+)$", "", text, flags=re.M)
+    text = re.sub(r"^ *(\.\. .*|:[\w-]+:(?!`).*|>>> .*|\.\.\. .*|\|.*|=+( +=+)+)$", "", text, flags=re.M)
     text = re.sub(rf"^.*\n{RULE}$|^#+ .*$", "\n", text, flags=re.M)  # headings
     text = re.sub(r":[\w:]+:`[^`<]*`", "NAME", text)
-    text = re.sub(r":[\w:]+:`([^`]*?) ?<[^`]*>`", r"\1", text)
+    text = re.sub(r":[\w:]+:`([^`]*?)\s*<[^`]*>`", r"\1", text)
     text = re.sub(r"`+[^`]*`+", "NAME", text)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|\n(?=\S+  +\S)", text)

@@ -124,8 +124,23 @@ def test_npz_of_something_else(tmp_path, arrays, message):
 def test_unequal_sizes_name_the_files(tmp_path):
     for name, side in (("a", 4), ("b", 5)):
         Image.fromarray(np.zeros((side, side), np.uint8)).save(tmp_path / f"{name}.png")
-    with pytest.raises(ValueError, match=r"a.png is \(4, 4\), b.png is \(5, 5\). Crop or resize"):
+    with pytest.raises(ValueError, match=r"a.png is \(4, 4\), b.png is \(5, 5\). Give size="):
         load_images(tmp_path)
+
+
+def test_a_size_makes_unequal_images_equal(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, shape in (("a", (8, 10)), ("b", (6, 6)), ("c", (12, 8))):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    images = load_images(tmp_path, size=4)
+    alone = [load_images(tmp_path / f"{name}.png", size=4) for name in "abc"]
+    assert images.shape == (3, 1, 4, 4) and torch.equal(images, torch.cat(alone))
+
+
+def test_averages_do_not_hide_values_outside_of_the_range(tmp_path):
+    Image.fromarray(np.array([[0.0, 2.0], [0.0, 0.0]], np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=r"values in \[0, 2\]"):
+        load_images(tmp_path, size=1)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "dcm"])

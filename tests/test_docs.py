@@ -62,6 +62,9 @@ def test_paths_are_links():
         linked("examples/paper/run.py", "https://host/name")["refuri"]
         == "https://host/name/blob/main/examples/paper/run.py"
     )
+    assert linked("python examples/paper/run.py --all", "https://host/name")["refuri"].endswith(
+        "/examples/paper/run.py"
+    )
     assert linked("examples/paper", "https://host/name")["refuri"] == "https://host/name/tree/main/examples/paper"
     assert isinstance(linked("examples/paper/run.py", ""), nodes.literal)  # not published yet
     assert isinstance(linked("examples/no_such_file.py", "https://host/name"), nodes.literal)

@@ -31,6 +31,7 @@ OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", 
 OPTIONS += ["--disable-component-update", "--disable-sync"]
 DESKTOP = {"width": 1400, "height": 900}
 PHONE = {"width": 375, "height": 800}
+PATIENCE = 180_000  # milliseconds, for a machine that does other things
 LARGEST = 1_000_000  # bytes of a page and its images
 CONTRAST = 4.5  # of text, by the Web Content Accessibility Guidelines
 
@@ -122,6 +123,7 @@ def browser():
 def page(site, browser):
     r"""A page that fails the test if its console has an error, or if it asks another host for anything."""
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
     page, errors, strangers = context.new_page(), [], []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -140,6 +142,7 @@ def page(site, browser):
 def survey(site, browser):
     r"""Measurements of every page, by its path: in both themes on a desktop, and on a phone."""
     context, measured = browser.new_context(viewport=DESKTOP), {}
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     asked = []
     page.on("request", lambda request: asked.append(request.url))
@@ -206,7 +209,7 @@ def test_search_finds_what_people_look_for(page, site):
     }
     for word, expected in words.items():
         page.goto(f"{site}search.html?q={word}")
-        page.wait_for_selector("#search-results ul.search li", timeout=15000)
+        page.wait_for_selector("#search-results ul.search li")
         links = page.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
         assert any(expected in link for link in links), word
 
@@ -240,7 +243,7 @@ def test_api_pages_name_parameters_and_examples(page, site):
 
 def test_mathematics_is_rendered(page, site):
     page.goto(f"{site}guide/implicit.html")
-    page.wait_for_selector("mjx-container", timeout=15000)
+    page.wait_for_selector("mjx-container")
     assert page.locator("mjx-container").count() > 10 and page.locator("mjx-merror").count() == 0
     assert "\\frac" not in page.locator("article").inner_text()
 

@@ -25,7 +25,7 @@ OnSolve = Callable[[str, SolverStat], None]
 
 @runtime_checkable
 class DifferentiableMap(Protocol):
-    r"""A map that names what it depends on, so that its fixed point is differentiated with one evaluation with a graph."""
+    r"""A map that lists the tensors it depends on, so that its fixed point can be differentiated with a single graph."""
 
     @property
     def inputs(self) -> Tensors:

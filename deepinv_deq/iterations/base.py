@@ -16,14 +16,15 @@ from deepinv_deq.iterations.bound import BoundIteration
 from deepinv_deq.iterations.capture import Capture
 from deepinv_deq.iterations.checks import refuse_partial_gradients, warn_if_unsuitable
 from deepinv_deq.iterations.noise import noise_levels
-from deepinv_deq.iterations.terms import Terms, linear_reconstruction, measurement, measurements
+from deepinv_deq.iterations.prox import measurement
+from deepinv_deq.iterations.terms import Terms, linear_reconstruction, measurements
 from deepinv_deq.states import State, as_tuple
 
 __all__ = ["FixedPointIteration", "linear_reconstruction", "measurement"]
 
 
 class FixedPointIteration(Terms):
-    r"""Base class of the maps :math:`x \mapsto F_\theta(x; y)` whose fixed point is the reconstruction (eq. 4).
+    r"""Base class of iterations :math:`x \mapsto F_\theta(x; y)` whose fixed point is the reconstruction (eq. 4).
 
     A subclass implements ``forward(x, physics, *constants)``, a pure function of its arguments and of the module's
     parameters, and may override :meth:`constants`, :meth:`init` and :meth:`preconditioner`.

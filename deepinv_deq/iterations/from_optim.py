@@ -21,7 +21,7 @@ _ALIASES = {"sigma_denoiser": "g_param", "lambda_reg": "lambda"}  # names of dee
 
 
 class FromOptim(MeasurementIteration):
-    r"""An algorithm of :mod:`deepinv.optim` as a template: its iteration :math:`F`, whose fixed point is the reconstruction.
+    r"""An algorithm of :mod:`deepinv.optim` as an iteration :math:`F`, whose fixed point is the reconstruction.
 
     The algorithm keeps its prior, data fidelity, parameters and start; what changes is how its fixed point is found and
     differentiated. Any data fidelity will do, and any physics that it can be used with. The network of a
@@ -35,8 +35,9 @@ class FromOptim(MeasurementIteration):
     A learned stepsize stays positive: it is the absolute value of the trained number.
 
     :raises TypeError: if ``optim`` is no algorithm of deepinv.
-    :raises ValueError: if its denoiser needs a noise level and ``optim`` has none, if its step changes from one iteration to the next (parameters given as lists, FISTA's momentum,
-        subsets, backtracking), so that it has no fixed point, or if a name in ``trainable`` is unknown.
+    :raises ValueError: if its denoiser needs a noise level and ``optim`` has none, or if a name in ``trainable`` is unknown. Also if
+        its step changes from one iteration to the next, so that it has no fixed point: parameters given as lists, FISTA's momentum,
+        subsets, backtracking.
 
     |sep|
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from deepinv_deq.iterations.base import FixedPointIteration
 from deepinv_deq.iterations.circulant import inverse_filter, spectrum
-from deepinv_deq.iterations.terms import measurement
-from deepinv_deq.states import State, as_tuple
+from deepinv_deq.iterations.prox import prox_of_zero
+from deepinv_deq.states import State
 
 
 class DEProx(FixedPointIteration):
@@ -102,9 +102,7 @@ class DEGrad(FixedPointIteration):
         """
         metric: Callable[[Any], Any] | None = None
         if exact:
-            with torch.no_grad():
-                y = measurement(tuple(torch.zeros_like(part) for part in as_tuple(physics.A(x))), physics)
-            metric = torch.no_grad()(lambda r: cast(Any, physics).prox_l2(r, y, gamma=self.data_weight))
+            metric = prox_of_zero(physics, cast(Tensor, x), self.data_weight)
         elif (inverse := self.preconditioner(x, physics)) is not None:
             eta = self.stepsize.detach()
             metric = lambda r: eta * inverse(r)  # noqa: E731

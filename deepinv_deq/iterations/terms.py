@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deepinv_deq.compat import STORES
 from deepinv_deq.iterations.checks import positive
 from deepinv_deq.iterations.noise import broadcast, name_of_sigma
+from deepinv_deq.iterations.prox import prox_l2
 from deepinv_deq.iterations.separability import Verdicts
 from deepinv_deq.states import Rows, State
 
@@ -164,8 +165,7 @@ class Terms(nn.Module):
         :param torch.Tensor y: measurement.
         :return: image of the same shape.
         """
-        gamma = (self.stepsize * self.data_weight).reshape(())
-        return physics.prox_l2(z, measurement(y, physics), gamma=gamma)
+        return prox_l2(physics, z, y, gamma=(self.stepsize * self.data_weight).reshape(()))
 
     def safe_stepsize(self, sqnorm: float) -> float:
         r"""A stepsize for which the linear part of the iteration does not diverge.
@@ -182,11 +182,6 @@ class Terms(nn.Module):
                 f"The stepsize has become {self.stepsize.detach().tolist()}: it must not be zero. Set it to a positive number, "
                 "and give it a smaller learning rate."
             )
-
-
-def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
-    r"""Measurements that :func:`as_tuple` took apart."""
-    return TensorList(list(constants)) if isinstance(physics, StackedPhysics) else constants[0]
 
 
 def measurements(y: Any, physics: Any) -> Any:

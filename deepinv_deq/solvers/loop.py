@@ -90,7 +90,7 @@ class Method:
 def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
     r"""Run ``x <- update(x, F(x), restart)`` for each sample until its relative error is below the tolerance.
 
-    A point whose residual is more than ``growth`` times the best one, or not finite, is rejected: the method forgets its
+    A point is rejected if its residual is not finite, or more than ``growth`` times the best one. The method then forgets its
     history of that sample, and the next point is a damped step from the best one. Each consecutive rejection doubles the
     acceptance threshold, so that the transient growth of a non-normal map does not trap the solve.
 

@@ -44,7 +44,7 @@ class ConvergenceError(RuntimeError):
 
 
 class SolverStat(_TorchDEQStat):
-    r"""What happened in a solve: TorchDEQ's statistic with an exact count and a verdict per sample.
+    r"""Statistic of a solve, per sample: evaluations, residuals, convergence. Its keys are TorchDEQ's.
 
     A dictionary with the keys of :class:`torchdeq.solver.stat.SolverStat` (``abs_lowest``, ``rel_lowest``, ``abs_trace``,
     ``rel_trace``, ``nstep``), all in the unit of the solver's criterion (see :class:`Solver`), and these, which are also attributes:

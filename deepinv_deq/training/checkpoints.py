@@ -18,11 +18,11 @@ _NAME = re.compile(r"ckp_([0-9]+)\.pth\.tar")  # not ckp_best, written before th
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    r"""Newest loadable checkpoint of the run that was started last; broken ones are named in a warning and passed over.
+    r"""Newest loadable checkpoint of the run that was started last; a warning names broken ones, which are skipped.
 
     :param str, os.PathLike folder: the ``save_path`` of the run.
-    :return: path of the checkpoint with the largest epoch in the folder of the run that was started last, or in that of
-        the one before it if all of its checkpoints are broken, and so on; ``None`` if there is none.
+    :return: path of the checkpoint with the largest epoch in the folder of the run that was started last. If all of its
+        checkpoints are broken, that of the run before it, and so on. ``None`` if there is none.
     """
     for _, run in sorted(((_started(run), run) for run in _runs(folder)), reverse=True):
         files = [(int(match[1]), name) for name in _names(run) if (match := _NAME.fullmatch(name))]

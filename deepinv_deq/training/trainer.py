@@ -48,7 +48,7 @@ class ResumableTrainer(Trainer):
 
     The attribute ``skipped_steps`` counts the steps that were not made.
 
-    :raises ValueError: if ``on_divergence`` is none of the three; in ``train``, if the checkpoint is of a run with another
+    :raises ValueError: if ``on_divergence`` is none of the three. In ``train``, if the checkpoint is of a run with another
         ``config`` or other generators, is broken, does not fit, or has more in it than tensors and plain values.
     :raises TypeError: in ``train``, if ``config``, the optimiser or the scheduler hold more than tensors and plain values.
     :raises OSError: in ``train``, if a checkpoint cannot be written. Earlier ones stay as they were.

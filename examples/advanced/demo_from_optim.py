@@ -17,20 +17,21 @@ import deepinv as dinv
 import matplotlib.pyplot as plt
 import torch
 
-from deepinv_deq import DEQReconstructor, FromOptim, ModularIDHook, Solver
+from deepinv_deq import DEQReconstructor, EquilibriumUNet, FromOptim, ModularIDHook, Solver
 from deepinv_deq.datasets import mr_slice
+from deepinv_deq.losses import ContractionLoss
 
 torch.manual_seed(0)
 size = 48
 crops = mr_slice()[0, 0].unfold(0, size, 40).unfold(1, size, 40).reshape(-1, 1, size, size)
-x = crops[crops.mean(dim=(1, 2, 3)) > 0.08]
+x = crops[crops.mean(dim=(1, 2, 3)) > 0.08][:16]
 x_test = torch.nn.functional.interpolate(mr_slice(), size=(128, 128), mode="area")
 
 
 def blur(size):
     return dinv.physics.BlurFFT(
         (1, size, size),
-        filter=dinv.physics.blur.gaussian_blur(sigma=1.5),
+        filter=dinv.physics.functional.gaussian_blur(sigma=1.5),
         noise_model=dinv.physics.GaussianNoise(0.02, rng=torch.Generator().manual_seed(0)),
     )
 
@@ -44,8 +45,6 @@ y, y_test = physics(x), physics_test(x_test)
 #
 # Four plug-and-play algorithms with the same pretrained denoiser. deepinv passes a noise level to the denoiser, which this denoiser ignores.
 
-from deepinv_deq import EquilibriumUNet
-
 
 def algorithm(name):
     prior = dinv.optim.PnP(EquilibriumUNet(pretrained="gray"))
@@ -57,8 +56,8 @@ def algorithm(name):
 def as_deq(name):
     return DEQReconstructor(
         FromOptim(algorithm(name), trainable=("stepsize",)),
-        solver=Solver("anderson", max_iter=40, tol=1e-3, on_failure="ignore"),
-        hook=ModularIDHook(Solver("gmres", max_iter=50, tol=1e-2)),
+        solver=Solver("anderson", max_iter=100, tol=1e-3),
+        hook=ModularIDHook(Solver("gmres", max_iter=100, tol=1e-1)),  # the data are noisy
     )
 
 
@@ -69,8 +68,9 @@ names = ("PGD", "HQS", "ADMM", "DRS")
 # Trained as deep equilibrium models
 # ----------------------------------
 #
-# Each model takes the same steps of supervised training. They train the denoiser and the stepsize.
+# Each model takes the same steps of supervised training. They train the denoiser and the stepsize. A penalty keeps the fixed points unique.
 
+penalty = ContractionLoss(bound=0.9)
 courses, images = {}, {"measured": y_test}
 for name in names:
     torch.manual_seed(0)
@@ -80,7 +80,9 @@ for name in names:
         model.train()
         for batch in torch.randperm(len(x)).split(4) if epoch else ():
             optimizer.zero_grad()
-            (model(y[batch], physics) - x[batch]).square().mean().backward()
+            x_net = model(y[batch], physics)
+            total = (x_net - x[batch]).square().mean() + penalty(x_net, y[batch], physics, model).mean()
+            total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         with torch.no_grad():

@@ -120,6 +120,7 @@ def draw(k):
     axes[0].set_title(f"evaluation {k}: {psnr(frames[k], x).item():.1f} dB")
 
 
+draw(0)
 animation = FuncAnimation(figure, draw, frames=len(frames), interval=400)
 plt.show()
 

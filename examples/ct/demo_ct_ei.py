@@ -92,13 +92,13 @@ print(model.certify(y, physics, x_gt=x).outcome)
 # This is equivariant imaging :footcite:p:`chen2021equivariant` with a turned operator. Measuring a rotated slice equals measuring the
 # slice with the scanner rotated the opposite way. The loss measures the reconstruction with a scanner that is turned by half of the angle
 # between two views. From these measurements the model must recover its own reconstruction (:doc:`/guide/losses`). No ground truth is
-# involved. The curve shows twenty steps of Adam.
+# involved. The curve shows ten steps of Adam.
 
 model.train()
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 losses = [dinv.loss.MCLoss(), TurnedOperatorLoss([scanner(angles + 90 / views)])]
 course = []
-for _ in range(20):
+for _ in range(10):
     optimizer.zero_grad()
     x_net = model(y, physics)
     course.append(psnr(x_net.detach(), x).item())

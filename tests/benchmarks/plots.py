@@ -16,6 +16,11 @@ RECORDS = Path(__file__).parent / "records"
 TASKS = {"ct": "CT 128×128", "mri": "MRI 256×256"}
 OURS = "deepinv-deq"
 MARKERS = "osD^vPX*dh"
+MEASURES = {  # what a part may measure: the label of its axis, and the goal
+    "gradient error": ("relative error of the gradient", 1e-2),
+    "error": ("relative distance to the fixed point", 1e-3),
+    "residual": ("relative residual", 1e-4),
+}
 
 
 def draw(folder: Path) -> list[Path]:
@@ -25,8 +30,8 @@ def draw(folder: Path) -> list[Path]:
     figures = {"faults": faults(json.loads((RECORDS / "faults.json").read_text()))}
     for task in TASKS:
         figures[f"memory-{task}"] = memory(parts, task)
-        figures[f"step-{task}"] = scatter(parts, "equal error", task, "EI step", "relative error of the gradient", 1e-2)
-        figures[f"inference-{task}"] = scatter(parts, "inference", task, "reconstruction", "relative residual", 1e-4)
+        figures[f"step-{task}"] = scatter(parts, "equal error", task, "EI step")
+        figures[f"inference-{task}"] = scatter(parts, "inference", task, "reconstruction")
     return [save(figure, folder / f"{name}.svg") for name, figure in figures.items()]
 
 
@@ -69,7 +74,10 @@ def plain(axis: Any, which: str, values: list[float]) -> None:
 
 def colours(parts: dict[str, Any]) -> dict[str, str]:
     r"""Ours is blue. Every other method has a colour of its own, the same in all plots."""
-    methods = dict.fromkeys(row["method"] for part in parts.values() for row in part["rows"] if "method" in row)
+    shown = [
+        rows["rows"] for part, rows in parts.items() if part.split(",")[0] in ("memory", "equal error", "inference")
+    ]
+    methods = dict.fromkeys(row["method"] for rows in shown for row in rows if "method" in row)
     others = [method for method in methods if not method.startswith(OURS)]
     return {method: f"C{1 + others.index(method)}" if method in others else "C0" for method in methods}
 
@@ -88,10 +96,11 @@ def memory(parts: dict[str, Any], task: str) -> Any:
     return figure
 
 
-def scatter(parts: dict[str, Any], part: str, task: str, title: str, label: str, goal: float) -> Any:
+def scatter(parts: dict[str, Any], part: str, task: str, title: str) -> Any:
     r"""Error against seconds. A method that misses the goal at all tolerances is hollow."""
     rows, colour = parts[f"{part}, {task}"]["rows"], colours(parts)
-    measure = "gradient error" if "gradient error" in rows[0] else "residual"
+    measure = next(measure for measure in MEASURES if measure in rows[0])
+    label, goal = MEASURES[measure]
     figure, axis = new((5.4, 4.2), f"{TASKS[task]}: {title}")
     for k, row in enumerate(rows):
         mark = {"marker": MARKERS[k % len(MARKERS)], "mec": colour[row["method"]], "ms": 9, "mew": 1.8, "ls": ""}
