@@ -107,8 +107,8 @@ def norms(x: Tensor) -> Tensor:
 def unit_size(c: Tensor) -> Tensor:
     r"""A power of two of the size of each row, of shape ``(B, 1)``: dividing by it is exact. 1 for rows of zeros, NaN or Inf."""
     size = c.abs().amax(dim=1, keepdim=True) if c.shape[1] else c.new_ones(c.shape[0], 1)
-    exponent = torch.frexp(size).exponent - 1
-    unit = torch.ldexp(torch.ones_like(size), exponent).clamp_min(torch.finfo(size.dtype).tiny)
+    # exact, and without torch.ldexp, which computes in float32 in PyTorch 2.4
+    unit = (size / (2 * torch.frexp(size).mantissa)).clamp_min(torch.finfo(size.dtype).tiny)
     return torch.where((size > 0) & torch.isfinite(size), unit, 1.0)
 
 
@@ -135,7 +135,10 @@ def powers_of_two(*tensors: Tensor) -> Tensor:
     return unit.clamp_min(2.0**-120).expand(batch)  # whose inverse is a number in single precision, too
 
 
-_ROOM = {torch.float32: 10, torch.float64: 30}  # more in single precision would cost cotangents of small images their precision
+_ROOM = {
+    torch.float32: 10,
+    torch.float64: 30,
+}  # more in single precision would cost cotangents of small images their precision
 
 
 def times(unit: Tensor, x: Tensor) -> Tensor:

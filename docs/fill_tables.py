@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 STATIC = ROOT / "docs" / "_static"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("cost.md", "faults.md", "results.md", "index.rst", "guide/fixed_points.rst", "guide/swap.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("cost.md", "faults.md", "results.md", "index.rst", "guide/fixed_points.rst", "guide/swap.md")
+    ),
 ]
 SOURCES = {  # block: the script and the function that render it
     "exactness": ("tests/benchmarks/exactness.py", "render"),

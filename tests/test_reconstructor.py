@@ -296,7 +296,7 @@ def test_an_exported_iteration_has_the_same_fixed_point():
         def forward(self, y):
             return model(y, physics)
 
-    with pytest.raises(Exception, match="data-dependent"):
+    with pytest.raises(Exception, match="data-dependent|skipfiles"):  # the second is what PyTorch 2.4 says
         torch.export.export(Solve(), (y,))
 
 

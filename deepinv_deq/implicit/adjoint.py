@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
+from deepinv_deq.solvers.solver import parts_of
 from deepinv_deq.states import State, as_tuple
 
 Tensors = tuple[Tensor, ...]
@@ -72,10 +73,7 @@ class Adjoint(LinearSolves):
         """
         total: Gradients = ()
         stats: list[SolverStat] = []
-        whole: list[Any] = [None]
-        for rows in self.solver.chunks(f, as_state(x_star, self.single)) or whole:
-            part = f if rows is None else f.select(rows)
-            assert part is not None  # chunks() has asked
+        for rows, part in parts_of(self.solver, f, as_state(x_star, self.single)):
             x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
             _, grads, stat = self._of_one_graph(part, x, inputs, cotangent)
             total = tuple(map(_sum, total, grads)) if total else grads

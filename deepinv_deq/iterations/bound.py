@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.compat import has_hooks, version
-from deepinv_deq.iterations.capture import Capture, Put
+from deepinv_deq.iterations.capture import Capture, Put, diagnose
 from deepinv_deq.iterations.checks import OwnInput
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.maps import Map
@@ -156,5 +156,5 @@ class BoundIteration(Map):
         return self._iteration.contractive_part(x, self._physics, *self._constants, exact=exact)
 
     def diagnose(self) -> str:
-        r"""Why a solve of this map may have failed, see :meth:`Capture.diagnose`."""
-        return self._capture.diagnose()
+        r"""Why a solve of this map may have failed, see :func:`diagnose`."""
+        return diagnose(self._capture)

@@ -112,29 +112,6 @@ class Capture:
             self.remember(replica.roots[0].init(y, replica.roots[1]))
         return self._shapes
 
-    def diagnose(self) -> str:
-        r"""Compare the stepsize with the norm of the operator.
-
-        :return: a sentence with the stepsize that would do, or an empty string.
-        """
-        replica = self.replicate()[0]
-        iteration, physics = replica.roots
-        eta = float(iteration.stepsize.detach().max())
-        try:
-            # the power method draws its start: not from the generators that a resumed run must find as they were
-            with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
-                image = physics.A_adjoint(self._y())
-                sqnorm = float(physics.compute_sqnorm(image, verbose=False))
-        except Exception:  # whatever is wrong with this operator, the message of the solve matters more
-            return ""
-        safe = iteration.safe_stepsize(sqnorm)
-        if eta < 2 * safe:
-            return ""
-        return (
-            f"The stepsize {eta:.3g} diverges for this operator, whose squared norm is {sqnorm:.3g} "
-            f"(physics.compute_sqnorm): use stepsize={safe:.2g}."
-        )
-
     def _copy_inference_tensors(self) -> dict[int, Tensor]:
         # they do not count changes in place; those that are to be trained are left for autograd to refuse
         if torch.is_inference_mode_enabled():
@@ -196,3 +173,28 @@ def initialise(iteration: FixedPointIteration, physics: Physics, y: Any) -> None
     """
     with torch.no_grad():
         iteration(iteration.init(y, physics), physics, *all_constants(iteration, y, physics))
+
+
+def diagnose(capture: Capture) -> str:
+    r"""Compare the stepsize with the norm of the operator.
+
+    :param Capture capture: what the map depends on.
+    :return: a sentence with the stepsize that would do, or an empty string.
+    """
+    replica = capture.replicate()[0]
+    iteration, physics = replica.roots
+    eta = float(iteration.stepsize.detach().max())
+    try:
+        # the power method draws its start: not from the generators that a resumed run must find as they were
+        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+            image = physics.A_adjoint(capture._y())
+            sqnorm = float(physics.compute_sqnorm(image, verbose=False))
+    except Exception:  # whatever is wrong with this operator, the message of the solve matters more
+        return ""
+    safe = iteration.safe_stepsize(sqnorm)
+    if eta < 2 * safe:
+        return ""
+    return (
+        f"The stepsize {eta:.3g} diverges for this operator, whose squared norm is {sqnorm:.3g} "
+        f"(physics.compute_sqnorm): use stepsize={safe:.2g}."
+    )

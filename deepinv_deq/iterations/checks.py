@@ -2,6 +2,7 @@ r"""Checks of what a user hands to an iteration, and of what happens to it betwe
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Iterable
@@ -55,8 +56,11 @@ class Watch:
 
 def _mark(t: Tensor) -> tuple[Any, ...]:
     r"""What tells that a tensor was changed: its version, and its memory and type, which ``t.data = ...`` changes."""
-    plain = t.layout is torch.strided and type(t) in (Tensor, nn.Parameter)
-    return version(t), t.dtype, t.data_ptr() if plain else None
+    address = None
+    if t.layout is torch.strided and type(t) in (Tensor, nn.Parameter):
+        with contextlib.suppress(RuntimeError):  # tensors inside of torch.func have no address
+            address = t.data_ptr()
+    return version(t), t.dtype, address
 
 
 class OwnInput:

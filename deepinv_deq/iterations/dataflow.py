@@ -8,13 +8,12 @@ Neither is it where Python code sees a value of a tensor, because the code may t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from deepinv_deq import compat
 
@@ -80,10 +79,10 @@ def _listed(name: str, args: Any, kwargs: Any) -> bool:
     r"""Whether an operation with these arguments passes NaN on."""
     name = name.removesuffix("_")
     if name in _SEE_VALUES:  # the code of deepinv's physics was read
-        return _caller().startswith("deepinv.physics") and not any(_has_nan(t) for t in tree_leaves((args, kwargs)))
+        return _caller().startswith("deepinv.physics") and not any(_has_nan(t) for t in _tensors((args, kwargs)))
     if name in _ONLY_SHAPES or (name in _PASS_ON and _stays_floating(name, args, kwargs)):
         return True
-    return not any(_has_nan(t) for t in tree_leaves((args[_OWN_INPUTS.get(name, 0) :], kwargs)))
+    return not any(_has_nan(t) for t in _tensors((args[_OWN_INPUTS.get(name, 0) :], kwargs)))
 
 
 def _stays_floating(name: str, args: Any, kwargs: Any) -> bool:
@@ -104,7 +103,16 @@ def _caller() -> str:
     return str(frame.f_globals.get("__name__", ""))
 
 
-def _has_nan(t: Any) -> bool:
-    if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()) or not t.numel():
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    r"""The tensors in arguments."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple, dict)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(part)
+
+
+def _has_nan(t: Tensor) -> bool:
+    if not (t.is_floating_point() or t.is_complex()) or not t.numel():
         return False
     return bool(torch.isnan(t if t.layout is torch.strided else t.values()).any())

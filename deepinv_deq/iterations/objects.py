@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepinv_deq.compat import HOOKS, OF_MODULES, STORES
+from deepinv_deq.compat import HOOKS, OF_MODULES
 
 SHARED = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
@@ -162,7 +162,7 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
 
     if isinstance(value, nn.Module):
         own = {name: item for name, item in vars(value).items() if name not in OF_MODULES or (item and name in HOOKS)}
-        names = tuple(vars(value)[STORES[2]])
+        names = tuple(name for name, _ in value.named_children())
         return kind, _code(kind), value.training, names, fingerprint(own, skip, seen)
     if kind is types.FunctionType:
         cells = contents(value)

@@ -53,7 +53,10 @@ class Verdicts:
         """
         if f.samples() is None or not _constants_are_known(f) or _in_doubt(f):
             return False
-        make = size, _make(f)
+        try:
+            make = size, _make(f)
+        except (RuntimeError, TypeError):  # values that cannot be read, as inside of torch.func
+            return False
         with self._lock:
             if make in self._known:
                 return self._known[make]

@@ -14,7 +14,7 @@ from deepinv_deq.solvers.loop import Settings
 from deepinv_deq.solvers.methods import METHODS, available_methods, foreign
 from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.stat import SolverStat, report
-from deepinv_deq.states import Layout, State, as_tuple, chunks, join, take
+from deepinv_deq.states import Layout, State, chunks, join, take
 
 _FAILURE = ("warn", "raise", "ignore")
 _SYNC_EVERY = 4  # on accelerators: a few extra evaluations are cheaper than a host-device synchronisation
@@ -113,7 +113,7 @@ class Solver:
         :raises ConvergenceError: if the tolerance is missed and ``on_failure="raise"``.
         """
         whole = as_map(f)
-        solved = [self._solve(part, start) for part, start in self._parts(whole, x0)]
+        solved = [self._solve(part, x0 if rows is None else take(x0, rows)) for rows, part in parts_of(self, whole, x0)]
         torch.clear_autocast_cache()  # casts made here carry no graph and must not serve an evaluation with one
         stat = self.joined([stat for _, stat in solved])
         self.report(stat, whole.diagnose)
@@ -126,12 +126,8 @@ class Solver:
         :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
         :return: slices of the batch; ``None`` for all samples at once, as where the map cannot be restricted to some.
         """
-        rows, whole = chunks(x, self.chunk_size) if self.batched else [], as_map(f)
-        if len(rows) < 2 or whole.select(rows[0]) is None:
-            return None
-        # whether a restriction is exact may depend on the number of samples, and the last slice may have fewer
-        smaller = rows[-1].stop > len(as_tuple(x)[0])
-        return None if smaller and whole.select(rows[-1]) is None else rows
+        rows = [rows for rows, _ in parts_of(self, as_map(f), x)]
+        return [some for some in rows if some is not None] or None
 
     def joined(self, stats: Sequence[SolverStat]) -> SolverStat:
         r"""One statistic for the chunks of a batch.
@@ -165,11 +161,6 @@ class Solver:
             stat["outcome"] = _contradicted(self, worst, stat.residual.device.type)
             self.report(stat)
 
-    def _parts(self, f: Map, x0: State) -> list[tuple[Map, State]]:
-        parts = [(f.select(rows), take(x0, rows)) for rows in self.chunks(f, x0) or []]
-        chosen = [(part, start) for part, start in parts if part is not None]
-        return chosen if parts and len(chosen) == len(parts) else [(f, x0)]
-
     def _solve(self, f: Map, x0: State) -> tuple[State, SolverStat]:
         layout, method = Layout(x0, self.batched), METHODS.get(self.method)
         start = layout.pack(x0)
@@ -187,6 +178,24 @@ class Solver:
         stat["evaluations"], stat["work"] = problem.evaluations, problem.samples / max(1, len(x))
         stat.judge(self.method, self.tol)
         return layout.unpack(x), stat
+
+
+def parts_of(solver: Solver, f: Map, x: State) -> list[tuple[slice | None, Map]]:
+    r"""The maps of the samples that are solved together.
+
+    :param Solver solver: the solver.
+    :param Map f: the map.
+    :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
+    :return: slices of the batch and their maps; ``None`` and ``f`` where it cannot be restricted to some samples.
+    """
+    parts: list[tuple[slice | None, Map]] = []
+    rows = chunks(x, solver.chunk_size) if solver.batched else []
+    for some in rows if len(rows) > 1 else []:
+        part = f.select(some)
+        if part is None:
+            return [(None, f)]
+        parts.append((some, part))
+    return parts or [(None, f)]
 
 
 def _contradicted(solver: Solver, worst: float, device: str) -> str:

@@ -639,7 +639,8 @@ def test_a_compiled_denoiser_is_private_too(how):
     denoiser.scale = kept
     count = len(compiled)
     model(y, physics).square().sum().backward()
-    assert len(compiled) == count  # the compiled code is found again
+    if torch.__version__ >= "2.5":  # before, code was compiled for one module only, and every replica compiles its own
+        assert len(compiled) == count  # the compiled code is found again
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -2,6 +2,8 @@ r"""States of any shape, type and scale."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -156,3 +158,10 @@ def test_norms_at_the_edges_of_both_types():
     bad = torch.tensor([[1.0, torch.nan], [1.0, torch.inf]])
     assert torch.isnan(norms(bad)[0]) and torch.isinf(norms(bad)[1]) and unit_size(bad).eq(1).all()
     assert norms(torch.zeros(2, 0)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 3e-48, 0.75, 1.0, 1e39, 1e200, 1e308])
+def test_the_unit_of_a_row_is_a_power_of_two_at_any_scale(size):
+    x = torch.tensor([[0.5 * size, -size], [0.0, 0.0]], dtype=F64)
+    assert unit_size(x)[:, 0].tolist() == [2.0 ** (math.frexp(size)[1] - 1), 1.0]
+    assert norms(x)[0] == pytest.approx(math.sqrt(1.25) * size, rel=1e-14)
