@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("cost.md", "faults.md", "results.md", "guide/swap.md", "index.rst"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("cost.md", "faults.md", "results.md", "guide/swap.md", "index.rst")),
+]
 SOURCES = {  # block: the script and the function that render it
     "exactness": ("tests/benchmarks/exactness.py", "render"),
     "cost": ("tests/benchmarks/cost_tables.py", "render"),
