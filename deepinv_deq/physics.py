@@ -92,7 +92,7 @@ class SparseLinearPhysics(SparseProducts):
         if fbp:
             return self.fbp(y, **kwargs)
         solve, y = super().A_dagger, self._floating(y)
-        unit = powers_of_two(y)  # deepinv's solvers add 1e-8 to squared norms
+        unit = powers_of_two(y, usual=True)  # deepinv's solvers add 1e-8 to squared norms
         if isinstance(kwargs.get("init"), Tensor):
             kwargs["init"] = times(1 / unit, self._floating(kwargs["init"]))
         y = times(1 / unit, y)
@@ -113,7 +113,7 @@ class SparseLinearPhysics(SparseProducts):
         if not isinstance(z, Tensor):  # one number for all pixels
             z = torch.full((len(y), *self.img_size), float(z or 0.0), dtype=y.real.dtype, device=y.device)
         z = self._floating(z)
-        unit = powers_of_two(y, z)
+        unit = powers_of_two(y, z, usual=True)
         y, z = times(1 / unit, y), times(1 / unit, z)
         if y.is_complex() or z.is_complex():
             pairs = zip(parts_of(z), parts_of(y), strict=True)

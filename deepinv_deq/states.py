@@ -117,10 +117,11 @@ def where_rows(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(mask[:, None], a, b)
 
 
-def powers_of_two(*tensors: Tensor) -> Tensor:
+def powers_of_two(*tensors: Tensor, usual: bool = False) -> Tensor:
     r"""A power of two of the size of each sample, of shape ``(B,)``; smaller, so that divided samples are large, where there is room.
 
     :param torch.Tensor tensors: real or complex, with the batch in dimension 0; of other batch sizes, all samples get one unit.
+    :param bool usual: whether samples whose largest entry is between 1/16 and 1024 get the unit 1.
     :return: the units; 1 for samples of zeros, NaN or Inf.
     """
     batch, joint = len(tensors[0]), any(len(t) != len(tensors[0]) for t in tensors)
@@ -131,7 +132,8 @@ def powers_of_two(*tensors: Tensor) -> Tensor:
     room = min(_ROOM.get(t.dtype, 0) for t in wide)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in wide) else torch.float32
     sizes = torch.stack([t.amax(dim=1).to(dtype) for t in wide]).amax(dim=0)
-    unit = torch.where(torch.isfinite(sizes) & (sizes > 0), unit_size(sizes[:, None])[:, 0] / 2**room, 1.0)
+    kept = ~torch.isfinite(sizes) | (sizes == 0) | ((sizes >= 2**-4) & (sizes <= 2**10) if usual else False)
+    unit = torch.where(kept, 1.0, unit_size(sizes[:, None])[:, 0] / 2**room)
     return unit.clamp_min(2.0**-120).expand(batch)  # whose inverse is a number in single precision, too
 
 

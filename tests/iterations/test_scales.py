@@ -82,15 +82,16 @@ def test_the_proximal_map_at_any_scale(scale):
     assert relative_error(ours / scale, exact) <= 1e-4  # physics.tol
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e-3, 1e10, 1e30])
 def test_least_squares_of_a_sparse_operator_at_any_scale(scale):
     _, physics, x, y = imaging(batch=2, dtype=F64)
     sparse = SparseLinearPhysics.from_physics(physics, (1, 4, 4))
-    for solve in (sparse.A_dagger, lambda y: sparse.prox_l2(scale * x, y, 0.7)):
-        one = sparse.A_dagger(y) if solve == sparse.A_dagger else sparse.prox_l2(x, y, 0.7)
-        assert relative_error(solve(scale * y) / scale, one) <= 1e-6
-    pseudo = torch.linalg.pinv(physics.matrix)
-    assert relative_error(sparse.A_dagger(scale * y).flatten(1) / scale, y @ pseudo.T) <= 1e-3
+    solved = sparse.A_dagger(scale * y) / scale
+    assert relative_error(solved.flatten(1), y @ torch.linalg.pinv(physics.matrix).T) <= 1e-3
+    image = sparse.prox_l2(scale * x, scale * y, 0.7) / scale
+    assert relative_error(image, prox_l2(physics, x, (y,), 0.7)) <= 1e-4
+    assert relative_error(sparse.A_dagger(scale * y * (1 + 1j)) / scale, (1 + 1j) * solved) <= 1e-4
+    assert relative_error(sparse.prox_l2(0.0, scale * y, 0.7) / scale, prox_l2(physics, 0 * x, (y,), 0.7)) <= 1e-4
 
 
 def test_units():
@@ -101,5 +102,11 @@ def test_units():
     assert powers_of_two(torch.full((2, 3), 4, dtype=torch.long)).tolist() == [2.0**-8] * 2
     assert powers_of_two(torch.ones(2, 3, dtype=torch.float16)).tolist() == [1.0, 1.0]
     assert powers_of_two(torch.ones(2, 3, dtype=torch.cdouble)).tolist() == [2.0**-30] * 2
+    assert powers_of_two(torch.tensor([[0.1], [1e-3], [1e3], [1e4]]), usual=True).tolist() == [
+        1.0,
+        2.0**-20,
+        1.0,
+        2.0**3,
+    ]
     assert powers_of_two(torch.ones(2, 3), torch.full((1, 3), 4.0)).tolist() == [2.0**-8] * 2
     assert prox_l2(Denoising(), torch.zeros(0, 1, 2, 2), (torch.zeros(0, 1, 2, 2),), 1.0).shape == (0, 1, 2, 2)
