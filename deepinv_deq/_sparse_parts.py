@@ -12,6 +12,7 @@ from deepinv.physics import LinearPhysics, Tomography
 from torch import Tensor, nn
 
 from deepinv_deq._sparse_matrices import csr
+from deepinv_deq.compat import stored, without
 from deepinv_deq.files import contents_of, load_intact, save_intact
 
 
@@ -32,14 +33,13 @@ def without_grids(original: LinearPhysics) -> LinearPhysics:
     :param deepinv.physics.LinearPhysics original: the operator.
     :return: the copy, which shares no tensor with it.
     """
-    light = copy.copy(original)
-    light._modules = {k: v for k, v in original._modules.items() if k not in ("noise_model", "sensor_model")}
+    light = without(original, ("noise_model", "sensor_model"))
     light.__dict__.update(noise_model=None, sensor_model=None, _auto_grad_adjoint_fn=None)
     if isinstance(original, Tomography) and (original.fan_beam or original.adjoint_via_backprop):
-        for name in light._modules.keys() & {"radon", "iradon"}:
-            part = copy.copy(light._modules[name])
-            part._buffers = {k: v for k, v in part._buffers.items() if not k.endswith(("grid", "grids"))}
-            light._modules[name] = part
+        for name, part in light.named_children():
+            if name in ("radon", "iradon"):
+                grids = [name for name, _ in part.named_buffers(recurse=False) if name.endswith(("grid", "grids"))]
+                setattr(light, name, without(part, grids))
     return copy.deepcopy(light)  # moved to other devices and types with the sparse operator, and not with the original
 
 
@@ -51,7 +51,7 @@ def parameter_names(original: nn.Module) -> set[str]:
     """
     names = {name for name in vars(original) if not name.startswith("_")}
     names |= set(dir(type(original))) - set(dir(LinearPhysics))  # properties, such as old names of parameters
-    return names | original._parameters.keys() | original._buffers.keys()
+    return names | {name for name, _ in stored(original)}
 
 
 def write_cache(path: Path, matrix: Tensor) -> None:

@@ -14,7 +14,7 @@ from deepinv_deq.checks import own_start
 from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.solvers import Solver
 from deepinv_deq.spectra import spectrum_of_part
-from deepinv_deq.states import State
+from deepinv_deq.states import State, norms
 
 _LONGER = 3  # times max_iter, for solves from other starts and to smaller tolerances
 _SPREAD = 3.0  # two solves may differ by the sum of their errors, and the estimate is good to a small factor
@@ -163,9 +163,12 @@ def _starts(x: Tensor, x0: State, iteration: FixedPointIteration, x_gt: Tensor |
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vector_norm((a - b).flatten(1), dim=1) / torch.linalg.vector_norm(
-        b.flatten(1), dim=1
-    ).clamp_min(torch.finfo(b.real.dtype).tiny)
+    gap, size = norms(_rows(a - b)), norms(_rows(b))
+    return torch.where(gap == 0, gap, gap / size.clamp_min(torch.finfo(size.dtype).tiny)).to(b.real.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return (torch.view_as_real(x) if x.is_complex() else x).flatten(1)
 
 
 def _refuse_unstable(iteration: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from deepinv_deq import compat
-from deepinv_deq.files import read_weights
+from deepinv_deq.files import contents_of, read_weights
 from deepinv_deq.group_norm import GroupNorm
 
 _NORMS = {"spectral": parametrizations.spectral_norm, "weight": parametrizations.weight_norm, None: None}
@@ -108,7 +108,8 @@ class EquilibriumUNet(UNet):
         self.context_channels, self.dim = context_channels, dim
         self.contraction = contraction if in_channels == out_channels else 0.0
         if weights is not None:
-            _load(self, weights["state_dict"], trained, pretrained)
+            with contents_of(str(pretrained), f"weights that fit {self.settings}"):
+                _load(self, weights["state_dict"], trained, pretrained)
         # convolutions follow their weights, and are faster with the channels innermost: twice so on CPU
         self.to(device, memory_format=torch.channels_last if dim == 2 else torch.channels_last_3d)
 
@@ -209,19 +210,31 @@ def _load(net: EquilibriumUNet, state: dict[str, torch.Tensor], trained: dict[st
 
 def _settings(weights: dict[str, Any], name: Any) -> dict[str, Any]:
     r"""Settings of a file of weights."""
-    if "settings" not in weights or "state_dict" not in weights or "in_channels" not in weights["settings"]:
+    if "settings" not in weights or "state_dict" not in weights:
         raise ValueError(f"{str(name)!r} holds no weights of an EquilibriumUNet.")
-    return with_defaults_of_0_1(weights["settings"])
+    with contents_of(name, "weights of an EquilibriumUNet"):
+        return settings_of_file(weights["settings"], weights["state_dict"])
 
 
-def with_defaults_of_0_1(settings: dict[str, Any]) -> dict[str, Any]:
-    r"""Settings of a saved network; those of version 0.1 had no factor, no context and two dimensions.
+def settings_of_file(settings: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    r"""Complete settings of a saved network; those of version 0.1 had no factor, no context and two dimensions.
 
-    :param dict settings: as saved.
-    :return: complete settings.
+    :param dict settings: as saved, with the weights ``state``.
+    :raises ValueError: if a setting is of a wrong type, or such a network has more weights than are there: it must not be built.
     """
     known = {"contraction": 1.0, "context_channels": 0, "dim": 2} | settings
-    return known | {"channels": tuple(known["channels"])}
+    known["channels"] = channels = tuple(known["channels"])
+    numbers = (*channels, *(known[k] for k in ("in_channels", "out_channels", "groups", "context_channels", "dim")))
+    if (
+        not all(type(n) is int for n in numbers)
+        or min(numbers) < 0
+        or not isinstance(known["contraction"], (int, float))
+    ):
+        raise ValueError(f"settings that no EquilibriumUNet has: {known}")
+    _check(known["norm"], channels, known["contraction"], known["context_channels"], known["dim"])
+    if sum(t.numel() for t in state.values()) < 3 ** known["dim"] * sum(n * n for n in channels):
+        raise ValueError(f"fewer weights than channels={channels} has")
+    return known
 
 
 def _rebuild(

@@ -30,6 +30,7 @@ __all__ = [
     "temporary",
 ]
 _SHIPPED = Path(__file__).parent / "weights"
+_VIEWS = 2**28
 _DIRECTORY = 0x10  # attribute of MS-DOS: PyTorch reads no data of such a record, and leaves its tensor uninitialised
 
 
@@ -128,6 +129,7 @@ def _verified(data: bytes, path: Path, signed: bool) -> Any:
     if zipped:  # PyTorch itself does not look at the checksums that it wrote
         check_archive(data)
     content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    check_size(content, len(data))
     found = content.pop(DIGEST, None) if isinstance(content, dict) else None
     if found is None:
         if isinstance(content, dict) and any(
@@ -148,6 +150,26 @@ def _verified(data: bytes, path: Path, signed: bool) -> Any:
         if changed:
             raise ValueError(f"the digest of {', '.join(map(repr, changed))} is wrong")
     return content
+
+
+def check_size(content: Any, length: int) -> None:
+    r"""Refuse a file whose tensors are views of few numbers, which would take much memory when they are copied.
+
+    :param content: what was read.
+    :param int length: size of the file in bytes.
+    :raises ValueError: if its tensors have more than 256 MiB, and more than four times the size of the file.
+    """
+    needed, waiting = 0, [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            needed += value.numel() * value.element_size() if value.layout is torch.strided else 0
+        elif isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += list(value)
+    if needed > max(_VIEWS, 4 * length):
+        raise ValueError(f"its tensors ask for {needed:,} bytes, and the file has {length:,}")
 
 
 def digests(content: Mapping[str, Any]) -> dict[str, str]:

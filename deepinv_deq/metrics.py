@@ -16,14 +16,10 @@ from deepinv_deq.solvers import SolverStat
 _SOLVES = ("forward", "backward")
 
 
-class _SolveMetric(Metric):
-    r"""One number per sample from the statistic of a model's last solve."""
+class _ModelMetric(Metric):
+    r"""One number per sample from the deep equilibrium model that reconstructed."""
 
-    def __init__(self, *, which: Literal["forward", "backward"] = "forward", reduction: str | None = None):
-        super().__init__(reduction=reduction)
-        if which not in _SOLVES:
-            raise ValueError(f"which must be one of {', '.join(_SOLVES)}, got {which!r}.")
-        self.which = which
+    needs: tuple[str, ...] = ("model",)
 
     def forward(
         self,
@@ -34,31 +30,52 @@ class _SolveMetric(Metric):
         model: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        r"""Read the statistic. Nothing is evaluated.
+        r"""Measure every sample.
 
         :param torch.Tensor x_net: reconstruction, used for its batch size only.
         :param torch.Tensor, None x: not used.
-        :param torch.Tensor, None y: not used.
-        :param deepinv.physics.Physics, None physics: not used.
+        :param torch.Tensor, None y: measurements, where a certificate is computed.
+        :param deepinv.physics.Physics, None physics: forward operator, where a certificate is computed.
         :param torch.nn.Module model: a :class:`DEQReconstructor`, or a model that wraps one, as deepinv's losses and
             :class:`torch.nn.parallel.DistributedDataParallel` do.
         :param kwargs: ignored.
         :return: tensor of shape ``(B,)``, where ``B`` is the batch size of the solve. NaN for a model that solves nothing,
             such as the linear one a Trainer compares with. NaN for the backward solve before the first one.
-        :raises ValueError: without ``model``, if it holds several :class:`DEQReconstructor`, or if it was never called.
+        :raises ValueError: without an argument that is needed, if the model holds several :class:`DEQReconstructor`, or if it was never called.
         """
-        name = type(self).__name__
-        if model is None:
-            raise ValueError(f"{name} needs model=, as deepinv.Trainer passes it.")
+        given = {"model": model, "y": y, "physics": physics}
+        lacking = [name for name in self.needs if given[name] is None]
+        if lacking:
+            raise ValueError(f"{type(self).__name__} needs {', '.join(lacking)}, as deepinv.Trainer passes it.")
         deq = solving_model(model)
-        stat = None if deq is None else deq.forward_stat if self.which == "forward" else deq.hook.stat
-        if stat is None:
-            if deq is not None and self.which == "forward":
-                raise ValueError(f"{name} reads the last solve, and this model was never called: reconstruct first.")
+        values = None if deq is None else self.of(deq, y, physics)
+        if values is None:
             return self.reducer(torch.full((x_net.shape[0],), torch.nan, device=x_net.device))
-        values = self.read(stat).detach()
+        values = values.detach()
         # a solve of the batch as one joint sample (Solver(batched=False)) was that of each of its samples
         return self.reducer(values.expand(x_net.shape[0]) if len(values) == 1 else values)
+
+    def of(self, deq: DEQReconstructor, y: Any, physics: Any) -> Tensor | None:
+        r"""What is measured; ``None`` where there is nothing yet."""
+        raise NotImplementedError
+
+
+class _SolveMetric(_ModelMetric):
+    r"""One number per sample from the statistic of a model's last solve. Nothing is evaluated."""
+
+    def __init__(self, *, which: Literal["forward", "backward"] = "forward", reduction: str | None = None):
+        super().__init__(reduction=reduction)
+        if which not in _SOLVES:
+            raise ValueError(f"which must be one of {', '.join(_SOLVES)}, got {which!r}.")
+        self.which = which
+
+    def of(self, deq: DEQReconstructor, y: Any, physics: Any) -> Tensor | None:
+        stat = deq.forward_stat if self.which == "forward" else deq.hook.stat
+        if stat is None and self.which == "forward":
+            raise ValueError(
+                f"{type(self).__name__} reads the last solve, and this model was never called: reconstruct first."
+            )
+        return None if stat is None else self.read(stat)
 
     def read(self, stat: SolverStat) -> Tensor:
         r"""What is measured."""
@@ -122,36 +139,13 @@ class SolverEvaluations(_SolveMetric):
         return stat["nstep"].float()
 
 
-class _CertificateMetric(Metric):
+class _CertificateMetric(_ModelMetric):
     r"""One number per sample from the certificate of a model. It is computed anew: some ten reconstructions per batch."""
 
-    def forward(
-        self,
-        x_net: Tensor,
-        x: Tensor | None = None,
-        y: Any = None,
-        physics: Physics | None = None,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        r"""Certify the fixed points of a batch and read one number of each.
+    needs = ("model", "y", "physics")
 
-        :param torch.Tensor x_net: reconstruction, used for its batch size only.
-        :param torch.Tensor, None x: not used.
-        :param torch.Tensor y: measurements.
-        :param deepinv.physics.Physics physics: forward operator.
-        :param torch.nn.Module model: a :class:`DEQReconstructor`, or a model that wraps one.
-        :param kwargs: ignored.
-        :return: tensor of shape ``(B,)``; NaN for a model that solves nothing, such as the linear one a Trainer compares with.
-        :raises ValueError: without ``model``, ``y`` or ``physics``, or if the model holds several :class:`DEQReconstructor`.
-        """
-        lacking = [name for name, part in (("model", model), ("y", y), ("physics", physics)) if part is None]
-        if lacking:
-            raise ValueError(f"{type(self).__name__} needs {', '.join(lacking)}, as deepinv.Trainer passes them.")
-        deq = solving_model(model)
-        if deq is None or physics is None:
-            return self.reducer(torch.full((x_net.shape[0],), torch.nan, device=x_net.device))
-        return self.reducer(self.read(deq.certify(y, physics)))
+    def of(self, deq: DEQReconstructor, y: Any, physics: Any) -> Tensor | None:
+        return self.read(deq.certify(y, physics))
 
     def read(self, certificate: Certificate) -> Tensor:
         r"""What is measured."""

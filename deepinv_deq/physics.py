@@ -16,6 +16,7 @@ from torch import Tensor
 from deepinv_deq._sparse_matrices import by_columns, check_memory, from_tomography, scalar_like
 from deepinv_deq._sparse_parts import parameter_names, parts_of, read_cache, without_grids, write_cache
 from deepinv_deq._sparse_products import SparseProducts
+from deepinv_deq.states import powers_of_two, times
 
 _TOLERANCE = 1e-5  # relative; of a probe in single precision, whose own rounding is a few 1e-7
 
@@ -90,10 +91,14 @@ class SparseLinearPhysics(SparseProducts):
         """
         if fbp:
             return self.fbp(y, **kwargs)
-        solve = super().A_dagger
+        solve, y = super().A_dagger, self._floating(y)
+        unit = powers_of_two(y)  # deepinv's solvers add 1e-8 to squared norms
+        if isinstance(kwargs.get("init"), Tensor):
+            kwargs["init"] = times(1 / unit, self._floating(kwargs["init"]))
+        y = times(1 / unit, y)
         if y.is_complex():  # two problems with real unknowns
-            return torch.complex(solve(y.real, **kwargs), solve(y.imag, **kwargs))
-        return solve(self._floating(y), **kwargs)
+            return times(unit, torch.complex(solve(y.real, **kwargs), solve(y.imag, **kwargs)))
+        return times(unit, solve(y, **kwargs))
 
     def prox_l2(self, z: Any, y: Tensor, gamma: Any, **kwargs: Any) -> Tensor:
         r"""Proximal operator of the squared error, as that of :class:`deepinv.physics.LinearPhysics`.
@@ -104,12 +109,16 @@ class SparseLinearPhysics(SparseProducts):
         :param kwargs: settings of the solver.
         :return: images of shape ``(B, *img_size)``.
         """
-        solve = super().prox_l2
-        z = self._floating(z) if isinstance(z, Tensor) else z
-        if y.is_complex() or (isinstance(z, Tensor) and z.is_complex()):
-            pairs = zip(parts_of(z), parts_of(self._floating(y)), strict=True)
-            return torch.complex(*(solve(*pair, gamma, **kwargs) for pair in pairs))
-        return solve(z, self._floating(y), gamma, **kwargs)
+        solve, y = super().prox_l2, self._floating(y)
+        if not isinstance(z, Tensor):  # one number for all pixels
+            z = torch.full((len(y), *self.img_size), float(z or 0.0), dtype=y.real.dtype, device=y.device)
+        z = self._floating(z)
+        unit = powers_of_two(y, z)
+        y, z = times(1 / unit, y), times(1 / unit, z)
+        if y.is_complex() or z.is_complex():
+            pairs = zip(parts_of(z), parts_of(y), strict=True)
+            return times(unit, torch.complex(*(solve(*pair, gamma, **kwargs) for pair in pairs)))
+        return times(unit, solve(z, y, gamma, **kwargs))
 
     def update_parameters(self, **kwargs: Any) -> None:
         r"""Refuse new parameters of the operator: the matrix would be that of the old ones.

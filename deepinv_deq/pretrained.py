@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from deepinv_deq.denoisers import EquilibriumUNet, with_defaults_of_0_1
+from deepinv_deq.denoisers import EquilibriumUNet, settings_of_file
 from deepinv_deq.files import contents_of, read_weights, save_intact
 from deepinv_deq.implicit import ModularIDHook
 from deepinv_deq.iterations import DEADMM, DEHQS, DEGrad, DEProx, FixedPointIteration
@@ -69,13 +69,15 @@ def load(cls: type[DEQReconstructor], name: str | os.PathLike[str], **settings: 
         raise ValueError(
             f"{str(name)!r} is no DEQReconstructor: weights of a denoiser are for EquilibriumUNet(pretrained=...)."
         )
-    kind = ITERATIONS.get(saved["iteration"])
+    kind = ITERATIONS.get(saved["iteration"]) if isinstance(saved["iteration"], str) else None
     if kind is None:
         raise ValueError(
             f"{str(name)!r} has the iteration {saved['iteration']!r}, this version {', '.join(ITERATIONS)}."
         )
     # version 0.1 kept one setting only, under its own name
     of_iteration = saved.get("settings", {"learn_stepsize": saved.get("learn_stepsize", False)})
+    if not isinstance(of_iteration, dict):
+        raise ValueError(f"{str(name)!r} holds no settings of {kind.__name__}, but a {type(of_iteration).__name__}.")
     unknown = [key for key in of_iteration if key not in inspect.signature(kind.__init__).parameters]
     if unknown:
         raise ValueError(
@@ -84,7 +86,7 @@ def load(cls: type[DEQReconstructor], name: str | os.PathLike[str], **settings: 
     with contents_of(name, "a DEQReconstructor"):
         hook = ModularIDHook(Solver(**saved["hook"]["solver"]), mode=saved["hook"]["mode"])
         parts: dict[str, Any] = {"solver": Solver(**saved["solver"]), "hook": hook}
-        denoiser = EquilibriumUNet(**with_defaults_of_0_1(saved["denoiser"]))
+        denoiser = EquilibriumUNet(**settings_of_file(saved["denoiser"], saved["state_dict"]))
         model = cls(kind(denoiser, **of_iteration), **(parts | settings))
         model.load_state_dict(saved["state_dict"])
     return model

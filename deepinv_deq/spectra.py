@@ -10,6 +10,8 @@ from torch import Tensor
 
 from deepinv_deq.states import State, as_tuple
 
+Tensors = tuple[Tensor, ...]
+
 
 def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, graph: bool = True) -> Tensor:
     r"""Estimate :math:`\|P^{1/2} J P^{1/2}\|` from below, for every sample.
@@ -21,30 +23,20 @@ def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, gr
     :param bool graph: whether the last product gets a graph.
     :return: norms, of shape ``(B,)``.
     """
-    x = (
-        tuple(t.detach().requires_grad_() for t in as_tuple(x))
-        if not isinstance(x, Tensor)
-        else x.detach().requires_grad_()
-    )
-    points = as_tuple(x)
+    points, image, metric = _part(f, x, exact=False)
+    b = _directions(points, rng)
     with torch.enable_grad():
-        image, metric = f.contractive_part(x)
-        apply = (lambda b: b) if metric is None else (lambda b: as_tuple(metric(b[0] if len(b) == 1 else b)))
-        b = tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in points)
-        pb = apply(b)
+        pb = metric(b)
         norm = _length(b, pb)
         for left in reversed(range(iterations)):
             # <b, P b> is the squared norm of P^(1/2) b: no square root of P is needed
             u = tuple((t / norm.reshape(-1, *[1] * (t.ndim - 1))).detach() for t in pb)
+            last = left == 0
+            keep = graph or not last
             b = torch.autograd.grad(  # F may ignore a variable of its state, as that of Douglas-Rachford splitting does
-                as_tuple(image),
-                points,
-                u,
-                retain_graph=left > 0 or graph,
-                create_graph=graph and left == 0,
-                materialize_grads=True,
+                image, points, u, retain_graph=keep, create_graph=graph and last, materialize_grads=True
             )
-            pb = apply(b)
+            pb = metric(b)
             norm = _length(b, pb)
     return norm
 
@@ -61,19 +53,13 @@ def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tenso
     :param int products: number of vector-Jacobian products.
     :return: spectral radius and norm, of shape ``(B,)``.
     """
-    points = tuple(t.detach().requires_grad_() for t in as_tuple(state))
-    single = isinstance(state, Tensor)
-    with torch.enable_grad():
-        image, metric = f.contractive_part(points[0] if single else points, exact=True)
-    image, batch = as_tuple(image), len(points[0])
-    apply: Callable[[Any], Any] = (lambda b: b) if metric is None else metric
-    rng = torch.Generator().manual_seed(0)
-    w = tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in points)
+    points, image, metric = _part(f, state, exact=True)
+    batch, w = len(points[0]), _directions(points, torch.Generator().manual_seed(0))
     basis: list[tuple[Tensor, ...]] = []  # v_j
     dual: list[tuple[Tensor, ...]] = []  # P v_j
     h = torch.zeros(batch, products + 1, products, dtype=torch.float64, device=points[0].device)
     for j in range(products + 1):
-        pw = as_tuple(apply(w[0] if single else w))
+        pw = metric(w)
         length = _dot(w, pw).clamp_min(0).sqrt()
         if j:
             h[:, j, j - 1] = length
@@ -91,6 +77,19 @@ def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tenso
     square = torch.nan_to_num(h[:, :products], nan=torch.inf, posinf=torch.finfo(h.dtype).max)
     radius = torch.linalg.eigvals(square).abs().amax(dim=1)
     return radius.to(points[0].real.dtype), torch.linalg.matrix_norm(square, 2).to(points[0].real.dtype)
+
+
+def _part(f: Any, x: State, exact: bool) -> tuple[Tensors, Tensors, Callable[[Tensors], Tensors]]:
+    r"""The point as leaves, the image of the contractive part with its graph, and :math:`P`."""
+    points, single = tuple(t.detach().requires_grad_() for t in as_tuple(x)), isinstance(x, Tensor)
+    with torch.enable_grad():
+        image, metric = f.contractive_part(points[0] if single else points, exact=exact)
+    apply = (lambda b: b) if metric is None else lambda b: as_tuple(metric(b[0] if single else b))
+    return points, as_tuple(image), apply
+
+
+def _directions(points: Tensors, rng: torch.Generator) -> Tensors:
+    return tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in points)
 
 
 def _length(b: tuple[Tensor, ...], pb: tuple[Tensor, ...]) -> Tensor:

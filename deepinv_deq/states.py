@@ -115,3 +115,36 @@ def unit_size(c: Tensor) -> Tensor:
 def where_rows(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     r"""Rows of ``a`` where ``mask`` is true, else of ``b``."""
     return torch.where(mask[:, None], a, b)
+
+
+def powers_of_two(*tensors: Tensor) -> Tensor:
+    r"""A power of two of the size of each sample, of shape ``(B,)``; smaller, so that divided samples are large, where there is room.
+
+    :param torch.Tensor tensors: real or complex, with the batch in dimension 0; of other batch sizes, all samples get one unit.
+    :return: the units; 1 for samples of zeros, NaN or Inf.
+    """
+    batch, joint = len(tensors[0]), any(len(t) != len(tensors[0]) for t in tensors)
+    flat = [t.detach().abs().reshape(1 if joint else batch, -1) for t in tensors if t.numel()]
+    wide = [t if t.is_floating_point() else t.to(torch.get_default_dtype()) for t in flat]
+    if not wide:
+        return torch.ones(batch, device=tensors[0].device)
+    room = min(_ROOM.get(t.dtype, 0) for t in wide)
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in wide) else torch.float32
+    sizes = torch.stack([t.amax(dim=1).to(dtype) for t in wide]).amax(dim=0)
+    unit = torch.where(torch.isfinite(sizes) & (sizes > 0), unit_size(sizes[:, None])[:, 0] / 2**room, 1.0)
+    return unit.clamp_min(2.0**-120).expand(batch)  # whose inverse is a number in single precision, too
+
+
+_ROOM = {torch.float32: 10, torch.float64: 30}  # more in single precision would cost cotangents of small images their precision
+
+
+def times(unit: Tensor, x: Tensor) -> Tensor:
+    r"""The samples of a tensor times a number each.
+
+    :param torch.Tensor unit: numbers, of shape ``(B,)``; one and the same for all samples of a tensor of another batch size.
+    :param torch.Tensor x: tensor with the batch in dimension 0.
+    :return: a tensor of the shape of ``x``.
+    """
+    unit = unit if len(unit) == len(x) else unit[:1]
+    dtype = x.real.dtype if x.is_complex() or x.is_floating_point() else torch.get_default_dtype()
+    return x * unit.to(dtype).reshape(-1, *[1] * (x.ndim - 1))

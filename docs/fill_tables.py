@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 STATIC = ROOT / "docs" / "_static"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("cost.md", "faults.md", "results.md", "index.rst", "guide/fixed_points.rst")),
+    *(ROOT / "docs" / name for name in ("cost.md", "faults.md", "results.md", "index.rst", "guide/fixed_points.rst", "guide/swap.md")),
 ]
 SOURCES = {  # block: the script and the function that render it
     "exactness": ("tests/benchmarks/exactness.py", "render"),
@@ -28,6 +28,7 @@ SOURCES = {  # block: the script and the function that render it
     "results": ("examples/paper/tables.py", "render"),
     "shipped": ("examples/paper/shipped.py", "render"),
     "result plots": ("docs/result_plots.py", "render"),
+    "swap": ("examples/swap/table.py", "render"),
     "table 1": ("examples/paper/tables.py", "summary"),
     "weights": ("examples/paper/weights_table.py", "render"),
     "facts": ("docs/facts.py", "render"),

@@ -129,7 +129,7 @@ def test_a_model_that_solves_nothing_has_no_number():
 
 def test_bad_use():
     model, physics, x, y, x_net = solved()
-    with pytest.raises(ValueError, match="SolverEvaluations needs model="):
+    with pytest.raises(ValueError, match="SolverEvaluations needs model, as deepinv.Trainer passes it"):
         SolverEvaluations()(x_net, x)
     with pytest.raises(ValueError, match="which must be one of forward, backward, got 'adjoint'"):
         FixedPointResidual(which="adjoint")

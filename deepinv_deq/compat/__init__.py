@@ -22,24 +22,30 @@ from torch import Tensor, nn
 from deepinv_deq.compat.lookup import find
 from deepinv_deq.compat.modules import (
     HOOKS,
+    OF_MODULES,
     PRE_HOOKS,
     STORES,
     has_hooks,
     layers_that_change,
     layers_with_statistics,
+    parts_of_script,
     replica_of_script,
     sparse_pieces,
     stored,
     version,
     weight_hooks,
+    without,
 )
+from deepinv_deq.compat.operations import dispatch_mode
 
 __all__ = [
     "HOOKS",
+    "OF_MODULES",
     "PRE_HOOKS",
     "STORES",
     "compile_again",
     "compiled_for_many_products",
+    "dispatch_mode",
     "distributed_framework",
     "find",
     "forward_mode",
@@ -49,9 +55,11 @@ __all__ = [
     "layers_that_change",
     "layers_with_statistics",
     "outside_of_compiled_graphs",
+    "parts_of_script",
     "registered_solvers",
     "replica_of_script",
     "rotated_grid",
+    "run_eagerly",
     "scatter",
     "sparse_pieces",
     "stored",
@@ -59,6 +67,7 @@ __all__ = [
     "transforms",
     "version",
     "weight_hooks",
+    "without",
 ]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -124,6 +133,14 @@ def compile_again(module: nn.Module, twin: nn.Module) -> None:
         cells = getattr(module._compiled_call_impl, "__closure__", None) or ()
         contexts = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, kind)]
         twin.__dict__["_compiled_call_impl"] = contexts[0](twin._call_impl) if contexts else None
+
+
+def run_eagerly(twin: nn.Module) -> None:
+    r"""Let a copy run without compiled code, so that its operations can be watched. Without the names, it is not compiled."""
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if isinstance(twin, getattr(frames, "OptimizedModule", ())):
+        twin.__dict__["forward"] = twin._orig_mod.__call__  # type: ignore[operator, union-attr]
+    twin.__dict__["_compiled_call_impl"] = None
 
 
 # Forward mode and torch.func ----------------------------------------------------------------------------------------

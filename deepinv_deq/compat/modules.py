@@ -2,7 +2,9 @@ r"""Private names of PyTorch's tensors and modules."""
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from collections.abc import Container
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,16 +16,23 @@ STORES = ("_parameters", "_buffers", "_modules")
 PRE_HOOKS = "_forward_pre_hooks"
 #: Where modules keep their hooks. In PyTorch 2.4, the stores are ordered dictionaries, too.
 HOOKS = frozenset(k for k, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)).difference(STORES)
+#: Every attribute that all modules have. The others are the user's.
+OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def stored(module: nn.Module) -> list[tuple[str, Any]]:
     r"""Names and values of the parameters, the buffers and the attributes of a module, without its submodules and hooks."""
     inside = vars(module)
-    own = [item for item in inside.items() if item[0] not in _OF_MODULES]
+    own = [item for item in inside.items() if item[0] not in OF_MODULES]
     return [*inside[STORES[0]].items(), *inside[STORES[1]].items(), *own]
 
 
-_OF_MODULES = frozenset(vars(nn.Module()))
+def without(module: nn.Module, names: Container[str]) -> nn.Module:
+    r"""A shallow copy of a module without some of its tensors and submodules."""
+    twin = copy.copy(module)
+    for store in STORES:
+        twin.__dict__[store] = {name: value for name, value in vars(module)[store].items() if name not in names}
+    return twin
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -50,6 +59,11 @@ def sparse_pieces(t: Tensor) -> tuple[Tensor, Tensor]:
 def replica_of_script(module: Any) -> nn.Module:
     r"""A replica of a TorchScript module. Without the name: an AttributeError; such modules cannot be used."""
     return module._replicate_for_data_parallel()
+
+
+def parts_of_script(module: Any) -> list[dict[str, Any]]:
+    r"""Parameters, buffers and submodules of a TorchScript module, which are in C++."""
+    return [dict(getattr(module, store).items()) for store in STORES]
 
 
 def weight_hooks() -> tuple[tuple[Any, ...], Any]:

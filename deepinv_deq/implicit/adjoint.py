@@ -23,11 +23,11 @@ def as_state(tensors: Sequence[Tensor], single: bool) -> State:
 
 
 @dataclass(frozen=True)
-class Adjoint:
-    r"""Settings of adjoint solves, and the function that receives their statistics.
+class LinearSolves:
+    r"""Settings of the linear solves of implicit differentiation, and the function that receives their statistics.
 
     :param Solver solver: their solver.
-    :param bool exact: whether to solve them; else :math:`b = g` (Jacobian-free backpropagation).
+    :param bool exact: whether to solve; else the solution is taken to be the constant (Jacobian-free backpropagation).
     :param bool single: whether a state is one tensor.
     :param Callable report: called with the :class:`SolverStat` of every solve.
     """
@@ -36,6 +36,29 @@ class Adjoint:
     exact: bool
     single: bool
     report: Callable[[SolverStat], None]
+
+    def solve(self, equation: AffineMap, measure: Callable[[Any], Any]) -> tuple[Tensors, SolverStat]:
+        r"""Solve from zero, and verify the residual.
+
+        :param AffineMap equation: the equation.
+        :param Callable measure: evaluates the equation at the solution.
+        :return: the solution and its statistic.
+        :raises ConvergenceError: if the solve misses its tolerance and its solver was told to raise; it is reported first.
+        """
+        start = as_state([torch.zeros_like(t) for t in as_tuple(equation.offset)], self.single)
+        try:
+            solution, stat = self.solver(equation, start)
+            # a NaN cotangent gives a NaN gradient, as everywhere in PyTorch; GradScaler relies on it
+            self.solver.verify(solution, measure(solution), equation.offset, stat)
+        except ConvergenceError as error:
+            if error.stat is not None:
+                self.report(error.stat)
+            raise
+        return as_tuple(solution), stat
+
+
+class Adjoint(LinearSolves):
+    r"""Adjoint solves: :math:`b = b \, \partial F / \partial x + g`."""
 
     def gradient(self, f: Map, x_star: Tensors, inputs: Tensors, g: Tensors) -> Gradients:
         r"""The product :math:`g \, \partial \hat x / \partial` ``inputs``, by chunks of samples: one graph at a time.
@@ -103,21 +126,16 @@ class Adjoint:
         def linear(b: State) -> State:
             return as_state(zeros_for_none(vjp(image, x, as_tuple(b), keep=True), x), self.single)
 
-        adjoint = AffineMap(linear, as_state(g, self.single), inverse)
-        start = as_state([torch.zeros_like(t) for t in g], self.single)
-        try:
-            solution, stat = self.solver(adjoint, start)
-            b = as_tuple(solution)
-            # the last product also gives b dF/dx, and with it the true residual of the adjoint equation
-            products = vjp(image, (*x, *inputs), b)
+        products: Gradients = ()
+
+        def measure(b: State) -> State:
+            # this last product also gives b dF/dx, and with it the true residual of the adjoint equation
+            nonlocal products
+            products = vjp(image, (*x, *inputs), as_tuple(b))
             of_x = zeros_for_none(products[: len(x)], x)
-            measured = as_state([p + t for p, t in zip(of_x, g, strict=True)], self.single)
-            # a NaN cotangent gives a NaN gradient, as everywhere in PyTorch; GradScaler relies on it
-            self.solver.verify(solution, measured, adjoint.offset, stat)
-        except ConvergenceError as error:
-            if error.stat is not None:
-                self.report(error.stat)
-            raise
+            return as_state([p + t for p, t in zip(of_x, g, strict=True)], self.single)
+
+        b, stat = self.solve(AffineMap(linear, as_state(g, self.single), inverse), measure)
         return b, products[len(x) :], stat
 
     def _of_one_graph(

@@ -7,9 +7,8 @@ tensor that has a tangent is included: measurements, physics, parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from deepinv_deq import compat
-from deepinv_deq.implicit.adjoint import Tensors, as_state
+from deepinv_deq.implicit.adjoint import LinearSolves, Tensors, as_state
 from deepinv_deq.implicit.functions import TANGENT, Refused
 from deepinv_deq.implicit.mapped import VMAP, Mapped
 from deepinv_deq.maps import AffineMap, Map
-from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
 from deepinv_deq.states import State, as_tuple
 
 _OF_TORCH_FUNC = (
@@ -30,20 +28,8 @@ _OF_TORCH_FUNC = (
 )
 
 
-@dataclass(frozen=True)
-class Tangent:
-    r"""Settings of the solve for a tangent.
-
-    :param Solver solver: solver of the linear equation.
-    :param bool exact: whether to solve it; else :math:`v = t`, the counterpart of Jacobian-free backpropagation.
-    :param bool single: whether a state is one tensor.
-    :param Callable report: called with the :class:`SolverStat` of the solve.
-    """
-
-    solver: Solver
-    exact: bool
-    single: bool
-    report: Callable[[SolverStat], None]
+class Tangent(LinearSolves):
+    r"""The solve for a tangent; where it is not exact, :math:`v = t`, the counterpart of Jacobian-free backpropagation."""
 
     def of(self, f: Map, x: Tensors) -> Tensors | None:
         r"""The tangent of the fixed point ``x`` of ``f``.
@@ -82,16 +68,9 @@ class Tangent:
             if inverse is not None and many is not None:
                 inverse = many.on_states(inverse, self.single)
             equation = AffineMap(linear, offset, inverse)
-            start = as_state([torch.zeros_like(c) for c in as_tuple(offset)], self.single)
-            try:
-                v, stat = self.solver(equation, start)
-                self.solver.verify(v, equation(v), offset, stat)
-            except ConvergenceError as error:
-                if error.stat is not None:
-                    self.report(error.stat)
-                raise
+            v, stat = self.solve(equation, equation)
             self.report(stat)
-            return as_tuple(v) if many is None else many.apart(as_tuple(v))
+            return v if many is None else many.apart(v)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from deepinv_deq.iterations.bound import BoundIteration
 from deepinv_deq.iterations.capture import Capture
 from deepinv_deq.iterations.checks import refuse_partial_gradients, warn_if_unsuitable
 from deepinv_deq.iterations.noise import noise_levels
-from deepinv_deq.iterations.terms import Terms, linear_reconstruction, measurement, measurements
+from deepinv_deq.iterations.prox import measurement
+from deepinv_deq.iterations.terms import Terms, linear_reconstruction, measurements
 from deepinv_deq.states import State, as_tuple
 
 __all__ = ["FixedPointIteration", "linear_reconstruction", "measurement"]

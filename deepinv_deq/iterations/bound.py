@@ -115,11 +115,11 @@ class BoundIteration(Map):
         :param torch.Tensor, slice rows: which samples.
         :return: a map of states of these samples; ``None`` where it is not certain to be exact.
         """
-        if not self._capture.separable():
-            return None
+        index = torch.arange(self._capture.batch, device=getattr(rows, "device", "cpu"))
         if self._rows is not None:
-            index = torch.arange(self._capture.batch, device=getattr(rows, "device", "cpu"))
             rows = index[self._rows if isinstance(self._rows, slice) else self._rows.to(index.device)][rows]
+        if not self._capture.separable(len(index[rows])):
+            return None
         return self._with({}, rows)
 
     def _remember(self, x: State) -> None:

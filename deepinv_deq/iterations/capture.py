@@ -11,6 +11,7 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
+from deepinv_deq.compat import STORES
 from deepinv_deq.iterations.checks import Watch, fits, shape
 from deepinv_deq.iterations.circulant import Origin
 from deepinv_deq.iterations.replica import Replica
@@ -46,8 +47,8 @@ class Capture:
         iteration_twin.__dict__["_private"] = True
         self.levels = sigma if isinstance(sigma, Tensor) and sigma.ndim else None  # one row per sample
         if sigma is not None:
-            for store in (iteration_twin.__dict__["_parameters"], iteration_twin.__dict__["_buffers"]):
-                store.pop("sigma", None)
+            for store in STORES:
+                iteration_twin.__dict__[store].pop("sigma", None)
             iteration_twin.__dict__["sigma"] = sigma
             self.pristine = self.pristine.again()  # which finds the new tensor
         # the measurements are for a diagnosis only: a map lives until backward, and must not keep them alive
@@ -63,7 +64,7 @@ class Capture:
         self.graded = torch.is_grad_enabled()
         self.inputs = self._find_inputs(y)
         self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] | None = None
-        self._verdicts, self._separable = getattr(iteration, "_verdicts", None) or Verdicts(), False
+        self._verdicts, self._separable = getattr(iteration, "_verdicts", None) or Verdicts(), set[int]()
 
     def replicate(self, put: Put | None = None, rows: Rows | None = None) -> tuple[Replica, tuple[Tensor, ...]]:
         r"""Replicas and constants of a map, with other tensors in some places.
@@ -84,10 +85,11 @@ class Capture:
         replica.roots[1].__dict__["_origin"] = self.physics.__dict__["_origin"].of(rows)
         return replica, constants
 
-    def separable(self) -> bool:
-        r"""Whether the map can be restricted to samples."""
-        self._separable = self._separable or self._verdicts.separable(self)
-        return self._separable
+    def separable(self, size: int) -> bool:
+        r"""Whether the map can be restricted to any ``size`` samples."""
+        if size not in self._separable and self._verdicts.separable(self, size):
+            self._separable.add(size)
+        return size in self._separable
 
     def samples(self) -> Samples | None:
         r"""Which tensors of the physics belong to samples; ``None`` where this is not certain."""

@@ -6,12 +6,8 @@ frequencies nearly one by one, so a filter undoes most of that, for the price of
 
 from __future__ import annotations
 
-import functools
-import numbers
 import threading
-import types
 import weakref
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,10 +15,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from deepinv.physics import Physics
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepinv_deq.compat import version
-from deepinv_deq.iterations.objects import is_plain, slots
+from deepinv_deq.iterations.objects import fingerprint
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import sample_tensors
 from deepinv_deq.states import Rows
@@ -148,53 +144,7 @@ def _state(replica: Replica, root: int) -> State:
     r"""Everything on which the physics depends: tensors with their versions, and the plain attributes of all modules."""
     found = [f.tensor for f in replica.found.values() if root in f.roots]
     tensors = tuple((weakref.ref(t), version(t)) for t in found)
-    return tensors, tuple(_plain(module) for module in replica.modules[root])
-
-
-def _plain(value: Any, depth: int = 0) -> Any:
-    kind: Any = type(value)
-    if kind in _NUMBERS:
-        return value
-    if kind is types.FunctionType:
-        return weakref.ref(value)
-    if depth and isinstance(value, (nn.Module, Tensor)) or depth > _DEPTH:
-        return kind  # tensors are compared by their versions, modules are in the list of all modules
-    if isinstance(value, nn.Module):
-        inside = value.__dict__
-        own = {k: v for k, v in inside.items() if k not in _OF_MODULES and k != "_origin"}
-        return kind, inside["training"], tuple(inside["_modules"]), _plain(own, depth + 1)
-    if isinstance(value, dict):
-        return tuple((str(key), _plain(item, depth + 1)) for key, item in value.items())
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return kind, tuple(_plain(item, depth + 1) for item in value)
-    if kind is functools.partial:
-        return _plain((value.func, value.args, value.keywords), depth + 1)
-    if kind is types.MethodType:
-        return _plain((value.__func__, value.__self__), depth + 1)
-    if hasattr(value, "tobytes"):
-        return kind, value.tobytes()
-    if is_plain(kind):
-        return kind, tuple((name, _plain(getattr(value, name, None), depth + 1)) for name in (*slots(kind), "__dict__"))
-    return _Same(value)
-
-
-class _Same:
-    r"""An object that replicas share, such as a generator or a number of another kind: equal to itself, and to equal numbers."""
-
-    def __init__(self, value: Any):
-        self._value = value
-
-    def __eq__(self, other: Any) -> bool:
-        a, b = self._value, getattr(other, "_value", None)
-        return a is b or (isinstance(a, _IMMUTABLE) and type(a) is type(b) and a == b)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-_IMMUTABLE = (numbers.Number, range, slice)
-_DEPTH = 8  # of containers in containers
-_NUMBERS = {int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device, type}
-_OF_MODULES = set(nn.Module().__dict__)
+    return tensors, tuple(fingerprint(module, skip={"_origin"}) for module in replica.modules[root])
 
 
 def _same(a: State, b: State) -> bool:

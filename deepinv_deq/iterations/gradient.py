@@ -11,8 +11,8 @@ from torch import Tensor
 
 from deepinv_deq.iterations.base import FixedPointIteration
 from deepinv_deq.iterations.circulant import inverse_filter, spectrum
-from deepinv_deq.iterations.terms import measurement
-from deepinv_deq.states import State, as_tuple
+from deepinv_deq.iterations.prox import prox_of_zero
+from deepinv_deq.states import State
 
 
 class DEProx(FixedPointIteration):
@@ -29,11 +29,8 @@ class DEProx(FixedPointIteration):
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
     :param float stepsize: step :math:`\eta > 0`; the gradient step does not diverge for
         :math:`\eta < 2 / (\lambda \|A\|^2)`.
-    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
-    :param bool learn_stepsize: whether :math:`\eta` is trained.
-    :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
-        :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
-        normalised and the data are precise.
+    :param settings: ``sigma``, ``learn_stepsize``, ``data_weight`` (:math:`\lambda`) and ``context`` of
+        :class:`FixedPointIteration <deepinv_deq.FixedPointIteration>`.
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
@@ -61,11 +58,8 @@ class DEGrad(FixedPointIteration):
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
     :param float stepsize: step :math:`\eta > 0`; for a firmly non-expansive residual :math:`x - D_\theta(x)` the iteration
         does not diverge for :math:`\eta < 2 / (\lambda \|A\|^2 + 1)`.
-    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
-    :param bool learn_stepsize: whether :math:`\eta` is trained.
-    :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
-        :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
-        normalised and the data are precise.
+    :param settings: ``sigma``, ``learn_stepsize``, ``data_weight`` (:math:`\lambda`) and ``context`` of
+        :class:`FixedPointIteration <deepinv_deq.FixedPointIteration>`.
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
@@ -108,9 +102,7 @@ class DEGrad(FixedPointIteration):
         """
         metric: Callable[[Any], Any] | None = None
         if exact:
-            with torch.no_grad():
-                y = measurement(tuple(torch.zeros_like(part) for part in as_tuple(physics.A(x))), physics)
-            metric = torch.no_grad()(lambda r: cast(Any, physics).prox_l2(r, y, gamma=self.data_weight))
+            metric = prox_of_zero(physics, cast(Tensor, x), self.data_weight)
         elif (inverse := self.preconditioner(x, physics)) is not None:
             eta = self.stepsize.detach()
             metric = lambda r: eta * inverse(r)  # noqa: E731

@@ -29,7 +29,7 @@ def name_of_sigma(denoiser: nn.Module, sigma: Any, argument: str = "sigma") -> s
     name = next((name for name in names if name in parameters), "sigma" if of_deepinv else "")
     given = parameters.get(name)
     needed = given is not None and given.default is inspect.Parameter.empty
-    inside = next((m for m in map(denoiser._modules.get, _WRAPPED) if m is not None), None)
+    inside = next((m for child, m in denoiser.named_children() if child in _WRAPPED), None)
     wraps = of_deepinv or type(denoiser).__module__.startswith("torch.")
     if given is None and inside is not None and wraps:
         return name_of_sigma(inside, sigma, argument)

@@ -1,4 +1,4 @@
-r"""Kinds of objects that replicas treat in their own way: plain objects, normalised weights, lazy functions, compiled code."""
+r"""Private copies of plain objects, containers and functions, and what tells whether something in them changed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import contextlib
 import copy
 import enum
 import functools
+import numbers
 import sys
 import types
-import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from deepinv.physics import Tomography
 from torch import Tensor, nn
 
-from deepinv_deq import compat
+from deepinv_deq.compat import HOOKS, OF_MODULES, STORES
 
 SHARED = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
@@ -28,123 +27,6 @@ SHARED = frozenset(
 _CONTAINERS = (dict, list, set, deque, bytearray, array, np.ndarray, types.SimpleNamespace)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
 _LIBRARIES = _FOREIGN | {"deepinv", "deepinv_deq"}
-
-
-class _AnyShape:
-    r"""Equal to every shape, so that deepinv does not build its own adjoint for another one."""
-
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    def __hash__(self) -> int:
-        return 0
-
-
-class _Adjoint:
-    r"""The adjoint of a :class:`deepinv.physics.Tomography` by backpropagation through one graph.
-
-    deepinv keeps such a function on the module. It refers to the original, and it is a class inside a reference cycle, which
-    keeps its graph until the garbage collector runs.
-
-    :param deepinv.physics.Tomography physics: replica.
-    """
-
-    _shared_by_replicas = True  # every replica gets its own
-
-    def __init__(self, physics: Tomography):
-        self._physics = weakref.ref(physics)
-        self._graph: tuple[Any, Tensor, Tensor] | None = None
-
-    def __call__(self, y: Tensor) -> Tensor:
-        return _AdjointProduct.apply(y, self, self._physics())
-
-    def product(self, y: Tensor, physics: Tomography) -> Tensor:
-        r"""Apply the adjoint to measurements."""
-        shape = (*y.shape[:2], physics.img_width, physics.img_width)
-        with torch.inference_mode(False), torch.enable_grad():
-            if self._graph is None or self._graph[0] != (shape, y.device):
-                x = torch.zeros(shape, device=y.device, dtype=physics.dtype, requires_grad=True)
-                self._graph = (shape, y.device), x, physics.A(x)
-            _, x, measured = self._graph
-            cotangent = (y.clone() if y.is_inference() else y.detach()).to(measured.dtype)
-            return torch.autograd.grad(measured, x, cotangent, retain_graph=True)[0]
-
-
-class _AdjointProduct(torch.autograd.Function):
-    r"""The adjoint, whose own adjoint is the operator."""
-
-    @staticmethod
-    def forward(y: Tensor, adjoint: _Adjoint, physics: Tomography) -> Tensor:
-        return adjoint.product(y, physics)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.physics = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.physics.A(g), None, None
-
-
-def renew(module: nn.Module) -> None:
-    r"""Give a replica its own version of what deepinv built on first use from the original."""
-    if isinstance(module, Tomography) and "_auto_grad_adjoint_fn" in module.__dict__:
-        module.__dict__["_auto_grad_adjoint_fn"] = _Adjoint(module)
-        module.__dict__["_auto_grad_adjoint_input_shape"] = _AnyShape()
-
-
-def compute_weights(twin: nn.Module, normalised: nn.ModuleDict | None) -> set[str]:
-    r"""Compute normalised weights once, and put them in place as plain tensors.
-
-    In training mode, spectral norm changes with every access.
-
-    :param torch.nn.Module twin: replica.
-    :param torch.nn.ModuleDict, None normalised: parametrisations of the original.
-    :return: names of the weights.
-    """
-    inside, names = twin.__dict__, set[str]()
-    for name, parametrization in ({} if normalised is None else dict(normalised.items())).items():
-        store = compat.STORES[0 if len(list(parametrization.parameters(recurse=False))) else 1]
-        inside[store][name] = parametrization()
-        names.add(name)
-    hooks = inside[compat.PRE_HOOKS]
-    kinds, pruning = compat.weight_hooks() if hooks else ((), None)
-    for key, hook in list(hooks.items()):
-        if isinstance(hook, kinds):
-            hook(twin, None)
-            names.add(hook._tensor_name if pruning and isinstance(hook, pruning) else hook.name)
-            del hooks[key]
-    return names
-
-
-def replicate_script(
-    module: Any,
-    keep: Callable[[Any, Any], Any],
-    replicate: Callable[[Any], Any],
-    place: Callable[[Tensor, str, None], Tensor],
-) -> nn.Module:
-    r"""Replicate a module of TorchScript, whose tensors are in C++, as PyTorch's own data parallelism does.
-
-    :param torch.jit.ScriptModule module: the module, or a replica.
-    :param Callable keep: notes a replica.
-    :param Callable replicate: replicates a submodule.
-    :param Callable place: the tensor to use in the place of another.
-    :return: the replica.
-    """
-    known = module.__dict__.get(
-        "_of_replica"
-    )  # in a replica, neither tensors nor submodules are in PyTorch's own lists
-    if known is None:
-        stores = (("parameter", module._parameters), ("buffer", module._buffers))
-        tensors = {name: (t, role) for role, store in stores for name, t in store.items()}
-        known = dict(module._modules.items()), tensors
-    twin = keep(module, compat.replica_of_script(module))
-    children = {name: replicate(child) for name, child in known[0].items()}
-    placed = {name: (place(t, role, None), role) for name, (t, role) in known[1].items()}
-    for name, value in (*children.items(), *((name, t) for name, (t, _) in placed.items())):
-        setattr(twin, name, value)
-    twin.__dict__["_of_replica"] = children, placed
-    return twin
 
 
 def shallow(value: Any) -> Any:
@@ -171,17 +53,20 @@ def fill(twin: Any, value: Any, replicate: Callable[[Any], Any], slots_only: boo
             object.__setattr__(twin, name, replicate(getattr(value, name)))
     if slots_only:
         return
-    if isinstance(value, dict):
-        for key, item in dict(value).items():
+    # the contents of a container are in the twin already, and another thread may change those of the original
+    if isinstance(twin, dict):
+        for key, item in list(twin.items()):
             dict.__setitem__(twin, key, replicate(item))
-    elif isinstance(value, (list, deque)):
-        for i, item in enumerate(list(value)):
+    elif isinstance(twin, (list, deque)):
+        for i, item in enumerate(list(twin)):
             twin[i] = replicate(item)
-    elif isinstance(value, set):
+    elif isinstance(twin, set):
+        items = [replicate(item) for item in twin]
         twin.clear()
-        twin.update([replicate(item) for item in set(value)])
-    elif isinstance(value, np.ndarray) and value.dtype == object:
-        twin.flat = [replicate(item) for item in value.flat]
+        twin.update(items)
+    elif isinstance(twin, np.ndarray) and twin.dtype == object:
+        for i, item in enumerate(twin.flat):
+            twin.flat[i] = replicate(item)
     if hasattr(value, "__dict__"):
         twin.__dict__.update({name: replicate(item) for name, item in dict(value.__dict__).items()})
 
@@ -254,3 +139,71 @@ def is_plain(kind: Any) -> bool:
     if _library(kind) in _FOREIGN or issubclass(kind, (type, enum.Enum)):
         return False
     return not any(hasattr(kind, name) for name in ("__del__", "_shared_by_replicas"))
+
+
+def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = None) -> Any:
+    r"""What tells whether anything but tensors changed: code, numbers, containers, plain objects.
+
+    :param object value: a module or any other object.
+    :param Container skip: names of attributes that do not matter.
+    :param set, None seen: objects that are in the fingerprint already.
+    :return: hashable; equal where nothing changed.
+    """
+    kind: Any = type(value)
+    if kind in _VALUES:
+        return value
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, Tensor) or (seen and isinstance(value, nn.Module)):
+        return kind  # tensors are compared by their versions, modules are in the list of all modules
+    seen.add(id(value))
+
+    def inside(parts: Iterable[Any]) -> Any:
+        return tuple(fingerprint(part, skip, seen) for part in parts)
+
+    if isinstance(value, nn.Module):
+        own = {name: item for name, item in vars(value).items() if name not in OF_MODULES or (item and name in HOOKS)}
+        names = tuple(vars(value)[STORES[2]])
+        return kind, _code(kind), value.training, names, fingerprint(own, skip, seen)
+    if kind is types.FunctionType:
+        cells = contents(value)
+        return value.__code__, inside([value.__defaults__, value.__kwdefaults__, value.__dict__, *cells])
+    if kind is types.MethodType:
+        return inside([value.__func__, value.__self__])
+    if kind is functools.partial:
+        return inside([value.func, value.args, value.keywords])
+    if isinstance(value, Mapping):
+        return kind, tuple((str(key), fingerprint(item, skip, seen)) for key, item in value.items() if key not in skip)
+    if isinstance(value, (list, tuple, deque)):
+        return kind, inside(value)
+    if isinstance(value, (set, frozenset)):
+        return kind, frozenset(inside(value))
+    if hasattr(value, "tobytes"):
+        return kind, value.tobytes()
+    if is_plain(kind):
+        own = {name: getattr(value, name, None) for name in (*slots(kind), "__dict__")}
+        return kind, fingerprint(own, skip, seen)
+    if isinstance(value, (numbers.Number, range, slice)):
+        return kind, repr(value)
+    return _Same(value)
+
+
+class _Same:
+    r"""An object that replicas share, such as a generator: equal to itself only."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
+_VALUES = SHARED | {torch.Size, types.BuiltinFunctionType, type} - {torch.Generator}
+
+
+def _code(kind: type) -> tuple[Any, ...]:
+    r"""The code of the user's classes, whose methods may be replaced."""
+    user = (base for base in kind.__mro__ if _library(base) not in _LIBRARIES)
+    return tuple(f.__code__ for base in user for f in vars(base).values() if type(f) is types.FunctionType)

@@ -38,18 +38,8 @@ from torch.nn.utils import parametrize
 
 from deepinv_deq import compat
 from deepinv_deq.compat import HOOKS, STORES
-from deepinv_deq.iterations.objects import (
-    SHARED,
-    compute_weights,
-    contents,
-    fill,
-    is_plain,
-    of_class,
-    of_function,
-    renew,
-    replicate_script,
-    shallow,
-)
+from deepinv_deq.iterations.computed import compute_weights, renew, replicate_script
+from deepinv_deq.iterations.objects import SHARED, contents, fill, is_plain, of_class, of_function, shallow
 
 _SUFFIXES = ("_orig", "_mask", "_u", "_v", "_g")  # of the tensors from which old-style hooks compute a weight
 

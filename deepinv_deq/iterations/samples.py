@@ -1,7 +1,7 @@
 r"""Which tensors of a physics belong to the samples of a batch.
 
 This is known for deepinv's own physics. A tensor of another physics is never taken apart: either it is certain that all samples
-share it, see :mod:`deepinv_deq.iterations.separability`, or the batch is evaluated as a whole.
+share it, which :mod:`deepinv_deq.iterations.separability` has to prove, or the batch is evaluated as a whole.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from deepinv import physics as dinv
 from torch import Tensor, nn
 
+from deepinv_deq.compat import stored
 from deepinv_deq.physics import SparseLinearPhysics
 
 # A number k: dimension 0 of the tensor is the batch where the tensor has k dimensions more than the state. With fewer, it is
@@ -38,10 +39,9 @@ _COMPOSED = (dinv.ComposedPhysics, dinv.ComposedLinearPhysics)
 _OTHER_SHAPES = (dinv.MultiCoilMRI, dinv.CompressedSensing, SparseLinearPhysics)  # measurements of another rank
 # not used by A and its adjoint, or no tensors
 _NUMBERS = (int, float, bool, str, type(None), torch.dtype, torch.device)
-_OF_MODULES = set(nn.Module().__dict__)
+_MODELS = ("noise_model", "sensor_model")
 _UNUSED = {
-    "noise_model",
-    "sensor_model",
+    *_MODELS,
     "_device_holder",
     "rng",
     "gen",
@@ -92,9 +92,8 @@ def _collect(physics: nn.Module, batch: int, ndim: int, samples: Samples) -> boo
 
 
 def _by_table(physics: nn.Module, rules: Rules, batch: int, ndim: int, samples: Samples) -> bool:
-    inside = physics.__dict__
-    for name, value in (*inside["_parameters"].items(), *inside["_buffers"].items(), *inside.items()):
-        if name in _UNUSED or name in _OF_MODULES:
+    for name, value in stored(physics):
+        if name in _UNUSED:
             continue
         if isinstance(value, Tensor):
             rule = rules.get(name, -1)
@@ -105,15 +104,14 @@ def _by_table(physics: nn.Module, rules: Rules, batch: int, ndim: int, samples: 
                 samples.rows.append(value)
         elif not _is_plain(value, type(physics), name):
             return False
-    modules = {name: m for name, m in inside["_modules"].items() if m is not None and name not in _UNUSED}
+    modules = {name: m for name, m in physics.named_children() if name not in _UNUSED}
     return all(rules.get(name, -1) is None and _of_deepinv(type(m)) for name, m in modules.items())
 
 
 def _own(module: nn.Module, batch: int, samples: Samples) -> bool:
     r"""Whether everything that a module of a user keeps is a number, a tensor of numbers, or a module of that kind."""
-    inside = module.__dict__
-    for name, value in (*inside["_parameters"].items(), *inside["_buffers"].items(), *inside.items()):
-        if name in _OF_MODULES or name in ("noise_model", "sensor_model", "_origin", "img_size"):
+    for name, value in stored(module):
+        if name in (*_MODELS, "_origin", "img_size"):
             continue
         if isinstance(value, Tensor):
             if not (value.is_floating_point() or value.is_complex()) and batch in value.shape:
@@ -126,10 +124,7 @@ def _own(module: nn.Module, batch: int, samples: Samples) -> bool:
             callable(value) and _is_plain(value, type(module), name)
         ):
             return False
-    children = [
-        m for name, m in inside["_modules"].items() if m is not None and name not in ("noise_model", "sensor_model")
-    ]
-    return all(_own(child, batch, samples) for child in children)
+    return all(_own(child, batch, samples) for name, child in module.named_children() if name not in _MODELS)
 
 
 def _of_deepinv(thing: Any) -> bool:

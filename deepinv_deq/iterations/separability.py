@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from deepinv_deq import compat
+from deepinv_deq.iterations.dataflow import passes_nan_on
+from deepinv_deq.iterations.objects import fingerprint
 from deepinv_deq.states import as_tuple
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 _LIMIT = 64  # verdicts kept
 _CACHES = ("_verdicts", "_origin", "_warned_stochastic")
-_NUMBERS = (int, float, bool, str, type(None))
 
 
 class Verdicts:
@@ -26,8 +27,9 @@ class Verdicts:
 
     Everything that may depend on samples must be known: constants by their contract, tensors of the physics by the table of
     :mod:`deepinv_deq.iterations.samples`; parameters never do. What is not in the table (the denoiser, a physics of a user) must
-    treat samples one by one, with tensors that all samples share. This is tested with random states *and random tensors*, because
-    the present ones may hide a dependence, as masks per sample that are all one, or a coupling behind a layer that starts at zero.
+    treat samples one by one, with tensors that all samples share. This is proved for all values at once: no value of one sample
+    reaches another (:mod:`deepinv_deq.iterations.dataflow`), and the operations are the same at every place in the batch and for
+    the number of samples in question, at random states and tensors. Without this proof, the batch is solved whole.
     """
 
     _shared_by_replicas = True
@@ -42,19 +44,20 @@ class Verdicts:
     def __reduce__(self) -> tuple[Callable[[], Verdicts], tuple[()]]:
         return Verdicts, ()
 
-    def separable(self, f: Capture) -> bool:
+    def separable(self, f: Capture, size: int) -> bool:
         r"""The verdict on a map.
 
         :param Capture f: what the map depends on.
+        :param int size: number of samples of the restriction.
         :return: whether its restrictions are exact.
         """
         if f.samples() is None or not _constants_are_known(f) or _in_doubt(f):
             return False
-        make = _make(f)
+        make = size, _make(f)
         with self._lock:
             if make in self._known:
                 return self._known[make]
-        verdict = _treats_samples_one_by_one(f)
+        verdict = _treats_samples_one_by_one(f, size)
         if verdict is None:
             return False
         with self._lock:
@@ -73,7 +76,6 @@ def _constants_are_known(f: Capture) -> bool:
 
 def _in_doubt(f: Capture) -> bool:
     r"""Whether a buffer of the iteration has one row per sample, such as noise levels, or couples them in a known way."""
-    iteration = f.iteration
     scalars = _settings(f) | {id(f.levels)}
     known = f.samples()
     samples = {id(t) for t in (known.rows if known else ()) if t is not f.levels}
@@ -90,67 +92,89 @@ def _in_doubt(f: Capture) -> bool:
 
 def _settings(f: Capture) -> set[int]:
     r"""The stepsize and the data weight, as they are stored, by identity."""
-    inside = f.iteration.__dict__
-    stored = inside["_parameters"] | inside["_buffers"]
-    return {id(stored[name]) for name in ("stepsize", "data_weight") if name in stored}
+    return {id(t) for name, t in compat.stored(f.iteration) if name in ("stepsize", "data_weight")}
 
 
 def _make(f: Capture) -> tuple[Any, ...]:
-    r"""Everything that decides on the verdict but the values of tensors."""
-    iteration, physics = f.iteration, f.physics
-    modules = tuple((type(m), _plain(m.__dict__, skip=m is iteration)) for root in f.pristine.modules for m in root)
-    tensors = tuple((found.role, found.tensor.shape) for found in f.pristine.found.values())
-    return modules, type(physics), tensors, tuple(c.shape for c in f.constants), tuple(f.example() or ())
+    r"""Everything that decides on the verdict but the values of tensors, which the test replaces by random ones."""
+    iteration, physics, known = f.iteration, f.physics, f.samples()
+    shared = {id(t) for t in (known.shared if known else ())}
+    modules = tuple(fingerprint(m, _CACHES) for root in f.pristine.modules for m in root if m is not iteration)
+    own = fingerprint(iteration, (*_CACHES, "sigma"))  # the noise level is the same for all samples
+    tensors = tuple(
+        (found.role, t.shape, t.dtype, _content(t) if key in shared or found.roots == {0} else None)
+        for key, found in f.pristine.found.items()
+        for t in [found.tensor]
+    )
+    return modules, own, type(physics), tensors, tuple(c.shape for c in f.constants), tuple(f.example() or ())
 
 
-def _plain(value: Any, skip: bool = False) -> Any:
-    if type(value) in _NUMBERS:
-        return value
-    if isinstance(value, dict):  # the noise level of the iteration is the same for all samples
-        return tuple((str(k), _plain(v)) for k, v in value.items() if not (skip and k == "sigma") and k not in _CACHES)
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(v) for v in value)
-    return type(value)
+def _content(t: Tensor) -> bytes | None:
+    r"""The values of indices and masks, which cannot be replaced by random ones."""
+    return None if _is_random(t) else t.detach().cpu().numpy().tobytes()
 
 
-def _treats_samples_one_by_one(f: Capture) -> bool | None:
-    r"""Compare one sample alone with the same sample in the batch; ``None`` where that shows nothing."""
-    example, batch, iteration = f.example(), f.batch, f.iteration
+def _is_random(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _treats_samples_one_by_one(f: Capture, size: int) -> bool | None:
+    r"""Whether the map of ``size`` samples is that of the batch, for any values; ``None`` where that shows nothing.
+
+    Three evaluations with random states and tensors show it. The batch; the batch with its samples turned by one place, the first of
+    them NaN: they treat all samples alike, and no value of one sample reaches another; some samples by themselves.
+    """
+    example, batch = f.example(), f.batch
     if example is None or any(len(shape) < 1 or shape[0] != batch for shape, _, _ in example):
         return False
     rng = torch.Generator().manual_seed(0)
     put: dict[int, Tensor] = {}
     known = f.samples()
-    shared = {id(t) for t in (known.shared if known else ())}
+    shared, rows = ({id(t) for t in (getattr(known, name) if known else ())} for name in ("shared", "rows"))
     fixed = _settings(f)
     for key, found in f.pristine.found.items():
-        t = found.tensor
-        random = key in shared or (found.roots == {0} and found.role in ("parameter", "computed") and key not in fixed)
-        if random and t.numel() and (t.is_floating_point() or t.is_complex()):
-            put[key] = t.detach() + _scale(t) * (2 * _noise(t.shape, t, rng) - 1)
+        t, trained = found.tensor, found.role in ("parameter", "computed")
+        if (key in shared or (found.roots == {0} and key not in fixed)) and t.numel() and _is_random(t):
+            noise = _noise(t.shape, t, rng)  # buffers may have to stay positive, as variances
+            put[key] = t.detach() + _scale(t) * (2 * noise - 1 if trained else noise)
         elif found.role == "buffer":
             put[key] = t.detach().clone()  # a layer that keeps statistics must not keep those of random images
+    turned = {key: put.get(key, f.pristine.found[key].tensor).roll(1, 0) for key in rows}
+    if (levels := id(f.levels)) in turned:  # which go through the user's code
+        turned[levels] = _turned(put.get(levels, f.levels))
     # constants become random, too, but not negative: they may be counts
-    put |= {id(c): c.detach() + _scale(c) * _noise(c.shape, c, rng) for c in f.constants if c.numel()}
+    constants = {id(c): c.detach() + _scale(c) * _noise(c.shape, c, rng) for c in f.constants if c.numel()}
     state = [torch.randn(s, generator=rng, dtype=torch.float32).to(device, dtype) for s, dtype, device in example]
-    row = slice(batch // 2, batch // 2 + 1)
+    some = slice(batch - size, batch)
     try:
         with torch.no_grad():
-            alone = tuple(t[row].clone() for t in state)  # a network may write to its input
-            whole = _evaluate(f.replicate(put), tuple(state))
-            part = _evaluate(f.replicate(put, row), alone)
+            # copies: a network may write to its input
+            part = _evaluate(f.replicate(put | constants, some), tuple(t[some].clone() for t in state))
+            of_turned = f.replicate(put | turned | {key: _turned(c) for key, c in constants.items()})
+            points = tuple(_turned(t) for t in state)
+            image, passed_on = passes_nan_on(lambda: _evaluate(of_turned, points))
+            whole = _evaluate(f.replicate(put | constants), tuple(state))
     except torch.cuda.OutOfMemoryError:  # no verdict, which would be remembered
         raise
     except Exception:  # whatever a physics says about a batch that it does not expect
         return False
     if not all(bool(torch.isfinite(t).all()) for t in whole):
         return None
-    pairs = [(a, b[row]) for a, b in zip(part, whole, strict=True)]
-    return all(a.shape == b.shape and bool((a - b).norm() <= _rounding(a) * b.norm()) for a, b in pairs)
+    pairs = [(a, b[some]) for a, b in zip(part, whole, strict=True)]
+    pairs += [(a[1:], b[:-1]) for a, b in zip(image, whole, strict=True)]
+    return passed_on and all(a.shape == b.shape and bool((a - b).norm() <= _rounding(a) * b.norm()) for a, b in pairs)
+
+
+def _turned(t: Tensor) -> Tensor:
+    t = t.roll(1, 0)
+    t[0] = torch.nan
+    return t
 
 
 def _evaluate(made: tuple[Replica, tuple[Tensor, ...]], state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     replica, constants = made
+    for module in (m for root in replica.modules for m in root):
+        compat.run_eagerly(module)
     return as_tuple(replica.roots[0](state[0] if len(state) == 1 else state, replica.roots[1], *constants))
 
 

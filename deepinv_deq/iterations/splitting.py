@@ -38,9 +38,8 @@ class DEHQS(MeasurementIteration):
 
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
     :param float stepsize: :math:`\eta > 0`.
-    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
-    :param bool learn_stepsize: whether :math:`\eta` is trained.
-    :param float data_weight: weight :math:`\lambda > 0` of the data term.
+    :param settings: ``sigma``, ``learn_stepsize``, ``data_weight`` (:math:`\lambda`) and ``context`` of
+        :class:`FixedPointIteration <deepinv_deq.FixedPointIteration>`.
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
@@ -70,9 +69,8 @@ class DEADMM(MeasurementIteration):
 
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
     :param float stepsize: :math:`\eta > 0`.
-    :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image.
-    :param bool learn_stepsize: whether :math:`\eta` is trained.
-    :param float data_weight: weight :math:`\lambda > 0` of the data term, :math:`f(x) = \frac12 \|A x - y\|^2`.
+    :param settings: ``sigma``, ``learn_stepsize``, ``data_weight`` (:math:`\lambda`) and ``context`` of
+        :class:`FixedPointIteration <deepinv_deq.FixedPointIteration>`.
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.

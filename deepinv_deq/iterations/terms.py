@@ -9,8 +9,10 @@ from deepinv.physics import Physics, StackedPhysics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
+from deepinv_deq.compat import STORES
 from deepinv_deq.iterations.checks import positive
 from deepinv_deq.iterations.noise import broadcast, name_of_sigma
+from deepinv_deq.iterations.prox import prox_l2
 from deepinv_deq.iterations.separability import Verdicts
 from deepinv_deq.states import Rows, State
 
@@ -61,7 +63,7 @@ class Terms(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if name == "stepsize" and value is self._parameters.get(name):  # a learned one: its sign means nothing
+        if name == "stepsize" and value is vars(self)[STORES[0]].get(name):  # a learned one: its sign means nothing
             # in a bound map always, without asking the device; to the user it is the parameter wherever that is positive
             return value.abs() if self._private or bool((value.detach() < 0).any()) else value
         return value
@@ -163,8 +165,7 @@ class Terms(nn.Module):
         :param torch.Tensor y: measurement.
         :return: image of the same shape.
         """
-        gamma = (self.stepsize * self.data_weight).reshape(())
-        return physics.prox_l2(z, measurement(y, physics), gamma=gamma)
+        return prox_l2(physics, z, y, gamma=(self.stepsize * self.data_weight).reshape(()))
 
     def safe_stepsize(self, sqnorm: float) -> float:
         r"""A stepsize for which the linear part of the iteration does not diverge.
@@ -181,11 +182,6 @@ class Terms(nn.Module):
                 f"The stepsize has become {self.stepsize.detach().tolist()}: it must not be zero. Set it to a positive number, "
                 "and give it a smaller learning rate."
             )
-
-
-def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
-    r"""Measurements that :func:`as_tuple` took apart."""
-    return TensorList(list(constants)) if isinstance(physics, StackedPhysics) else constants[0]
 
 
 def measurements(y: Any, physics: Any) -> Any:

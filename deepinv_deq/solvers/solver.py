@@ -14,7 +14,7 @@ from deepinv_deq.solvers.loop import Settings
 from deepinv_deq.solvers.methods import METHODS, available_methods, foreign
 from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.stat import SolverStat, report
-from deepinv_deq.states import Layout, State, chunks, join, take
+from deepinv_deq.states import Layout, State, as_tuple, chunks, join, take
 
 _FAILURE = ("warn", "raise", "ignore")
 _SYNC_EVERY = 4  # on accelerators: a few extra evaluations are cheaper than a host-device synchronisation
@@ -126,8 +126,12 @@ class Solver:
         :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
         :return: slices of the batch; ``None`` for all samples at once, as where the map cannot be restricted to some.
         """
-        rows = chunks(x, self.chunk_size) if self.batched else []
-        return rows if len(rows) > 1 and as_map(f).select(rows[0]) is not None else None
+        rows, whole = chunks(x, self.chunk_size) if self.batched else [], as_map(f)
+        if len(rows) < 2 or whole.select(rows[0]) is None:
+            return None
+        # whether a restriction is exact may depend on the number of samples, and the last slice may have fewer
+        smaller = rows[-1].stop > len(as_tuple(x)[0])
+        return None if smaller and whole.select(rows[-1]) is None else rows
 
     def joined(self, stats: Sequence[SolverStat]) -> SolverStat:
         r"""One statistic for the chunks of a batch.

@@ -1,12 +1,11 @@
-r"""All random generators that a training run draws from: where they are, what their states are."""
+r"""All random generators that a training run draws from: where they are."""
 
 from __future__ import annotations
 
 import functools
-import random
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import PurePath
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -15,6 +14,9 @@ import numpy as np
 import torch
 
 from deepinv_deq.files import digest
+from deepinv_deq.training.kinds import global_states, kind_of, set_global_states, set_state, state_of
+
+__all__ = ["find", "global_states", "kind_of", "set_global_states", "set_state", "state_of"]
 
 _LIMIT = 300_000  # objects that are looked at: a second or so
 _ATOMS = (
@@ -31,13 +33,6 @@ _ATOMS = (
     torch.device,
     PurePath,
 )
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "torch": torch.Generator,
-    "numpy": np.random.Generator,
-    "numpy legacy": np.random.RandomState,
-    "numpy bits": np.random.BitGenerator,
-    "python": random.Random,
-}
 _ITERATORS = frozenset(("builtins", "itertools"))
 # iterators of one epoch, made anew in the next
 _PASSING = frozenset(("current_train_iterators", "current_eval_iterators", "_iterator"))
@@ -81,83 +76,6 @@ def find(root: Any, streams: Collection[str] = ()) -> tuple[dict[str, Any], list
         else:
             todo += reversed(list(_parts(path, value)))
     return found, lost
-
-
-def kind_of(value: Any) -> str | None:
-    r"""The name of the kind of generator that an object is, or ``None``."""
-    return next((name for name, kind in _KINDS.items() if isinstance(value, kind)), None)
-
-
-def state_of(generator: Any) -> Any:
-    r"""The state of a generator, as tensors and plain values.
-
-    :param generator: one of those that :func:`find` returns.
-    :return: its state, for :func:`set_state`.
-    """
-    kind = kind_of(generator)
-    if kind == "torch":
-        return generator.get_state()
-    if kind == "python":
-        return generator.getstate()
-    if kind == "numpy legacy":
-        return _encode(generator.get_state(legacy=False))
-    return _encode((generator.bit_generator if kind == "numpy" else generator).state)
-
-
-def set_state(generator: Any, state: Any) -> None:
-    r"""Put a generator into a state.
-
-    :param generator: a generator of the kind that the state is of.
-    :param state: what :func:`state_of` returned.
-    """
-    kind = kind_of(generator)
-    if kind == "torch":
-        generator.set_state(state.cpu())
-    elif kind == "python":
-        version, internal, *rest = state
-        generator.setstate((version, tuple(internal), *rest))
-    elif kind == "numpy legacy":
-        generator.set_state(_decode(state))
-    else:
-        (generator.bit_generator if kind == "numpy" else generator).state = _decode(state)
-
-
-def global_states() -> dict[str, Any]:
-    r"""The states of the global generators of PyTorch, NumPy and Python."""
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": _encode(np.random.get_state(legacy=False)),
-        "python": random.getstate(),
-    }
-
-
-def set_global_states(states: Mapping[str, Any]) -> None:
-    r"""Put the global generators into the states that :func:`global_states` returned.
-
-    :param Mapping states: the states. Those of more CUDA devices than there are here are left out.
-    """
-    torch.set_rng_state(states["torch"].cpu())
-    if torch.cuda.is_available():
-        for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
-            torch.cuda.set_rng_state(state.cpu(), device)
-    np.random.set_state(_decode(states["numpy"]))
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-
-
-def _encode(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _encode(value) for key, value in state.items()}
-    if isinstance(state, np.ndarray):  # as a list of numbers: not every PyTorch has unsigned tensors
-        return {"dtype": str(state.dtype), "values": state.tolist()}
-    return state.item() if isinstance(state, np.generic) else state
-
-
-def _decode(state: Any) -> Any:
-    if isinstance(state, dict) and state.keys() == {"dtype", "values"}:
-        return np.array(state["values"], dtype=state["dtype"])
-    return {key: _decode(value) for key, value in state.items()} if isinstance(state, dict) else state
 
 
 def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -168,7 +168,7 @@ def all_or_nothing(path: str | os.PathLike[str], parts: Iterable[Any], found: It
             part.load_state_dict(state)
         generators.set_global_states(states)
         for generator, state in private:
-            generators.set_state(generator, state)
+            generators.set_state(generator, state, strict=False)
         cause = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{path} does not fit this run ({cause}). The run is as it was before. Build the model, the optimiser and the "

@@ -42,7 +42,7 @@ class Pipeline:
     physics: Physics
     model: nn.Module
     losses: list[nn.Module]
-    lr: float = 3e-3
+    lr: float = 2e-3
     channels: int = 1
     operators: list[Physics] = field(default_factory=list)
 
@@ -97,7 +97,7 @@ def unfolded_super_resolution(swapped: bool) -> Pipeline:
         [SupLoss()],
     )
     if swapped:
-        model = DEQReconstructor(DEHQS(network()))
+        model = DEQReconstructor(DEHQS(network(), stepsize=20.0))
         losses.append(ContractionLoss())
     return Pipeline(physics, model, losses)
 
@@ -119,7 +119,7 @@ def equilibrium_deblurring(swapped: bool) -> Pipeline:
 
 def splitting_inpainting(swapped: bool) -> Pipeline:
     physics = inpainting()
-    model, losses = ArtifactRemoval(unet()), [SplittingLoss(split_ratio=0.8, eval_n_samples=2)]
+    model, losses = ArtifactRemoval(unet()), [SplittingLoss(split_ratio=0.6, eval_split_input=False)]
     if swapped:
         model = DEQReconstructor(DEProx(network()))
         losses.append(ContractionLoss())

@@ -21,5 +21,11 @@ RECORD = Path(__file__).parents[1] / "benchmarks" / "records" / "faults.json"
 TRIED: Counter[str] = Counter()  # counted once nothing was found wrong
 DIVERGENCES = "divergences of a solve, a gradient or a loss in the middle of a training"
 DAMAGED = "checkpoints cut off, changed, forged or of another kind"
+SOLVES, SECONDS = (5000, 300) if FULL else (200, 2)
+SCALES = "solves at scales from 1e-30 to 1e30, in six precisions, compared with exact answers"
+BITS = "single bits of files that were turned, each noticed or without effect"
+FULL_DISKS = "trainings on a full disk, resumed bit-exactly"
+THREADS = "reconstructions with gradients by 8 threads at once, within 5 minutes"
+HOSTILE = "hostile files: forged entries, other formats, cut off, changed, views of 4 TiB"
 MANY_STEPS = "training steps in resident memory that does not grow"
 TINY = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)

@@ -15,7 +15,10 @@ from deepinv_deq import (
     Solver,
 )
 from deepinv_deq.maps import as_map
+from deepinv_deq.solvers import METHODS
 from tests.faults.common import (
+    SCALES,
+    SOLVES,
     TINY,
     TRIED,
 )
@@ -161,3 +164,60 @@ def test_a_reconstruction_and_its_gradient_are_sound_or_said_not_to_be(
         bound = 1e-4 if dtype == torch.float32 else 1e-9
         assert relative_error(alone, x_hat[-1:]) <= bound and bool(model.forward_stat.converged)
     TRIED["reconstructions with their gradients, with random settings"] += 1
+
+
+KINDS = {  # a type, the largest exponent of ten of its scales, a tolerance that it can reach
+    torch.float16: (3, 3e-2),
+    torch.bfloat16: (30, 2e-1),
+    torch.float32: (30, 1e-4),
+    torch.float64: (30, 1e-8),
+    torch.complex64: (30, 1e-4),
+    torch.complex128: (30, 1e-8),
+}
+
+
+def contraction(rng, n, batch, dtype, gain, unit, saturates):
+    r"""``x ↦ u · g(W x / u) + c`` with ``‖W‖ = gain``, in the precision of ``dtype``, and the same in double precision."""
+    wide = torch.complex128 if dtype.is_complex else F64
+    w = torch.randn(n, n, generator=rng, dtype=wide)
+    w = gain * w / torch.linalg.matrix_norm(w, 2)
+    c = (unit * torch.randn(batch, n, generator=rng, dtype=wide)).to(dtype)
+    w = w.to(dtype)
+
+    def make(w, c):
+        def f(x):
+            z = (x / unit) @ w.mT
+            return unit * (z.tanh() if saturates else z) + c
+
+        return f
+
+    return make(w, c), make(w.to(wide), c.to(wide)), w.to(wide), c.to(wide)
+
+
+def test_solves_at_any_scale_and_in_any_precision():
+    for seed in range(SOLVES):
+        rng = torch.Generator().manual_seed(seed)
+        pick = lambda values, rng=rng: values[int(torch.randint(len(values), (), generator=rng))]  # noqa: E731
+        dtype, gain, method = pick(list(KINDS)), pick([0.0, 0.5, 0.9]), pick([*METHODS])
+        most, tol = KINDS[dtype]
+        unit = 10.0 ** (most * (2 * float(torch.rand((), generator=rng)) - 1))
+        saturates, n, batch = method != "gmres" and pick([False, True]), pick([1, 3, 12]), pick([1, 3])
+        saturates = saturates and not dtype.is_complex  # tanh has poles
+        f, exact, w, c = contraction(rng, n, batch, dtype, gain, unit, saturates)
+        start = pick([0.0, 1.0, 10.0]) * unit
+        x0 = (start * torch.randn(batch, n, generator=rng, dtype=w.dtype)).to(dtype)
+        x, stat = Solver(method, max_iter=120, tol=tol, on_failure="ignore")(f, x0)
+        assert bool(torch.isfinite(x).all()) and x.dtype == dtype, (seed, dtype, unit)
+        wide = x.to(w.dtype)
+        size = torch.linalg.vector_norm(wide / unit, dim=1)
+        left = torch.linalg.vector_norm((exact(wide) - wide) / unit, dim=1) / size
+        rounding = 8 * torch.finfo(dtype).eps
+        assert bool((left <= 1.05 * tol + rounding)[stat.converged].all()), (seed, dtype, unit, left, stat.outcome)
+        assert bool((left >= 0.5 * tol - rounding)[~stat.converged].all()), (seed, dtype, unit, left, stat.outcome)
+        if not saturates:
+            solution = torch.linalg.solve(torch.eye(n, dtype=w.dtype) - w, (c / unit).mT).mT
+            error = torch.linalg.vector_norm(wide / unit - solution, dim=1) / size
+            allowed = (1.05 * tol + rounding) / (1 - gain)
+            assert bool((error <= allowed)[stat.converged].all()), (seed, dtype, unit, error)
+        assert method in ("fixed_point_iter",) or dtype.itemsize < 4 or bool(stat.converged.all()), (seed, stat.outcome)
+        TRIED[SCALES] += 1

@@ -93,7 +93,7 @@ def test_watch_accepts_what_layers_do_to_their_own_buffers():
 @pytest.mark.parametrize("inplace", [False, True])
 def test_own_input_tells_from_one_evaluation_whether_copies_are_necessary(inplace):
     network, guard, x = nn.ReLU(inplace=inplace), OwnInput(), torch.randn(5)
-    network.register_forward_pre_hook(guard)
+    network.register_forward_pre_hook(guard, with_kwargs=True)
     kept = x.clone()
     for _ in range(3):
         assert torch.equal(network(x), kept.relu()) and torch.equal(x, kept)

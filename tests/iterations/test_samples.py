@@ -3,6 +3,7 @@ r"""Restriction to some samples: exact for deepinv's physics, the whole batch wh
 from __future__ import annotations
 
 import copy
+import functools
 
 import deepinv as dinv
 import pytest
@@ -149,8 +150,8 @@ def test_whether_a_map_can_be_restricted_is_measured_once():
     for _ in range(3):  # other measurements of the same make
         x = x.flip(0)
         assert restricts(model.iteration.bind(physics.A(x), physics), x)
-    assert calls == [4, 4, 1, 4, 4]
-    assert restricts(model.iteration.bind(physics.A(x[:3]), physics), x[:3]) and calls[5:] == [3, 3, 1]
+    assert calls == [4, 1, 4, 4, 4, 4]  # one sample, the batch turned, the batch
+    assert restricts(model.iteration.bind(physics.A(x[:3]), physics), x[:3]) and calls[6:] == [3, 1, 3, 3]
 
 
 def test_a_map_that_couples_its_samples_is_not_restricted():
@@ -348,6 +349,106 @@ def test_a_coupling_that_is_switched_on_later():
     assert model.iteration.bind(y, physics).select(slice(0, 1)) is not None
     model.iteration.denoiser.on = True
     assert model.iteration.bind(y, physics).select(slice(0, 1)) is None
+
+
+class Function(nn.Module):
+    r"""A function of the samples behind a denoiser."""
+
+    def __init__(self, function, channels=3, **inside):
+        super().__init__()
+        self.net, self.function, self.inside = SmallDenoiser(channels=channels), function, inside
+
+    def forward(self, x):
+        return self.function(self.net(x), **self.inside)
+
+
+def by_row(x, *factors):
+    return x * torch.tensor(factors, dtype=x.dtype)[: len(x)].reshape(-1, 1, 1, 1)
+
+
+COUPLED = {
+    "the last sample is treated in another way": lambda x: torch.cat([x[:-1], 0.5 * x[-1:]]) if len(x) > 1 else x,
+    "the third of three": lambda x: torch.cat([x[:2], 0.5 * x[2:]]),
+    "a table that hides it in the middle": lambda x: by_row(x, 0.9, 0.9, 0.3),
+    "by less than rounding": lambda x: x + 1e-13 * x.mean(0, keepdim=True),
+    "with a weight of zero": lambda x: x + 0.0 * x.flip(0),
+    "only for large values": lambda x: x / x.abs().max() if x.abs().max() > 1e6 else x,
+    "only for large values, by where": lambda x: torch.where(x.abs().max() > 1e6, x / x.abs().max(), x),
+    "the next sample": lambda x: x + 0.1 * torch.cat([x[1:], torch.zeros_like(x[:1])]),
+    "in another library": lambda x: torch.from_numpy(x.detach().numpy() - 1e-12 * x.detach().numpy().mean(0)),
+    "by rounding to integers": lambda x: x + 0.1 * (x.mean() / 1e6).to(torch.int).to(x.dtype),
+    "in lists": lambda x: x + 1e-13 * torch.tensor(sum(x.sum((1, 2, 3)).tolist()), dtype=x.dtype),
+    "batches of two samples": lambda x: x.flip(0) if len(x) == 2 else x,
+}
+
+
+def bound(denoiser, model=None):
+    y = torch.rand(3, 3, 8, 8, dtype=F64, generator=rng())
+    f = (model or solve(1, denoiser=denoiser)).iteration.bind(y, dinv.physics.Denoising())
+    f(y)
+    return f
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_samples_that_are_not_independent_are_not_restricted(name):
+    f = bound(Function(COUPLED[name]))
+    assert f.select(slice(1, 3)) is None and (f.select(slice(0, 1)) is None or "two" in name)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 3), torch.tensor([True, False, True])])
+def test_independent_samples_are_restricted(rows):
+    functions = (torch.tanh, nn.GroupNorm(1, 3).to(F64), nn.MaxPool2d(3, 1, 1), lambda x: nn.functional.pad(x, 4 * [0]))
+    for function in functions:
+        f, x = bound(Function(function)), torch.rand(3, 3, 8, 8, dtype=F64, generator=rng(2))
+        torch.testing.assert_close(f.select(rows)(x[rows]), f(x)[rows])
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_compiled_denoisers_are_watched_without_compiled_code(coupled):
+    torch.compiler.reset()
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    function = COUPLED["by less than rounding"] if coupled else torch.tanh
+    f = bound(torch.compile(Function(function), backend=backend))
+    count = len(compiled)
+    assert (f.select(slice(0, 1)) is None) is coupled and len(compiled) == count > 0
+
+
+def couple(x, on=True):
+    return x - 0.3 * x.mean(0, keepdim=True) if on else x
+
+
+@pytest.mark.parametrize("what", ["number", "function", "partial", "hook", "method of the class", "index", "buffer"])
+def test_a_verdict_does_not_outlive_what_it_was_made_of(what):
+    kind = type("Own", (Function,), {})
+    denoiser = kind(lambda x, on: couple(x, on), on=False)
+    if what == "partial":
+        denoiser = kind(functools.partial(couple, on=False))
+    if what in ("index", "buffer"):  # longer than the batch; equal at every place at first
+        denoiser = kind(lambda x, table, i: x * table[i[: len(x)]].reshape(-1, 1, 1, 1))
+        denoiser.inside = {"table": torch.ones(5, dtype=F64), "i": torch.zeros(5, dtype=torch.long)}
+        if what == "buffer":
+            denoiser.inside["i"] = torch.arange(5)
+    model = solve(1, denoiser=denoiser)  # which keeps the verdicts
+    restricted = bound(denoiser, model).select(slice(0, 1)) is not None
+    assert restricted is (what != "buffer")
+    if what == "number":
+        denoiser.inside["on"] = True
+    elif what == "function":
+        denoiser.function = lambda x, on: couple(x, not on)
+    elif what == "partial":
+        denoiser.function = functools.partial(couple, on=True)
+    elif what == "hook":
+        denoiser.register_forward_hook(lambda m, i, out: couple(out))
+    elif what == "method of the class":
+        kind.forward = lambda self, x: couple(x)
+    elif what == "index":
+        denoiser.inside["i"] = torch.arange(5)
+    assert bound(denoiser, model).select(slice(0, 1)) is None
 
 
 def test_noise_levels_of_samples_are_solved_together():

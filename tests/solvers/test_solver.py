@@ -314,3 +314,23 @@ def test_a_host_that_looks_rarely_changes_no_result(method):
         y, rare = Solver(method, max_iter=1000, tol=1e-8, sync_every=7)(g, torch.zeros_like(exact))
         assert torch.equal(x, y) and torch.equal(stat["nstep"], rare["nstep"])
         assert stat.evaluations <= rare.evaluations <= stat.evaluations + 6
+
+
+class Named(torch.nn.Module):
+    r"""A callable with submodules and attributes that have the names of a map's methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.select, self.preconditioner, self.rebind = (torch.nn.Linear(4, 4) for _ in range(3))
+        self.inputs, self.diagnose, self.separable = (torch.ones(1),), "text", True
+
+    def forward(self, x):
+        return 0.5 * torch.tanh(x) + 1
+
+
+def test_attributes_of_a_callable_are_no_methods_of_a_map():
+    f = Named()
+    x, stat = Solver("anderson", tol=1e-6, chunk_size=1)(f, torch.zeros(3, 4))
+    assert stat.converged.all() and torch.allclose(f(x), x, atol=1e-5)
+    with pytest.warns(ConvergenceWarning):
+        Solver("anderson", tol=1e-9, max_iter=2)(f, torch.zeros(3, 4))

@@ -261,13 +261,24 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)  # at once, whatever still looks at it
 
 
-@pytest.mark.skipif(not is_root or shutil.which("mount") is None, reason="needs the right to mount a tmpfs")
+needs_mount = pytest.mark.skipif(
+    not is_root or shutil.which("mount") is None, reason="needs the right to mount a tmpfs"
+)
+
+
+@needs_mount
 def test_a_full_disk_loses_nothing(small_disk, tmp_path, finished):
+    runs, full = full_disk_runs(small_disk, tmp_path, finished)
+    print(f"{runs} runs, {full} on a full disk, all resumed bit for bit")
+
+
+def full_disk_runs(small_disk, tmp_path, finished, rooms=None):
+    r"""Trainings with little room on their disk, resumed with more: how many, and how many found it full."""
     size = Path(latest_checkpoint(finished)).stat().st_size
     whole = trainer(tmp_path / "whole", 4)
     whole.train()
     rng, full, filler = random.Random(0), 0, small_disk / "filler"
-    rooms = [0, 1, 4096, size - 4096, size, *(rng.randrange(2 * size) for _ in range(5))]
+    rooms = rooms or [0, 1, 4096, size - 4096, size, *(rng.randrange(2 * size) for _ in range(5))]
     for i, room in enumerate(rooms):  # of a run that has saved one checkpoint
         folder = small_disk / str(i)
         trainer(folder, 2).train()
@@ -291,7 +302,7 @@ def test_a_full_disk_loses_nothing(small_disk, tmp_path, finished):
         assert torch.equal(weights(resumed.model), weights(whole.model)) and resumed.loss_history == whole.loss_history
         shutil.rmtree(folder)
     assert full >= len(rooms) // 2
-    print(f"{len(rooms)} runs, {full} on a full disk, all resumed bit for bit")
+    return len(rooms), full
 
 
 def without_rights(folder: str) -> None:

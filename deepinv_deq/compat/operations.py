@@ -1,0 +1,28 @@
+r"""Private names with which operations are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from deepinv_deq.compat.lookup import find
+
+
+def dispatch_mode(listed: Callable[[str, Any, Any], bool]) -> Any:
+    r"""A context manager that passes the name and the arguments of every operation inside to a function.
+
+    Its attribute ``certain`` tells whether the function returned True for all. Without the name: ``None``, and batches are solved
+    whole.
+    """
+    base: Any = find("torch.utils._python_dispatch.TorchDispatchMode")
+    if base is None:
+        return None
+
+    class Watching(base):  # type: ignore[misc]
+        certain = True
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.certain = self.certain and listed(func.overloadpacket.__name__, args, kwargs)
+            return func(*args, **(kwargs or {}))
+
+    return Watching()

@@ -1,0 +1,48 @@
+r"""The proximal map of the data term, at the scale of each sample."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from deepinv.physics import Physics, StackedPhysics
+from deepinv.utils import TensorList
+from torch import Tensor
+
+from deepinv_deq.states import powers_of_two, times
+
+
+def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
+    r"""Measurements that :func:`as_tuple` took apart."""
+    return TensorList(list(constants)) if isinstance(physics, StackedPhysics) else constants[0]
+
+
+def prox_l2(physics: Physics, z: Tensor, y: tuple[Tensor, ...], gamma: Any) -> Tensor:
+    r"""``physics.prox_l2`` of each sample, divided by its size.
+
+    The map is linear in ``z`` and ``y``. deepinv's conjugate gradients add 1e-8 to squared norms, so that small images would become
+    zeros, and large ones overflow in single precision.
+
+    :param deepinv.physics.Physics physics: linear forward operator.
+    :param torch.Tensor z: image of shape ``(B, C, H, W)``.
+    :param tuple[torch.Tensor, ...] y: measurements.
+    :param float, torch.Tensor gamma: weight of the data term.
+    :return: image of the same shape.
+    """
+    unit = powers_of_two(z, *y)
+    parts = tuple(times(1 / unit, part) for part in y)
+    return times(unit, cast(Any, physics).prox_l2(times(1 / unit, z), measurement(parts, physics), gamma=gamma))
+
+
+def prox_of_zero(physics: Physics, x: Tensor, gamma: Any) -> Any:
+    r"""The linear map :math:`r \mapsto (\gamma A^\top A + I)^{-1} r`.
+
+    :param deepinv.physics.Physics physics: linear forward operator.
+    :param torch.Tensor x: image of shape ``(B, C, H, W)``.
+    :param float, torch.Tensor gamma: weight of the data term.
+    :return: the map of images.
+    """
+    with torch.no_grad():
+        y = physics.A(x)
+        parts = tuple(torch.zeros_like(part) for part in (y if isinstance(y, (list, tuple, TensorList)) else [y]))
+    return torch.no_grad()(lambda r: prox_l2(physics, r, parts, gamma))

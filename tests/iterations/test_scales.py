@@ -1,0 +1,96 @@
+r"""Images of any size: reconstructions, gradients and certificates are those of images of size one, scaled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepinv.physics import Denoising, stack
+from torch import nn
+
+from deepinv_deq import DEADMM, DEHQS, DEGrad, DEProx, DEQReconstructor, ModularIDHook, Solver
+from deepinv_deq.iterations.prox import prox_l2
+from deepinv_deq.physics import SparseLinearPhysics
+from deepinv_deq.states import powers_of_two, times
+from tests.problems import F64, imaging, relative_error
+
+
+class Linear(nn.Module):
+    r"""A linear contraction, so that the reconstruction is linear in the measurements."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.1, 0.12, 9).reshape(1, 1, 3, 3))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight, padding=1) + 0.5 * x
+
+
+def problem(template, dtype):
+    _, physics, x, y = imaging(batch=2, dtype=dtype)
+    single = dtype == torch.float32
+    solver, adjoint = (Solver(m, tol=1e-5 if single else 1e-11, max_iter=200) for m in ("anderson", "gmres"))
+    return DEQReconstructor(template(Linear(), stepsize=0.5), solver=solver, hook=ModularIDHook(adjoint)).to(dtype), physics, x, y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("template", [DEProx, DEGrad, DEHQS, DEADMM])
+def test_images_and_gradients_at_any_scale(template, dtype):
+    model, physics, x, y = problem(template, dtype)
+    weight, bound = model.iteration.denoiser.weight, 1e-4 if dtype == torch.float32 else 1e-9
+    expected = model(y, physics)
+    (gradient,) = torch.autograd.grad((expected * x).sum(), weight)
+    for scale in (1e-30, 1e-22, 1e-10, 1e-4, 1e4, 1e10, 1e22, 1e30):
+        x_hat = model(scale * y, physics)
+        assert bool(model.forward_stat.converged.all()) and relative_error(x_hat / scale, expected) <= bound
+        for loss in ((x_hat / scale * x).sum(), scale * (model(y, physics) * x).sum()):
+            (ours,) = torch.autograd.grad(loss, weight)
+            size = 1.0 if ours.abs().max() < 1e3 * gradient.abs().max() and ours.abs().max() > 1e-3 * gradient.abs().max() else scale
+            assert relative_error(ours.double() / size, gradient.double()) <= 10 * bound, scale
+        mixed = torch.cat([scale * y[:1], y[1:]])  # and no sample sees the scale of another
+        assert relative_error(model(mixed, physics)[1:], expected[1:]) <= bound
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("template", [DEProx, DEGrad])
+def test_certificates_at_any_scale(template, scale):
+    model, physics, x, y = problem(template, torch.float32)
+    certificate = model.eval().certify(scale * y, physics, products=5, x_gt=scale * x)
+    assert bool(certificate.unique.all()) and certificate.error.max() < 1e-3, certificate.outcome
+    assert max(float(spread.max()) for spread in certificate.spread.values()) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e-4, 1e4, 1e10, 1e30])
+def test_the_proximal_map_at_any_scale(scale):
+    _, first, x, y = imaging(batch=2, dtype=F64)
+    second = imaging(batch=2, dtype=F64, seed=1)[1]
+    matrix = torch.cat([first.matrix, second.matrix])
+    z, both = x.flip(0), (y, second.A(x))
+    exact = torch.linalg.solve(
+        0.7 * matrix.T @ matrix + torch.eye(16, dtype=F64), (0.7 * torch.cat(both, 1) @ matrix + z.flatten(1)).T
+    ).T.reshape(z.shape)
+    first.max_iter = 100
+    ours = prox_l2(stack(first, second), scale * z, tuple(scale * part for part in both), 0.7)
+    assert relative_error(ours / scale, exact) <= 1e-4  # physics.tol
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e30])
+def test_least_squares_of_a_sparse_operator_at_any_scale(scale):
+    _, physics, x, y = imaging(batch=2, dtype=F64)
+    sparse = SparseLinearPhysics.from_physics(physics, (1, 4, 4))
+    for solve in (sparse.A_dagger, lambda y: sparse.prox_l2(scale * x, y, 0.7)):
+        one = sparse.A_dagger(y) if solve == sparse.A_dagger else sparse.prox_l2(x, y, 0.7)
+        assert relative_error(solve(scale * y) / scale, one) <= 1e-6
+    pseudo = torch.linalg.pinv(physics.matrix)
+    assert relative_error(sparse.A_dagger(scale * y).flatten(1) / scale, y @ pseudo.T) <= 1e-3
+
+
+def test_units():
+    x = torch.tensor([[3.0, -8.0], [0.0, 0.0], [1e-30, 0.0], [float("inf"), 1.0]])
+    units = powers_of_two(x)
+    assert units.tolist() == [2.0**-7, 1.0, pytest.approx(2.0**-110), 1.0]
+    assert torch.equal(times(1 / units, x)[0], torch.tensor([384.0, -1024.0]))
+    assert powers_of_two(torch.full((2, 3), 4, dtype=torch.long)).tolist() == [2.0**-8] * 2
+    assert powers_of_two(torch.ones(2, 3, dtype=torch.float16)).tolist() == [1.0, 1.0]
+    assert powers_of_two(torch.ones(2, 3, dtype=torch.cdouble)).tolist() == [2.0**-30] * 2
+    assert powers_of_two(torch.ones(2, 3), torch.full((1, 3), 4.0)).tolist() == [2.0**-8] * 2
+    assert prox_l2(Denoising(), torch.zeros(0, 1, 2, 2), (torch.zeros(0, 1, 2, 2),), 1.0).shape == (0, 1, 2, 2)
