@@ -119,7 +119,7 @@ class DEQReconstructor(Reconstructor):
 
     @property
     def params_algo(self) -> dict[str, list[Any]]:
-        r"""Stepsize and the other numbers of the iteration, as :func:`deepinv.utils.plot_parameters` wants them: lists of one value."""
+        r"""Stepsize and the other numbers of the iteration, as ``deepinv.utils.plot_parameters`` wants them: lists of one value."""
         return {k: [v.detach() if isinstance(v, Tensor) else v] for k, v in self.iteration.numbers().items()}
 
     @compat.outside_of_compiled_graphs

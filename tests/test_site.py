@@ -85,7 +85,7 @@ NARROW = """() => {
     width: document.documentElement.scrollWidth,
     letters: Math.min(...[...document.querySelectorAll("article p")].map((p) => parseFloat(getComputedStyle(p).fontSize))),
     columns: [...document.querySelectorAll("article table")].filter((table) => shown(table) && !reachable(table)).length,
-    cut: [...document.querySelectorAll("article p, article li, article dt")].filter(shown)
+    cut: [...document.querySelectorAll("article h1, article h2, article h3, article p, article li, article dt")].filter(shown)
       .filter((node) => node.scrollWidth > node.clientWidth + 1 && node.clientWidth && !node.querySelector("table, pre, .math"))
       .filter((node) => getComputedStyle(node).display !== "inline").map((node) => node.textContent.trim().slice(0, 40)),
     clipped: [...document.querySelectorAll("header a, header button, header label")].filter(shown)
