@@ -321,7 +321,7 @@ def test_geometries(name, side, monkeypatch):
     assert relative_error(sparse.A(x), y) <= 1e-5
     assert relative_error(sparse.A_adjoint(y), physics.A_adjoint(y)) <= 1e-5
     assert relative_error(sparse.fbp(y), physics.fbp(y)) <= 1e-5
-    assert torch.equal(sparse._csr("adjoint").to_dense(), sparse.matrix.to_dense().T)
+    assert torch.equal(sparse._csr("adjoint")().to_dense(), sparse.matrix.to_dense().T)
 
 
 # Size -------------------------------------------------------------------------------------------------------------------
