@@ -3,6 +3,7 @@ r"""A pair of sparse matrices, transposes of each other, as the two maps of a li
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class SparseProducts(LinearPhysics):
     @property
     def matrix(self) -> Tensor:
         r"""The matrix :math:`A`, sparse CSR of shape ``(m, n)``."""
-        return self._csr("forward")
+        return self._csr("forward")()
 
     def A(self, x: Tensor, **kwargs: Any) -> Tensor:
         r"""Measure.
@@ -61,10 +62,11 @@ class SparseProducts(LinearPhysics):
         """
         return self._by_parts(lambda part: self._multiply(part, "adjoint"), y, self.measurement_size)
 
-    def _csr(self, name: str) -> Tensor:
+    def _csr(self, name: str) -> Callable[[], Tensor]:
+        r"""A function that makes one of the matrices: inside of transforms of :mod:`torch.func`, none can be made."""
         size = (_numel(self.measurement_size), _numel(self.img_size))
         rows, columns, values = (getattr(self, f"_{name}_{part}") for part in ("rows", "columns", "values"))
-        return csr(rows, columns, values, size if name == "forward" else size[::-1])
+        return lambda: csr(rows, columns, values, size if name == "forward" else size[::-1])
 
     def _floating(self, x: Tensor) -> Tensor:
         return x if x.is_floating_point() or x.is_complex() else x.to(self._forward_values.dtype)
@@ -80,7 +82,7 @@ class SparseProducts(LinearPhysics):
     def _multiply(self, x: Tensor, name: str) -> Tensor:
         matrix, transposed = self._csr(name), self._csr("adjoint" if name == "forward" else "forward")
         size = self.measurement_size if name == "forward" else self.img_size
-        return Product.apply(x.flatten(1), matrix, transposed).reshape(-1, *size)
+        return Product.apply(x.flatten(1), Pair(matrix, transposed)).reshape(-1, *size)
 
     @property
     def _wide(self) -> torch.dtype:
@@ -88,19 +90,41 @@ class SparseProducts(LinearPhysics):
 
 
 class Product(torch.autograd.Function):
-    r"""``x Mᵀ`` for a constant sparse ``M`` with a known transpose; differentiable any number of times."""
+    r"""``x Mᵀ`` for a constant sparse ``M`` with a known transpose, a :class:`Pair`; differentiable any number of times, also in
+    forward mode and under ``vmap``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Tensor, transpose: Tensor) -> Tensor:
-        ctx.matrix, ctx.transpose = matrix, transpose
+    def forward(x: Tensor, pair: Pair) -> Tensor:
         # no sparse products in half precision; nothing of double precision is lost
+        matrix = pair.matrix()
         dtype = torch.promote_types(torch.promote_types(x.dtype, matrix.dtype), torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return torch.mm(matrix.to(dtype), x.to(dtype).t()).t().to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return Product.apply(g, ctx.transpose, ctx.matrix), None, None
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Pair], output: Tensor) -> None:
+        ctx.pair = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return Product.apply(g, Pair(ctx.pair.transpose, ctx.pair.matrix)), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return Product.apply(tangent, ctx.pair)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, pair: Pair) -> tuple[Tensor, int]:
+        x = x.movedim(in_dims[0], 0)
+        return Product.apply(x.flatten(0, 1), pair).reshape(*x.shape[:2], -1), 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    r"""Functions that make a sparse matrix and its transpose."""
+
+    matrix: Callable[[], Tensor]
+    transpose: Callable[[], Tensor]
 
 
 def _numel(size: Sequence[int]) -> int:

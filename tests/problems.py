@@ -13,6 +13,8 @@ import torch
 from deepinv.physics import LinearPhysics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepinv_deq import DEGrad, DEProx, DEQReconstructor, FixedPointIteration, ModularIDHook, Solver
 from deepinv_deq.maps import Map
@@ -161,3 +163,37 @@ def relative_error(a, b) -> float:
 
 
 TEMPLATES = [DEGrad, DEProx]
+
+
+class Synchronisations(TorchDispatchMode):
+    r"""Counts how often the host reads a value of a tensor, which on an accelerator is when it waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+        self._lists = _Lists(self)
+
+    def __enter__(self):
+        self._lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        self._lists.__exit__(*args)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waiting = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += func in (*waiting, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+class _Lists(TorchFunctionMode):
+    r"""Counts what is no operation of the dispatcher."""
+
+    def __init__(self, counter: Synchronisations):
+        super().__init__()
+        self._counter = counter
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self._counter.count += func in (Tensor.tolist, Tensor.numpy)
+        return func(*args, **(kwargs or {}))

@@ -8,6 +8,7 @@ import deepinv as dinv
 import pytest
 import torch
 
+from deepinv_deq import DEGrad, DEQReconstructor, ModularIDHook, Solver
 from deepinv_deq.files import digests
 from deepinv_deq.physics import SparseLinearPhysics
 from tests.problems import MatrixPhysics, relative_error
@@ -63,6 +64,41 @@ def test_derivatives():
     assert torch.autograd.gradcheck(sparse.A, x) and torch.autograd.gradgradcheck(sparse.A, x)
     y = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(sparse.A_adjoint, y)
+
+
+def dense_and_sparse():
+    torch.manual_seed(0)
+    dense = torch.randn(5, 4, dtype=torch.float64).relu()
+    return dense, SparseLinearPhysics(dense.to_sparse_csr(), (1, 2, 2), (5,))
+
+
+def test_forward_mode_and_vmap():
+    dense, sparse = dense_and_sparse()
+    x, v = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64)
+    expected = v.flatten(1) @ dense.T
+    torch.testing.assert_close(torch.func.jvp(sparse.A, (x,), (v,))[1], expected)
+    torch.testing.assert_close(torch.func.jvp(sparse.A_adjoint_A, (x,), (v,))[1].flatten(1), expected @ dense)
+    torch.testing.assert_close(torch.vmap(sparse.A, in_dims=1, out_dims=1)(torch.stack([x, v], dim=1))[:, 1], expected)
+    torch.testing.assert_close(torch.func.jacfwd(sparse.A)(x[:1]).reshape(5, 4), dense)
+    torch.testing.assert_close(torch.func.jacrev(sparse.A)(x[:1]).reshape(5, 4), dense)
+    assert torch.autograd.gradcheck(sparse.A, x.requires_grad_(), check_forward_ad=True)
+
+
+def test_tangents_and_gradients_of_a_model_agree():
+    _, sparse = dense_and_sparse()
+    iteration = DEGrad(torch.nn.Conv2d(1, 1, 1, bias=False).double(), stepsize=0.1)
+    solver = Solver("gmres", tol=1e-12)
+    model = DEQReconstructor(iteration, solver=Solver("anderson", tol=1e-12), hook=ModularIDHook(solver))
+    with torch.no_grad():
+        iteration.denoiser.weight.fill_(0.3)
+    y, v, w = torch.randn(3, 1, 5, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        out = model(torch.autograd.forward_ad.make_dual(y, v), sparse)
+        tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
+    (gradient,) = torch.autograd.grad(
+        model(y.requires_grad_(), sparse), y, (w @ sparse.matrix.to_dense()).reshape(1, 1, 2, 2)
+    )
+    torch.testing.assert_close((tangent.flatten(1) @ sparse.matrix.to_dense().T * w).sum(), (gradient * v).sum())
 
 
 def test_noise_model_and_normalisation_are_kept():
@@ -285,7 +321,7 @@ def test_geometries(name, side, monkeypatch):
     assert relative_error(sparse.A(x), y) <= 1e-5
     assert relative_error(sparse.A_adjoint(y), physics.A_adjoint(y)) <= 1e-5
     assert relative_error(sparse.fbp(y), physics.fbp(y)) <= 1e-5
-    assert torch.equal(sparse._csr("adjoint").to_dense(), sparse.matrix.to_dense().T)
+    assert torch.equal(sparse._csr("adjoint")().to_dense(), sparse.matrix.to_dense().T)
 
 
 # Size -------------------------------------------------------------------------------------------------------------------

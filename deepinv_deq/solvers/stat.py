@@ -128,19 +128,21 @@ class SolverStat(_TorchDEQStat):
         :param str method: name of the method.
         :param float tol: its tolerance.
         """
-        residual, converged = self.residual, self.converged
-        worst = residual.max().item() if residual.numel() else 0.0
+        residual, at_floor = self.residual.double(), self["at_floor"]
+        zero = residual.new_zeros(1)  # for an empty batch
+        largest = [torch.cat([r, zero]).max() for r in (residual, torch.where(at_floor, residual, 0.0))]
+        numbers = [t.sum().double() for t in (self.converged, at_floor, self["singular"])]
+        worst, floor, good, at_floor, singular = torch.stack([*largest, *numbers]).tolist()  # one synchronisation
         said = [
-            f"{method}: {int(converged.sum())} of {converged.numel()} samples reached the relative residual {tol:.1e} in "
+            f"{method}: {good:.0f} of {len(residual)} samples reached the relative residual {tol:.1e} in "
             f"{self.evaluations} evaluations (largest residual {worst:.1e})."
         ]
-        if bool(self["at_floor"].any()):
+        if at_floor:
             precision = str(self["precision"]).removeprefix("torch.")
             finer = "use a larger tol" if precision == "float64" else "use float64 or a larger tol"
-            floor = residual[self["at_floor"]].max().item()
             said.append(f"{precision} cannot reach {tol:.1e} (floor about {floor:.1e}): {finer}.")
-        if bool(self["singular"].any()):
-            said.append(_SINGULAR.format(n=int(self["singular"].sum()), of=len(converged)))
+        if singular:
+            said.append(_SINGULAR.format(n=int(singular), of=len(residual)))
         self["outcome"] = " ".join(said)
 
     def verify(self, layout: Layout, x: State, fx: State, offset: State, method: str, tol: float) -> float | None:

@@ -21,7 +21,7 @@ import torch.autograd.forward_ad as forward_ad
 
 from tests.benchmarks.limits import IMAGE
 
-MOST = 300  # evaluations and products together
+MOST = 200  # evaluations and products together
 
 
 class Counted:

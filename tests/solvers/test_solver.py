@@ -9,14 +9,13 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchdeq.solver import _solvers, get_solver, register_solver
 from torchdeq.solver.anderson import anderson_solver
 
 from deepinv_deq import ConvergenceWarning, Solver
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import METHODS, Method, available_methods
-from tests.problems import F64, Batch, affine, relative_error
+from tests.problems import F64, Batch, Synchronisations, affine, relative_error
 from tests.solvers import NONLINEAR, OURS, residual
 
 
@@ -275,19 +274,6 @@ def test_a_broken_sample_is_dropped_and_reported():
         x, stat = Solver("anderson", max_iter=400, tol=1e-9, chunk_size=6)(f, torch.zeros(6, 4000, dtype=F64))
     assert stat.converged.tolist() == [True] * 4 + [False, True] and torch.isfinite(x).all()
     assert stat["nstep"][4] == 1
-
-
-class Synchronisations(TorchDispatchMode):
-    r"""Counts how often the host reads a value of a tensor, which on an accelerator is when it waits."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waiting = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        self.count += func in (*waiting, torch.ops.aten.equal.default)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", OURS)
