@@ -163,7 +163,8 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
     if isinstance(value, nn.Module):
         own = {name: item for name, item in vars(value).items() if name not in OF_MODULES}
         # replicas share hooks, and what a hook records changes all the time
-        hooks = tuple(_Same(hook) for name in sorted(HOOKS) for hook in vars(value).get(name, {}).values())
+        found = [hook for name in sorted(HOOKS) for hook in vars(value).get(name, {}).values()]
+        hooks = tuple(_Same(getattr(hook, "__func__", hook)) for hook in found)
         names = tuple(name for name, _ in value.named_children())
         return kind, _code(kind), value.training, names, hooks, fingerprint(own, skip, seen)
     if kind is types.FunctionType:
