@@ -161,9 +161,12 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
         return tuple(fingerprint(part, skip, seen) for part in parts)
 
     if isinstance(value, nn.Module):
-        own = {name: item for name, item in vars(value).items() if name not in OF_MODULES or (item and name in HOOKS)}
+        own = {name: item for name, item in vars(value).items() if name not in OF_MODULES}
+        # replicas share hooks, and what a hook records changes all the time
+        found = [hook for name in sorted(HOOKS) for hook in vars(value).get(name, {}).values()]
+        hooks = tuple(_Same(getattr(hook, "__func__", hook)) for hook in found)
         names = tuple(name for name, _ in value.named_children())
-        return kind, _code(kind), value.training, names, fingerprint(own, skip, seen)
+        return kind, _code(kind), value.training, names, hooks, fingerprint(own, skip, seen)
     if kind is types.FunctionType:
         cells = contents(value)
         return value.__code__, inside([value.__defaults__, value.__kwdefaults__, value.__dict__, *cells])
