@@ -139,7 +139,7 @@ def run_eagerly(twin: nn.Module) -> None:
     r"""Let a copy run without compiled code, so that its operations can be watched. Without the names, it is not compiled."""
     frames: Any = sys.modules.get("torch._dynamo.eval_frame")
     if isinstance(twin, getattr(frames, "OptimizedModule", ())):
-        twin.__dict__["forward"] = twin._orig_mod.__call__  # type: ignore[operator, union-attr]
+        twin.__dict__["forward"] = twin._orig_mod.__call__  # type: ignore[operator]
     twin.__dict__["_compiled_call_impl"] = None
 
 

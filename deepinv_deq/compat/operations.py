@@ -18,7 +18,7 @@ def dispatch_mode(listed: Callable[[str, Any, Any], bool]) -> Any:
     if base is None:
         return None
 
-    class Watching(base):  # type: ignore[misc]
+    class Watching(base):
         certain = True
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

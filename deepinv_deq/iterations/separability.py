@@ -143,8 +143,9 @@ def _treats_samples_one_by_one(f: Capture, size: int) -> bool | None:
         elif found.role == "buffer":
             put[key] = t.detach().clone()  # a layer that keeps statistics must not keep those of random images
     turned = {key: put.get(key, f.pristine.found[key].tensor).roll(1, 0) for key in rows}
-    if (levels := id(f.levels)) in turned:  # which go through the user's code
-        turned[levels] = _turned(put.get(levels, f.levels))
+    levels = f.levels
+    if levels is not None and id(levels) in turned:  # which go through the user's code
+        turned[id(levels)] = _turned(put.get(id(levels), levels))
     # constants become random, too, but not negative: they may be counts
     constants = {id(c): c.detach() + _scale(c) * _noise(c.shape, c, rng) for c in f.constants if c.numel()}
     state = [torch.randn(s, generator=rng, dtype=torch.float32).to(device, dtype) for s, dtype, device in example]
