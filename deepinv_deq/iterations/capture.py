@@ -86,10 +86,7 @@ class Capture:
     def samples(self) -> Samples | None:
         r"""Which tensors of the physics belong to samples; ``None`` where this is not certain."""
         state = self.example()
-        known = None if state is None else sample_tensors(self.physics, self.batch, len(state[0][0]))
-        if known is not None and self.levels is not None and len(self.levels) == self.batch:
-            known.rows.append(self.levels)
-        return known
+        return None if state is None else _with(self, sample_tensors(self.physics, self.batch, len(state[0][0])))
 
     def remember(self, x: State) -> None:
         r"""Note the shapes of a state of all samples."""
@@ -177,6 +174,12 @@ class Capture:
             used.add(id(getattr(node, "variable", None)))
             todo.extend(parent for parent, _ in node.next_functions)
         return {key for key, leaf in leaves.items() if id(leaf) not in used}
+
+
+def _with(capture: Capture, known: Samples | None) -> Samples | None:
+    if known is not None and capture.levels is not None and len(capture.levels) == capture.batch:
+        known.rows.append(capture.levels)
+    return known
 
 
 def _private(replica: Replica, sigma: float | Tensor | None) -> Replica:
