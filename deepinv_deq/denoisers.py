@@ -225,15 +225,13 @@ def settings_of_file(settings: dict[str, Any], state: dict[str, torch.Tensor]) -
     known = {"contraction": 1.0, "context_channels": 0, "dim": 2} | settings
     known["channels"] = channels = tuple(known["channels"])
     numbers = (*channels, *(known[k] for k in ("in_channels", "out_channels", "groups", "context_channels", "dim")))
-    if (
-        not all(type(n) is int for n in numbers)
-        or min(numbers) < 0
-        or not isinstance(known["contraction"], (int, float))
-    ):
+    if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(known["contraction"], (int, float)):
         raise ValueError(f"settings that no EquilibriumUNet has: {known}")
     _check(known["norm"], channels, known["contraction"], known["context_channels"], known["dim"])
-    if sum(t.numel() for t in state.values()) < 3 ** known["dim"] * sum(n * n for n in channels):
-        raise ValueError(f"fewer weights than channels={channels} has")
+    inputs, outputs = known["in_channels"] + known["context_channels"], known["out_channels"]
+    least = 3 ** known["dim"] * (sum(n * n for n in channels) + channels[0] * inputs) + channels[0] * outputs
+    if sum(t.numel() for t in state.values()) < least:
+        raise ValueError(f"fewer than {least:,} weights, which such a network has")
     return known
 
 

@@ -43,14 +43,8 @@ class Capture:
         if any(isinstance(f.tensor, UninitializedParameter) for f in self.pristine.found.values()):
             initialise(iteration, physics, y)
             self.pristine = Replica([iteration, physics])
-        iteration_twin = self.pristine.roots[0]
-        iteration_twin.__dict__["_private"] = True
+        self.pristine = _private(self.pristine, sigma)
         self.levels = sigma if isinstance(sigma, Tensor) and sigma.ndim else None  # one row per sample
-        if sigma is not None:
-            for store in STORES:
-                iteration_twin.__dict__[store].pop("sigma", None)
-            iteration_twin.__dict__["sigma"] = sigma
-            self.pristine = self.pristine.again()  # which finds the new tensor
         # the measurements are for a diagnosis only: a map lives until backward, and must not keep them alive
         self._y = weakref.ref(y) if type(y).__weakrefoffset__ else lambda: y
         self.batch = len(y if isinstance(y, Tensor) else y[0])
@@ -94,10 +88,7 @@ class Capture:
     def samples(self) -> Samples | None:
         r"""Which tensors of the physics belong to samples; ``None`` where this is not certain."""
         state = self.example()
-        known = None if state is None else sample_tensors(self.physics, self.batch, len(state[0][0]))
-        if known is not None and self.levels is not None and len(self.levels) == self.batch:
-            known.rows.append(self.levels)
-        return known
+        return None if state is None else _with(self, sample_tensors(self.physics, self.batch, len(state[0][0])))
 
     def remember(self, x: State) -> None:
         r"""Note the shapes of a state of all samples."""
@@ -162,6 +153,24 @@ class Capture:
             used.add(id(getattr(node, "variable", None)))
             todo.extend(parent for parent, _ in node.next_functions)
         return {key for key, leaf in leaves.items() if id(leaf) not in used}
+
+
+def _with(capture: Capture, known: Samples | None) -> Samples | None:
+    if known is not None and capture.levels is not None and len(capture.levels) == capture.batch:
+        known.rows.append(capture.levels)
+    return known
+
+
+def _private(replica: Replica, sigma: float | Tensor | None) -> Replica:
+    r"""Mark the iteration as a replica, and give it another noise level, if there is one."""
+    iteration = replica.roots[0]
+    iteration.__dict__["_private"] = True
+    if sigma is None:
+        return replica
+    for store in (iteration.__dict__["_parameters"], iteration.__dict__["_buffers"]):
+        store.pop("sigma", None)
+    iteration.__dict__["sigma"] = sigma
+    return replica.again()  # which finds the new tensor
 
 
 def initialise(iteration: FixedPointIteration, physics: Physics, y: Any) -> None:

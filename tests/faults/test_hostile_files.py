@@ -95,7 +95,7 @@ def test_any_entry_replaced_by_anything(tmp_path, make):
             assert path.name in str(error), (place, VALUES[i] if i != VIEW else "a huge view", error)
             refused += 1
         TRIED[HOSTILE] += 1
-    assert refused > 0.5 * len(cases) and memory() - before < 2**20  # in KiB: less than 1 GiB
+    assert refused > 0.3 * len(cases) and memory() - before < 2**20  # in KiB: less than 1 GiB
 
 
 def memory():
