@@ -135,7 +135,10 @@ def powers_of_two(*tensors: Tensor) -> Tensor:
     return unit.clamp_min(2.0**-120).expand(batch)  # whose inverse is a number in single precision, too
 
 
-_ROOM = {torch.float32: 10, torch.float64: 30}  # more in single precision would cost cotangents of small images their precision
+_ROOM = {
+    torch.float32: 10,
+    torch.float64: 30,
+}  # more in single precision would cost cotangents of small images their precision
 
 
 def times(unit: Tensor, x: Tensor) -> Tensor:

@@ -21,9 +21,16 @@ def render(device: str = "cpu") -> str:
     blocks = [_machine(parts), dropdown("Targets", _targets(parts))]
     for part, entry in parts.items():
         title, table = _TABLES[part.split(",")[0]]
+        if part.startswith("inference") and not _has_errors(parts):
+            title = "Reconstruction at equal true residual (1e-4)"
         name = next((NAMES[n] for n in NAMES if part.endswith(f", {n}")), "")
         blocks.append(dropdown(f"{title}{f': {name}' if name else ''}", table(entry["rows"])))
     return "\n\n".join(blocks)
+
+
+def _has_errors(parts: dict[str, Any]) -> bool:
+    r"""Whether reconstructions were measured by their distance to the fixed point: records of 2026-11-23 have residuals."""
+    return all("error" in row for part, entry in parts.items() if part.startswith("inference") for row in entry["rows"])
 
 
 def dropdown(title: str, text: str) -> str:
@@ -41,7 +48,8 @@ def compare(device: str = "cpu") -> str:
     def times(part: str, method: str, measure: str) -> str:
         cells = [rows[f"{part}, {task}"][method] for task in NAMES]
         return ", ".join(
-            f"{cell['ratio']:.1f}×" + ("" if cell["exact enough"] else f" ({cell[measure]:.1g}, missed)")
+            f"{cell['ratio']:.1f}×"
+            + ("" if cell["exact enough"] else f" ({cell.get(measure, cell.get('residual')):.1g}, missed)")
             for cell in cells
         )
 
@@ -56,7 +64,7 @@ def compare(device: str = "cpu") -> str:
             "CT, MRI; ours = 1",
             "peak memory",
             "EI step to a gradient within 1 %",
-            "inference within 1e-3 of the fixed point",
+            "inference within 1e-3 of the fixed point" if _has_errors(parts) else "inference to a residual of 1e-4",
         ],
         body,
     )

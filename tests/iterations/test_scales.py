@@ -29,7 +29,12 @@ def problem(template, dtype):
     _, physics, x, y = imaging(batch=2, dtype=dtype)
     single = dtype == torch.float32
     solver, adjoint = (Solver(m, tol=1e-5 if single else 1e-11, max_iter=200) for m in ("anderson", "gmres"))
-    return DEQReconstructor(template(Linear(), stepsize=0.5), solver=solver, hook=ModularIDHook(adjoint)).to(dtype), physics, x, y
+    return (
+        DEQReconstructor(template(Linear(), stepsize=0.5), solver=solver, hook=ModularIDHook(adjoint)).to(dtype),
+        physics,
+        x,
+        y,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -44,7 +49,11 @@ def test_images_and_gradients_at_any_scale(template, dtype):
         assert bool(model.forward_stat.converged.all()) and relative_error(x_hat / scale, expected) <= bound
         for loss in ((x_hat / scale * x).sum(), scale * (model(y, physics) * x).sum()):
             (ours,) = torch.autograd.grad(loss, weight)
-            size = 1.0 if ours.abs().max() < 1e3 * gradient.abs().max() and ours.abs().max() > 1e-3 * gradient.abs().max() else scale
+            size = (
+                1.0
+                if ours.abs().max() < 1e3 * gradient.abs().max() and ours.abs().max() > 1e-3 * gradient.abs().max()
+                else scale
+            )
             assert relative_error(ours.double() / size, gradient.double()) <= 10 * bound, scale
         mixed = torch.cat([scale * y[:1], y[1:]])  # and no sample sees the scale of another
         assert relative_error(model(mixed, physics)[1:], expected[1:]) <= bound
