@@ -167,7 +167,7 @@ def _private(replica: Replica, sigma: float | Tensor | None) -> Replica:
     iteration.__dict__["_private"] = True
     if sigma is None:
         return replica
-    for store in (iteration.__dict__["_parameters"], iteration.__dict__["_buffers"]):
+    for store in (iteration.__dict__[name] for name in STORES):
         store.pop("sigma", None)
     iteration.__dict__["sigma"] = sigma
     return replica.again()  # which finds the new tensor

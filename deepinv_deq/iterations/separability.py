@@ -27,9 +27,9 @@ class Verdicts:
 
     Everything that may depend on samples must be known: constants by their contract, tensors of the physics by the table of
     :mod:`deepinv_deq.iterations.samples`; parameters never do. What is not in the table (the denoiser, a physics of a user) must
-    treat samples one by one, with tensors that all samples share. This is proved for all values at once: no value of one sample
-    reaches another (:mod:`deepinv_deq.iterations.dataflow`), and the operations are the same at every place in the batch and for
-    the number of samples in question, at random states and tensors. Without this proof, the batch is solved whole.
+    treat samples one by one, with tensors that all samples share. This is proved for all values at once, at random states and
+    tensors: no value of one sample reaches another (:mod:`deepinv_deq.iterations.dataflow`). The operations are the same at every
+    place in the batch, and for the number of samples in question. Without this proof, the batch is solved whole.
     """
 
     _shared_by_replicas = True
