@@ -48,9 +48,6 @@ class DEQReconstructor(Reconstructor):
 
     The attributes ``forward_stat`` and ``hook.stat`` hold the :class:`SolverStat` of the last forward and backward solve.
 
-    :class:`deepinv.loss.SureGaussianLoss` divides solver errors by a small :math:`\tau`: give ``solver`` and ``hook`` tolerances below
-    :math:`\tau` times the relative accuracy wanted of the gradient. Without ``warm_starts`` most of the error cancels.
-
     |sep|
 
     :Example:
@@ -73,9 +70,8 @@ class DEQReconstructor(Reconstructor):
         warm_starts: int = 0,
     ):
         super().__init__()
-        solver = Solver("anderson", max_iter=50, tol=1e-4) if solver is None else solver
-        hook = ModularIDHook() if hook is None else hook
-        self.iteration, self.solver, self.hook = iteration, solver, hook
+        self.solver = Solver("anderson", max_iter=50, tol=1e-4) if solver is None else solver
+        self.iteration, self.hook = iteration, ModularIDHook() if hook is None else hook
         check_types(self, iteration=FixedPointIteration, solver=Solver, hook=ModularIDHook)
         self._warm_starts, self._callbacks = WarmStarts(warm_starts), Callbacks()
         self.forward_stat: SolverStat | None = None
@@ -112,8 +108,7 @@ class DEQReconstructor(Reconstructor):
 
         :param str, os.PathLike path: file to write, at once or not at all.
         :param about: plain values to keep with it, such as what it was trained on.
-        :raises TypeError: if it is not :class:`DEGrad`, :class:`DEProx`, :class:`DEHQS` or :class:`DEADMM` of an
-            :class:`EquilibriumUNet`: then save ``state_dict()``.
+        :raises TypeError: if it is not an iteration of this package with an :class:`EquilibriumUNet`: then save ``state_dict()``.
         """
         pretrained.save(self, path, about)
 
@@ -154,8 +149,7 @@ class DEQReconstructor(Reconstructor):
         :raises ConvergenceError: if a solve misses its tolerance and its solver was told to raise.
         """
         with refusing_vmap():
-            y = measurements(y, physics)
-            check_finite(y)
+            check_finite(y := measurements(y, physics))
             give_lazy_layers_their_shapes(self.iteration, y, physics)
             level = {} if sigma is None else {"sigma": sigma}  # subclasses may override bind(y, physics)
             f = as_map(self.iteration.bind(y, physics, **level))
@@ -165,18 +159,12 @@ class DEQReconstructor(Reconstructor):
         return x_hat if course is None else (x_hat, course.metrics(stat["rel_trace"].tolist()))
 
     def certify(
-        self,
-        y: Tensor,
-        physics: Physics,
-        *,
-        x_gt: Tensor | None = None,
-        products: int = 30,
-        metric: torch.nn.Module | None = None,
+        self, y: Any, physics: Physics, *, x_gt: Tensor | None = None, products: int = 30, metric: Any = None
     ) -> Certificate:
         r"""Measure whether the reconstruction is *the* fixed point: contraction, distance, and spread over starts.
 
-        It solves from the linear reconstruction, zeros, noise and the truth (if given), then thirty times as exactly, and computes the
-        spectral radius of :meth:`FixedPointIteration.contractive_part`. The cost is that of some ten reconstructions.
+        It solves from all starts, then thirty times as exactly, and computes the spectral radius of
+        :meth:`FixedPointIteration.contractive_part`. The cost is that of some ten reconstructions.
 
         :param torch.Tensor y: measurements.
         :param deepinv.physics.Physics physics: forward operator.

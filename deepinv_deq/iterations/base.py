@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepinv_deq.iterations.bound import BoundIteration
 from deepinv_deq.iterations.capture import Capture
-from deepinv_deq.iterations.checks import refuse_partial_gradients, warn_if_unsuitable
+from deepinv_deq.iterations.checks import refuse_partial_gradients, refuse_zero, warn_if_unsuitable
 from deepinv_deq.iterations.noise import noise_levels
 from deepinv_deq.iterations.prox import measurement
 from deepinv_deq.iterations.terms import Terms, linear_reconstruction, measurements
@@ -165,7 +165,7 @@ class FixedPointIteration(Terms):
         if self.training and not self._warned_stochastic:
             self._warned_stochastic = warn_if_unsuitable(self.denoiser)
         refuse_partial_gradients(self.denoiser)
-        self._refuse_bad_stepsize()
+        refuse_zero(self.stepsize)
         capture = Capture(self, physics, y, noise_levels(sigma, y))
         return BoundIteration(capture, capture.first, capture.constants)
 

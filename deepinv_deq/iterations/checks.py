@@ -134,9 +134,22 @@ def shape(y: Any) -> Any:
     return tuple(of) if isinstance(of, torch.Size) else tuple(tuple(s) for s in of)
 
 
-def positive(name: str, value: Any) -> Tensor:
+def refuse_zero(stepsize: Tensor) -> None:
+    r"""Refuse a learned stepsize that has become zero. NaN is left to the solver, which reports it.
+
+    :raises ValueError: if it is zero.
+    """
+    if bool((stepsize.detach() == 0).any()):
+        raise ValueError(
+            f"The stepsize has become {stepsize.detach().tolist()}: it must not be zero. Set it to a positive number, and give "
+            "it a smaller learning rate."
+        )
+
+
+def positive(name: str, value: Any, for_all: str = "") -> Tensor:
     r"""A setting as a tensor: one number, or one number per channel of shape ``(C, 1, ...)``.
 
+    :param str for_all: name of the class, if it needs one number for all channels.
     :raises ValueError: if it is not positive, or has another shape.
     """
     t = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value))
@@ -147,6 +160,8 @@ def positive(name: str, value: Any) -> Tensor:
         raise ValueError(
             f"{name} must be one number, or one per channel with shape (C, 1, 1) or (1, C, 1, ...), got shape {tuple(t.shape)}."
         )
+    if for_all and t.numel() > 1:
+        raise ValueError(f"{for_all} needs one {name} for all channels, got shape {tuple(t.shape)}.")
     return t
 
 

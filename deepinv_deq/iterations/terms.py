@@ -40,11 +40,7 @@ class Terms(nn.Module):
         super().__init__()
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser must be a torch.nn.Module, got {type(denoiser).__name__}.")
-        eta = positive("stepsize", stepsize)
-        if eta.numel() > 1 and not self.per_channel:
-            raise ValueError(
-                f"{type(self).__name__} needs one stepsize for all channels, got shape {tuple(eta.shape)}."
-            )
+        eta = positive("stepsize", stepsize, "" if self.per_channel else type(self).__name__)
         weight = positive("data_weight", float(data_weight))
         self.denoiser = denoiser
         if learn_stepsize:
@@ -130,11 +126,9 @@ class Terms(nn.Module):
         :return: image of the same shape.
         """
         name = "sigma" if self._takes_sigma is True else self._takes_sigma  # True in models that 0.1 saved whole
-        options: dict[str, Any] = (
-            {} if self.sigma is None or not name else {name: broadcast(self.sigma, x, self.denoiser)}
-        )
-        if context:
-            options["context"] = context[0]
+        options: dict[str, Any] = {"context": context[0]} if context else {}
+        if self.sigma is not None and name:
+            options[name] = broadcast(self.sigma, x, self.denoiser)
         return self.denoiser(x, **options)
 
     def split(self, constants: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -156,9 +150,8 @@ class Terms(nn.Module):
         return self.data_weight * (physics.A_adjoint_A(x) - aty)
 
     def data_prox(self, z: Tensor, physics: Physics, *y: Tensor) -> Tensor:
-        r""":math:`\operatorname{arg\,min}_x \frac{\eta \lambda}{2} \|A x - y\|^2 + \frac12 \|x - z\|^2`, by the physics' own
-        ``prox_l2``: closed where there is a formula, else conjugate gradients to the accuracy of ``physics.tol``, which
-        bounds the residual that a solve can reach.
+        r""":math:`\operatorname{arg\,min}_x \frac{\eta \lambda}{2} \|A x - y\|^2 + \frac12 \|x - z\|^2`: closed where there is a formula,
+        else by conjugate gradients to the accuracy of ``physics.tol``, which bounds the residual that a solve can reach.
 
         :param torch.Tensor z: image of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: linear forward operator.
@@ -174,14 +167,6 @@ class Terms(nn.Module):
         :return: :math:`\eta`.
         """
         return 1.0 / (float(self.data_weight) * sqnorm)
-
-    def _refuse_bad_stepsize(self) -> None:
-        # NaN is left to the solver, which reports it
-        if bool((self.stepsize.detach() == 0).any()):
-            raise ValueError(
-                f"The stepsize has become {self.stepsize.detach().tolist()}: it must not be zero. Set it to a positive number, "
-                "and give it a smaller learning rate."
-            )
 
 
 def measurements(y: Any, physics: Any) -> Any:

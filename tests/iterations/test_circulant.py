@@ -206,9 +206,8 @@ def test_the_spectrum_serves_all_maps_of_a_physics_and_their_parts(calls):
     rows = torch.tensor([2, 1])
     torch.testing.assert_close(f.select(rows).preconditioner(x[rows])(x[rows]), whole[rows])
     torch.testing.assert_close(iteration.bind(physics.A(x), physics).preconditioner(x)(x), whole)
-    assert (
-        calls[:count] == [3] * count and len([c for c in calls[count:] if c == 3]) <= 1
-    )  # one evaluation of select's check
+    # two evaluations of the whole batch by the check of select
+    assert calls[:count] == [3] * count and len([c for c in calls[count:] if c == 3]) <= 2
 
 
 @pytest.mark.parametrize("make", [blur, lambda: Inpainting((1, 16, 16), mask=(torch.rand(1, 16, 16) > 0.5).to(F64))])
