@@ -134,17 +134,20 @@ def times(path: Path, scale: str) -> Path:
 def bound_curve(path: Path) -> Path:
     r"""PSNR at the fixed point, and evaluations, against the bound of the penalty."""
     known = [json.loads(p.read_text()) for p in sorted((HERE / "bound").glob("*.json"))]
-    plot, axes = subplots(2, 2, figsize=(10, 6), sharex=True)
-    for column, task in zip(axes.T, TASKS, strict=True):
+    tasks = [task for task in TASKS if any(r["task"] == task for r in known)] or list(TASKS)
+    plot, axes = subplots(3, len(tasks), figsize=(1 + 5 * len(tasks), 8), sharex=True)
+    for column, task in zip(axes.T, tasks, strict=True):
         for steps in sorted({r["steps"] for r in known if r["task"] == task}):
             points = sorted((r for r in known if (r["task"], r["steps"]) == (task, steps)), key=lambda r: r["bound"])
             x = [r["bound"] for r in points]
-            for key, style in (("start", "o--"), ("tenth", "o-"), ("zeros", "x:"), ("truth", "+:")):
+            for key, style in (("start", "o--"), ("tenth", "o-"), ("zeros", "x:"), ("noise", "s:"), ("truth", "+:")):
                 y = [r["psnr"].get(key, float("nan")) for r in points]
                 column[0].plot(x, y, style, label=f"{steps} steps, {key}")
-            column[1].plot(x, [r["evaluations"] for r in points], "o-", label=f"{steps} steps")
+            column[1].plot(x, [r["spread_db"] for r in points], "o-", label=f"{steps} steps")
+            column[2].plot(x, [r["evaluations"] for r in points], "o-", label=f"{steps} steps")
         column[0].set(title=task.upper(), ylabel="PSNR, validation (dB)")
-        column[1].set(xlabel="bound of the penalty", ylabel="evaluations")
+        column[1].set(ylabel="largest spread (dB)")
+        column[2].set(xlabel="bound of the penalty", ylabel="evaluations")
         if column[0].lines:
             column[0].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     return save(plot, path)

@@ -158,18 +158,15 @@ def test_map_that_couples_the_batch_is_found_out():
     assert relative_error(torch.autograd.grad(x_hat.sin().sum(), mix), exact) <= 1e-8
 
 
+HIDDEN = torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+
 def test_hidden_trainable_tensor_is_an_error_not_a_lost_gradient():
-    hidden = torch.tensor(0.5, dtype=F64, requires_grad=True)
-
-    class Closure(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = lambda x: x * hidden
-
+    class Global(nn.Module):
         def forward(self, x):
-            return self.scale(x)
+            return x * HIDDEN
 
     _, physics, _, y = imaging()
-    model = DEQReconstructor(DEProx(nn.Sequential(SmallDenoiser().to(F64), Closure()), stepsize=0.5))
+    model = DEQReconstructor(DEProx(nn.Sequential(SmallDenoiser().to(F64), Global()), stepsize=0.5))
     with pytest.raises(RuntimeError, match="gradient would be lost"):
         model(y, physics).sum().backward()
