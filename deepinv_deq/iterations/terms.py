@@ -59,9 +59,10 @@ class Terms(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if name == "stepsize" and value is vars(self)[STORES[0]].get(name):  # a learned one: its sign means nothing
-            # in a bound map always, without asking the device; to the user it is the parameter wherever that is positive
-            return value.abs() if self._private or bool((value.detach() < 0).any()) else value
+        # The sign of a learned stepsize means nothing. In a bound map it is never asked for; a user sees the parameter where it is positive.
+        if name == "stepsize" and value is vars(self)[STORES[0]].get(name):
+            traced = self._private or torch.compiler.is_compiling()
+            return value.abs() if traced or bool((value.detach() < 0).any()) else value
         return value
 
     def constants(self, y: Tensor, physics: Physics) -> tuple[Tensor, ...]:
