@@ -62,7 +62,7 @@ class Terms(nn.Module):
         # The sign of a learned stepsize means nothing. In a bound map it is never asked for; a user sees the parameter where it is positive.
         if name == "stepsize" and value is vars(self)[STORES[0]].get(name):
             traced = self._private or torch.compiler.is_compiling()
-            return value.abs() if traced or bool((value.detach() < 0).any()) else value
+            value = value.abs() if traced or bool((value.detach() < 0).any()) else value
         return value
 
     def constants(self, y: Tensor, physics: Physics) -> tuple[Tensor, ...]:
@@ -87,14 +87,13 @@ class Terms(nn.Module):
         return tuple(c[rows] for c in constants) if known else None
 
     def init(self, y: Tensor, physics: Physics) -> State:
-        r"""Starting point: the fast linear reconstruction, ``physics.fbp`` where there is one, else :math:`A^\top y`.
+        r"""Starting point: ``physics.fbp`` where there is one, else :math:`A^\top y`.
 
         :param torch.Tensor y: measurement.
         :param deepinv.physics.Physics physics: forward operator.
         :return: image of shape ``(B, C, H, W)``, without gradient.
         """
-        with torch.no_grad():
-            return linear_reconstruction(y, physics)
+        return torch.no_grad()(linear_reconstruction)(y, physics)
 
     def output(self, state: State) -> Tensor:
         r"""The reconstruction in a state: the state itself, or the first of several variables.
