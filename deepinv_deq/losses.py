@@ -34,9 +34,10 @@ class ContractionLoss(Loss):
     sample: a point between the reconstruction :math:`\hat x` and what up to three plain steps make of a usual start (zeros, the
     linear reconstruction, noise). A solver reaches the same point from every start only if the bound holds wherever the solver goes.
 
-    Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The first factor,
-    of images of :math:`n` numbers, gives the term the unit of a squared error of images, so one weight is right at any scale. A point
-    far from the reconstruction counts more: contracting there costs the reconstruction little. A smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
+    Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The factor before the maximum,
+    in which :math:`n` is the number of pixels, has the unit of a squared error of images, so one weight is right at any scale. It is
+    larger at a point far from the reconstruction, because contracting there costs the reconstruction little. A smaller bound gives
+    a fixed point that takes fewer evaluations, and a less expressive model.
 
     :param float bound: largest norm without a penalty, in :math:`(0, 1)`.
     :param float weight: weight :math:`w > 0`, no unit.
