@@ -15,9 +15,9 @@ def test_a_condition_is_measured_and_rendered(tmp_path, monkeypatch, lab):
         shipped.CONDITIONS, "mri-ei/own", ({"size": 16, "file": data.FILES["ct"]}, 1, "16×16, CT slices")
     )
     measured = shipped.measure("mri-ei/own", lab)
-    assert measured["images"] == 1 and len(measured["spread_db"]) == 1
+    assert measured["images"] == 1 and len(measured["spread_db"]["all"]) == 1
     assert set(measured["psnr"]) == {"start", "tenth", "zeros", "noise", "truth"}
-    for i, spread in enumerate(measured["spread_db"]):
+    for i, spread in enumerate(measured["spread_db"]["all"]):
         values = [v["all"][i] for v in measured["psnr"].values()]
         assert spread == pytest.approx(max(values) - min(values), abs=2e-3)
     shipped.RECORD.write_text(json.dumps({"mri-ei/own": measured}))
