@@ -2,8 +2,8 @@ r"""
 The records of finished cells
 =============================
 
-One JSON file a cell, in ``results/<scale>/<task>_<method>_<loss>_<seed>.json``. Cells of another pretrained denoiser, or of another
-number of feature maps, have a folder of their own.
+One JSON file a cell, in ``results/<scale>/<task>_<method>_<loss>_<seed>.json``. Cells of another pretrained denoiser, of another
+number of feature maps, or of another bound of the penalty have a folder of their own.
 """
 
 import json
@@ -56,9 +56,10 @@ def _priority(cell: tuple[str, str, str, int]) -> tuple[Any, ...]:
     return seed, further, TASKS.index(task), known.get(method, 3), list(METHODS).index(method)
 
 
-def variant_of(denoiser: Path | None = None, channels: tuple[int, ...] = CHANNELS) -> str:
-    r"""Folder of the cells of another denoiser than the tables' own, or of another number of feature maps; else empty."""
+def variant_of(denoiser: Path | None = None, channels: tuple[int, ...] = CHANNELS, bound: float | None = None) -> str:
+    r"""Folder of the cells of another denoiser than the tables' own, of other numbers of feature maps, or of another bound; else empty."""
     parts = ["-".join(map(str, channels))] if tuple(channels) != CHANNELS else []
+    parts += [] if bound is None else [f"bound-{bound:g}"]
     return "_".join(parts + ([denoiser.stem] if denoiser else []))
 
 

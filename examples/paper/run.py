@@ -42,13 +42,18 @@ def main() -> None:
     parser.add_argument(
         "--channels", type=int, nargs="+", default=CHANNELS, help="feature maps; the records of others are kept apart"
     )
+    parser.add_argument(
+        "--bound", type=float, help="bound of the penalty in the place of the task's; the record is kept apart"
+    )
     parser.add_argument("--defaults", action="store_true", help="train with defaults where nothing was searched")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     args = parsed(parser)
     args.channels = tuple(args.channels)
     if args.denoiser and (args.all or not args.denoiser.exists()):
         sys.exit(f"error: --denoiser is for one cell and takes a file of pretrain_denoiser.py, got {args.denoiser}.")
-    variant = variant_of(args.denoiser, args.channels)
+    if args.bound is not None and not 0 < args.bound < 1:
+        sys.exit(f"error: --bound must be in (0, 1), got {args.bound:g}.")
+    variant = variant_of(args.denoiser, args.channels, args.bound)
     if args.all:
         cells = [
             ["--task", cell[0], "--method", cell[1], "--loss", cell[2], "--seed", str(cell[3])]
@@ -56,6 +61,7 @@ def main() -> None:
             if args.force or finished(path_of(args.scale, *cell, variant)) is None
         ]
         common = ["--device", args.device, "--no-progress", "--channels", *map(str, args.channels)]
+        common += [] if args.bound is None else ["--bound", str(args.bound)]
         common += [flag for flag in ("--force", "--defaults") if getattr(args, flag[2:])]
         run_each(__file__, args, cells, common)
     cell = (args.task, args.method, args.loss, args.seed)
@@ -74,6 +80,8 @@ def main() -> None:
     folder = folder_of(path)
     if args.force:
         shutil.rmtree(folder, ignore_errors=True)
+    override = {"channels": args.channels} if args.channels != CHANNELS else {}
+    override |= {} if args.bound is None else {"bound": args.bound}
     try:
         record, model = run_cell(
             *cell[:3],
@@ -81,7 +89,7 @@ def main() -> None:
             args.seed,
             data=args.data,
             device=args.device,
-            override={"channels": args.channels} if args.channels != CHANNELS else None,
+            override=override,
             defaults=args.defaults,
             out=folder,
             progress=not args.no_progress,
