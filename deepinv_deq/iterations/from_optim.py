@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from deepinv.optim import FISTA, GD, MD, BaseOptim
+from deepinv.optim import FISTA, GD, L2, MD, BaseOptim
 from deepinv.optim.optim_iterators import OptimIterator
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
 
 from deepinv_deq.iterations.base import measurement
 from deepinv_deq.iterations.noise import name_of_sigma
+from deepinv_deq.iterations.prox import L2OfAnySize
 from deepinv_deq.iterations.splitting import MeasurementIteration
 from deepinv_deq.states import State, as_tuple
 
@@ -70,7 +71,8 @@ class FromOptim(MeasurementIteration):
             name_of_sigma(network, given.get("g_param"), "sigma_denoiser")
         # the prior is the learnable part; the stepsize that is used is among the parameters of the algorithm
         super().__init__(optim.prior[0], stepsize=float(torch.as_tensor(given.get("stepsize", 1.0)).detach()))
-        self.data_fidelity = optim.data_fidelity[0]
+        fidelity = optim.data_fidelity[0]
+        self.data_fidelity = L2OfAnySize(fidelity) if type(fidelity) is L2 else fidelity
         self.iterator = copy.copy(optim.fixed_point.iterator)
         self.iterator.has_cost = False  # nobody asks what an iterate costs
         self._name, self._init, self._output = type(optim).__name__, optim.init_iterate_fn, optim.get_output

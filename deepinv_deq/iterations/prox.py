@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from deepinv.physics import Physics, StackedPhysics
+from deepinv.optim import L2
+from deepinv.physics import LinearPhysics, Physics, StackedPhysics
 from deepinv.utils import TensorList
 from torch import Tensor
 
-from deepinv_deq.states import powers_of_two, times
+from deepinv_deq.states import as_tuple, powers_of_two, times
 
 
 def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
@@ -46,3 +47,20 @@ def prox_of_zero(physics: Physics, x: Tensor, gamma: Any) -> Any:
         y = physics.A(x)
         parts = tuple(torch.zeros_like(part) for part in (y if isinstance(y, (list, tuple, TensorList)) else [y]))
     return torch.no_grad()(lambda r: prox_l2(physics, r, parts, gamma))
+
+
+class L2OfAnySize(L2):
+    r"""deepinv's squared error with the proximal map of :func:`prox_l2`.
+
+    :param deepinv.optim.L2 data_fidelity: whose weight it has.
+    """
+
+    def __init__(self, data_fidelity: L2):
+        super().__init__()
+        self.d, self.norm = data_fidelity.d, data_fidelity.norm
+
+    def prox(self, x: Tensor, y: Any, physics: Physics, *args: Any, gamma: Any = 1.0, **kwargs: Any) -> Tensor:
+        r"""That of each sample, divided by its size; deepinv's own where the operator is not linear."""
+        if isinstance(physics, LinearPhysics):
+            return prox_l2(physics, x, as_tuple(y), self.norm * gamma)
+        return super().prox(x, y, physics, *args, gamma=gamma, **kwargs)

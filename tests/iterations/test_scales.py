@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from deepinv.optim import ADMM, DRS, HQS, L2, PnP
 from deepinv.physics import Denoising, stack
 from torch import nn
 
-from deepinv_deq import DEADMM, DEHQS, DEGrad, DEProx, DEQReconstructor, ModularIDHook, Solver
+from deepinv_deq import DEADMM, DEHQS, DEGrad, DEProx, DEQReconstructor, FromOptim, ModularIDHook, Solver
 from deepinv_deq.iterations.prox import prox_l2
 from deepinv_deq.physics import SparseLinearPhysics
 from deepinv_deq.states import powers_of_two, times
@@ -21,8 +22,18 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.linspace(-0.1, 0.12, 9).reshape(1, 1, 3, 3))
 
-    def forward(self, x):
+    def forward(self, x, *noise_level):
         return nn.functional.conv2d(x, self.weight, padding=1) + 0.5 * x
+
+
+def of_deepinv(algorithm):
+    r"""An algorithm of deepinv as a template."""
+    settings = {"data_fidelity": L2(), "sigma_denoiser": 0.1}
+    return lambda net, stepsize: FromOptim(algorithm(prior=PnP(net), stepsize=stepsize, **settings))
+
+
+def weight_of(model):
+    return next(p for p in model.parameters() if p.requires_grad)
 
 
 def problem(template, dtype):
@@ -38,10 +49,14 @@ def problem(template, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("template", [DEProx, DEGrad, DEHQS, DEADMM])
+@pytest.mark.parametrize(
+    "template",
+    [DEProx, DEGrad, DEHQS, DEADMM, *(of_deepinv(algorithm) for algorithm in (HQS, ADMM, DRS))],
+    ids=["DEProx", "DEGrad", "DEHQS", "DEADMM", "HQS", "ADMM", "DRS"],
+)
 def test_images_and_gradients_at_any_scale(template, dtype):
     model, physics, x, y = problem(template, dtype)
-    weight, bound = model.iteration.denoiser.weight, 1e-4 if dtype == torch.float32 else 1e-9
+    weight, bound = weight_of(model), 1e-4 if dtype == torch.float32 else 1e-9
     expected = model(y, physics)
     (gradient,) = torch.autograd.grad((expected * x).sum(), weight)
     for scale in (1e-30, 1e-22, 1e-10, 1e-4, 1e4, 1e10, 1e22, 1e30):
