@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deq import DEQReconstructor, Solver
-from tests.benchmarks import limits, others, tasks
+from tests.benchmarks import limits, others, scale, starts, tasks
 from tests.benchmarks.live_bytes import LiveBytes
 from tests.benchmarks.peers import METHODS, Settings, ours, whole_batch
 from tests.benchmarks.tasks import CACHE, ROOT, Task
@@ -142,14 +142,14 @@ def seconds(work: Callable[[], Any], device: str) -> float:
 
 
 def take_turns(
-    work: dict[str, Callable[[], Any]], device: str, rounds: int = ROUNDS, first: dict[str, float] | None = None
-) -> dict[str, float]:
+    work: dict[Any, Callable[[], Any]], device: str, rounds: int = ROUNDS, first: dict[str, float] | None = None
+) -> dict[Any, float]:
     r"""Median seconds of each, in rounds where all of them run after one another.
 
     Given a ``first`` time of each, who took three times as long as the quickest sits out: that ratio is not in doubt.
     """
     out = {name for name in first or {} if first[name] > 3 * min(first.values())}
-    times: dict[str, list[float]] = {name: [first[name]] if name in out else [] for name in work}
+    times: dict[Any, list[float]] = {name: [first[name]] if name in out else [] for name in work}
     for _ in range(rounds):
         for name in (n for n in work if n not in out):
             times[name].append(seconds(work[name], device))
@@ -398,26 +398,29 @@ def _timing_of_solves(spent: dict[str, float], device: str) -> Iterator[None]:
 
 
 def scaling(bench: Bench) -> list[dict[str, Any]]:
-    r"""Time of an EI step (MRI, 5 iterations) over pixels and batch, and the exponent of a power law through it."""
-    sides, batches = (64, 128, 256), (1, 4, 16)
-    cells = {("side", s): bench.task("mri", 2, s) for s in sides} | {
-        ("batch", b): bench.task("mri", b, 64) for b in batches
-    }
+    r"""Time of a step with 5 iterations over pixels and batch (MRI, EI) and voxels (inpainting), and the exponents of power laws."""
+    cells = {key: (task.to(bench.device), passes) for key, (task, passes) in scale.cells(bench.data).items()}
     work = {}
-    for key, task in cells.items():
-        model = ours(task, Settings().exactly(5))
-        work[key] = lambda task=task, model=model: gradient(task, model)
-    medians = take_turns(work, bench.device)
-    rows = []
-    for what, sizes, power in (("side", sides, 2), ("batch", batches, 1)):
-        times = [medians[what, s] for s in sizes]
-        n = torch.tensor(sizes, dtype=torch.float64).pow(power).log()
-        t = torch.tensor(times, dtype=torch.float64).log()
-        slope = float(((n - n.mean()) * (t - t.mean())).sum() / (n - n.mean()).square().sum())
-        rows.append(
-            {"over": "pixels" if power == 2 else what, "sizes": list(sizes), "seconds": times, "exponent": slope}
-        )
-        say(f"  {rows[-1]}")
+    for key, (task, passes) in cells.items():
+        model = ours(task, Settings().exactly(scale.ITERATIONS))
+        work[key] = lambda task=task, model=model, passes=passes: gradient(task, model, passes)
+    rows = scale.exponents(take_turns(work, bench.device, min(3, bench.rounds)))
+    for row in rows:
+        say(f"  {row}")
+    return rows
+
+
+def data_parallel(bench: Bench) -> list[dict[str, Any]]:
+    r"""What a step of two processes takes beyond that of two processes that do not wait for one another."""
+    rows = scale.data_parallel(bench.data)
+    say(f"  {rows}")
+    return rows
+
+
+def learned_start(bench: Bench) -> list[dict[str, Any]]:
+    r"""Evaluations to 1e-3 of the fixed point from a start that a network predicts."""
+    rows = starts.count(bench.contracting("ct"), bench.fixed_point("ct"), "ct", bench.data)
+    say(f"  {rows}")
     return rows
 
 
@@ -615,6 +618,8 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     **{f"products, {n}": lambda bench, n=n: backward_products(bench, n) for n in BATCH},
     "overhead": overhead,
     "scaling": scaling,
+    "data parallel": data_parallel,
+    "learned start": learned_start,
     **{f"options, {n}": lambda bench, n=n: options(bench, n) for n in BATCH},
     "warm starts": warm_starts,
 }

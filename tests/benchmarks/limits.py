@@ -49,9 +49,12 @@ def of_image(task: Task, exact: Tensor, i: int) -> tuple[Any, Tensor, Tensor]:
     return task.iteration.bind(y, task.physics), task.iteration.init(y, task.physics), exact[i : i + 1]
 
 
-def evaluations(task: Task, exact: Tensor, i: int, solver: Solver, target: float = IMAGE) -> float:
+def evaluations(
+    task: Task, exact: Tensor, i: int, solver: Solver, target: float = IMAGE, start: Tensor | None = None
+) -> float:
     r"""Evaluations of one solve until the first point within ``target``; infinite if there is none."""
     f, x0, x_star = of_image(task, exact, i)
+    x0 = x0 if start is None else start
     watch = Watch(f, x_star, target)
     try:
         with torch.no_grad():
