@@ -16,6 +16,9 @@ Tensors = tuple[Tensor, ...]
 def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, graph: bool = True) -> Tensor:
     r"""Estimate :math:`\|P^{1/2} J P^{1/2}\|` from below, for every sample.
 
+    All products but the last build a Krylov subspace. The last is with the direction of that subspace in which the norm is largest. With
+    the same number of products, a power iteration overlooks single large eigenvalues of either sign.
+
     :param BoundIteration f: a map with a contractive part.
     :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
     :param int iterations: number of vector-Jacobian products.
@@ -24,29 +27,25 @@ def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, gr
     :return: norms, of shape ``(B,)``.
     """
     points, image, metric = _part(f, x, exact=False)
-    b = _directions(points, rng)
+    dual, h = _arnoldi(points, image, metric, _directions(points, rng), iterations - 1)
+    pu = dual[0]
+    if iterations > 1:
+        # where a value is not finite, neither is the last product, whatever its direction
+        weights = torch.linalg.svd(torch.nan_to_num(h, 0.0, 0.0, 0.0), full_matrices=False).Vh[:, 0]
+        pu = tuple(
+            torch.stack([_rows(c, t) * t for c, t in zip(weights.T, ts, strict=False)]).sum(0)
+            for ts in zip(*dual, strict=True)
+        )
     with torch.enable_grad():
-        pb = metric(b)
-        norm = _length(b, pb)
-        for left in reversed(range(iterations)):
-            # <b, P b> is the squared norm of P^(1/2) b: no square root of P is needed
-            u = tuple((t / norm.reshape(-1, *[1] * (t.ndim - 1))).detach() for t in pb)
-            last = left == 0
-            keep = graph or not last
-            b = torch.autograd.grad(  # F may ignore a variable of its state, as that of Douglas-Rachford splitting does
-                image, points, u, retain_graph=keep, create_graph=graph and last, materialize_grads=True
-            )
-            pb = metric(b)
-            norm = _length(b, pb)
-    return norm
+        # F may ignore a variable of its state, as that of Douglas-Rachford splitting does
+        b = torch.autograd.grad(image, points, pu, retain_graph=graph, create_graph=graph, materialize_grads=True)
+        return _length(b, metric(b))
 
 
 def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tensor]:
     r"""Spectral radius and norm of the contractive part of a bound iteration, by Arnoldi's method for every sample.
 
-    The basis is orthonormal in the inner product :math:`\langle b, P b \rangle`, in which the Jacobian of a denoiser is nearly
-    symmetric, so few products give its largest eigenvalues. Eigenvalues of the projected matrix lie inside the numerical range:
-    both numbers are estimates from below.
+    Eigenvalues of the projected matrix lie inside the numerical range: both numbers are estimates from below.
 
     :param BoundIteration f: a map with a contractive part.
     :param torch.Tensor, tuple[torch.Tensor, ...] state: point.
@@ -54,29 +53,45 @@ def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tenso
     :return: spectral radius and norm, of shape ``(B,)``.
     """
     points, image, metric = _part(f, state, exact=True)
-    batch, w = len(points[0]), _directions(points, torch.Generator().manual_seed(0))
-    basis: list[tuple[Tensor, ...]] = []  # v_j
-    dual: list[tuple[Tensor, ...]] = []  # P v_j
-    h = torch.zeros(batch, products + 1, products, dtype=torch.float64, device=points[0].device)
+    start = _directions(points, torch.Generator().manual_seed(0))
+    h = _arnoldi(points, image, metric, start, products)[1]
+    square = torch.nan_to_num(h[:, :products], nan=torch.inf, posinf=torch.finfo(h.dtype).max)
+    radius = torch.linalg.eigvals(square).abs().amax(dim=1)
+    return radius.to(points[0].real.dtype), torch.linalg.matrix_norm(square, 2).to(points[0].real.dtype)
+
+
+def _arnoldi(
+    points: Tensors, image: Tensors, metric: Callable[[Tensors], Tensors], w: Tensors, products: int
+) -> tuple[list[Tensors], Tensor]:
+    r"""Arnoldi's method for vector-Jacobian products, for every sample.
+
+    The basis is orthonormal in the inner product :math:`\langle b, P b \rangle`, in which the Jacobian of a denoiser is nearly
+    symmetric, so few products give its largest eigenvalues.
+
+    :param tuple[torch.Tensor, ...] w: first direction.
+    :param int products: number of vector-Jacobian products.
+    :return: the basis of ``products + 1`` directions, times :math:`P`, and the Hessenberg matrix of shape ``(B, products + 1, products)``.
+    """
+    basis: list[Tensors] = []  # v_j
+    dual: list[Tensors] = []  # P v_j
+    h = torch.zeros(len(points[0]), products + 1, products, dtype=torch.float64, device=points[0].device)
     for j in range(products + 1):
         pw = metric(w)
         length = _dot(w, pw).clamp_min(0).sqrt()
+        scale = torch.where(length > 0, 1 / length, 0.0)
+        basis.append(tuple(_rows(scale, t) * t for t in w))
+        dual.append(tuple(_rows(scale, t) * t for t in pw))
         if j:
             h[:, j, j - 1] = length
         if j == products:
             break
-        scale = torch.where(length > 0, 1 / length, 0.0)
-        basis.append(tuple(_rows(scale, t) * t for t in w))
-        dual.append(tuple(_rows(scale, t) * t for t in pw))
         w = torch.autograd.grad(image, points, dual[-1], retain_graph=True, materialize_grads=True)
         for _ in range(2):  # once more, against rounding
             for i, (v, pv) in enumerate(zip(basis, dual, strict=True)):
                 c = _dot(w, pv)
                 h[:, i, j] += c
                 w = tuple(t - _rows(c, t) * u for t, u in zip(w, v, strict=True))
-    square = torch.nan_to_num(h[:, :products], nan=torch.inf, posinf=torch.finfo(h.dtype).max)
-    radius = torch.linalg.eigvals(square).abs().amax(dim=1)
-    return radius.to(points[0].real.dtype), torch.linalg.matrix_norm(square, 2).to(points[0].real.dtype)
+    return dual, h
 
 
 def _part(f: Any, x: State, exact: bool) -> tuple[Tensors, Tensors, Callable[[Tensors], Tensors]]:
