@@ -27,19 +27,21 @@ def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, gr
     :return: norms, of shape ``(B,)``.
     """
     points, image, metric = _part(f, x, exact=False)
-    dual, h = _arnoldi(points, image, metric, _directions(points, rng), iterations - 1)
-    pu = dual[0]
+    basis, h = _arnoldi(points, image, metric, _directions(points, rng), iterations - 1)
+    u = basis[0]
     if iterations > 1:
         # where a value is not finite, neither is the last product, whatever its direction
-        weights = torch.linalg.svd(torch.nan_to_num(h, 0.0, 0.0, 0.0), full_matrices=False).Vh[:, 0]
-        pu = tuple(
-            torch.stack([_rows(c, t) * t for c, t in zip(weights.T, ts, strict=False)]).sum(0)
-            for ts in zip(*dual, strict=True)
+        weights = torch.linalg.svd(torch.nan_to_num(h, 0.0, 0.0, 0.0), full_matrices=False).Vh[:, 0].T
+        u = tuple(
+            torch.stack([_rows(c, t) * t for c, t in zip(weights, ts, strict=False)]).sum(0)
+            for ts in zip(*basis, strict=True)
         )
+    pu = metric(u)
+    norm = _length(u, pu)  # one but for rounding, which ends the basis of a small subspace
     with torch.enable_grad():
         # F may ignore a variable of its state, as that of Douglas-Rachford splitting does
         b = torch.autograd.grad(image, points, pu, retain_graph=graph, create_graph=graph, materialize_grads=True)
-        return _length(b, metric(b))
+        return _length(b, metric(b)) / norm
 
 
 def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +72,7 @@ def _arnoldi(
 
     :param tuple[torch.Tensor, ...] w: first direction.
     :param int products: number of vector-Jacobian products.
-    :return: the basis of ``products + 1`` directions, times :math:`P`, and the Hessenberg matrix of shape ``(B, products + 1, products)``.
+    :return: the basis of ``products + 1`` directions, and the Hessenberg matrix of shape ``(B, products + 1, products)``.
     """
     basis: list[Tensors] = []  # v_j
     dual: list[Tensors] = []  # P v_j
@@ -91,7 +93,7 @@ def _arnoldi(
                 c = _dot(w, pv)
                 h[:, i, j] += c
                 w = tuple(t - _rows(c, t) * u for t, u in zip(w, v, strict=True))
-    return dual, h
+    return basis, h
 
 
 def _part(f: Any, x: State, exact: bool) -> tuple[Tensors, Tensors, Callable[[Tensors], Tensors]]:
