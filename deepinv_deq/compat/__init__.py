@@ -36,7 +36,7 @@ from deepinv_deq.compat.modules import (
     weight_hooks,
     without,
 )
-from deepinv_deq.compat.operations import dispatch_mode
+from deepinv_deq.compat.operations import dispatch_mode, numbers
 
 __all__ = [
     "HOOKS",
@@ -54,6 +54,7 @@ __all__ = [
     "is_mapped",
     "layers_that_change",
     "layers_with_statistics",
+    "numbers",
     "outside_of_compiled_graphs",
     "parts_of_script",
     "registered_solvers",

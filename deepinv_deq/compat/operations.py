@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from deepinv_deq.compat.lookup import find
 
 
@@ -26,3 +28,15 @@ def dispatch_mode(listed: Callable[[str, Any, Any], bool]) -> Any:
             return func(*args, **(kwargs or {}))
 
     return Watching()
+
+
+def numbers(values: Tensor) -> list[float]:
+    r"""The values of a tensor, with one synchronisation; in PyTorch 2.4 tensors inside of ``torch.func`` need one each.
+
+    :param torch.Tensor values: of one dimension.
+    :return: the values.
+    """
+    try:
+        return values.tolist()
+    except RuntimeError:
+        return [float(value) for value in values]

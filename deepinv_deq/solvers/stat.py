@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchdeq.solver.stat import SolverStat as _TorchDEQStat
 
+from deepinv_deq import compat
 from deepinv_deq.states import Layout, State, norms
 
 _DRIFT = 100.0  # roundings by which the recurrence of a Krylov method may differ from the measured residual
@@ -132,7 +133,7 @@ class SolverStat(_TorchDEQStat):
         zero = residual.new_zeros(1)  # for an empty batch
         largest = [torch.cat([r, zero]).max() for r in (residual, torch.where(at_floor, residual, 0.0))]
         numbers = [t.sum().double() for t in (self.converged, at_floor, self["singular"])]
-        worst, floor, good, at_floor, singular = torch.stack([*largest, *numbers]).tolist()  # one synchronisation
+        worst, floor, good, at_floor, singular = compat.numbers(torch.stack([*largest, *numbers]))
         said = [
             f"{method}: {good:.0f} of {len(residual)} samples reached the relative residual {tol:.1e} in "
             f"{self.evaluations} evaluations (largest residual {worst:.1e})."
