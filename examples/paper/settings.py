@@ -26,8 +26,9 @@ _BOTH = {
     "context": True,
 }
 # Tolerances are relative errors in units of the image (while training, and in tests), and of the cotangent. "bound" is the largest norm of
-# the contractive part without a penalty (on CT the largest of bound/ with a spread below 0.05 dB on validation images), "contraction_weight" the weight of that penalty, and "context" whether the network of a DEQ sees
-# the linear reconstruction. Gradients are clipped to "grad_clip"; at 1e-6 all have the same norm.
+# the contractive part without a penalty: on CT the largest in bound/ for which all solves of validation images agree to 0.05 dB.
+# "contraction_weight" is the weight of that penalty, and "context" whether the network of a DEQ sees the linear reconstruction. Gradients
+# are clipped to "grad_clip"; at 1e-6 all have the same norm.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ct": _BOTH
     | {"alpha": 100.0, "stepsize": 1 / 51, "data_weight": 50.0}
