@@ -29,8 +29,8 @@ class ContractionLoss(Loss):
 
     :math:`J` is the Jacobian of the contractive part of the iteration (:meth:`FixedPointIteration.contractive_part
     <deepinv_deq.FixedPointIteration.contractive_part>`): that of the denoiser with :math:`P \approx (\lambda A^\top A + I)^{-1}`
-    for DE-Grad, that of the whole iteration with :math:`P = I` for the other iterations. The norm is estimated from below by power
-    iteration with vector-Jacobian products, only the last of which has a graph. Each call measures one random point of each
+    for DE-Grad, that of the whole iteration with :math:`P = I` for the other iterations. The norm is estimated from below in the
+    Krylov subspace of a few vector-Jacobian products, only the last of which has a graph. Each call measures one random point of each
     sample: a point between the reconstruction :math:`\hat x` and what up to three plain steps make of a usual start (zeros, the
     linear reconstruction, noise). A solver reaches the same point from every start only if the bound holds wherever the solver goes.
 
@@ -41,7 +41,7 @@ class ContractionLoss(Loss):
 
     :param float bound: largest norm without a penalty, in :math:`(0, 1)`.
     :param float weight: weight :math:`w > 0`, no unit.
-    :param int iterations: number of vector-Jacobian products of the power iteration.
+    :param int iterations: number of vector-Jacobian products.
     :param torch.Generator, None rng: random numbers of points and directions, on the CPU. Default: a generator with seed 0.
 
     :raises ValueError: for a setting out of range; when called, for a model without a :class:`DEQReconstructor`.
