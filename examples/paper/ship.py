@@ -4,7 +4,8 @@ Put trained models into the package
 
 .. code-block:: bash
 
-    python examples/paper/ship.py            # after the cells below were run with run.py
+    python examples/paper/ship.py                                # after the cells below were run with run.py
+    python examples/paper/ship.py --tasks ct --bound 0.75        # the one of run.py --bound
 
 Writes ``deepinv_deq/weights/models/ct-ei.pt`` and ``mri-ei.pt``, which ``DEQReconstructor.from_pretrained("ct-ei")`` loads, from the
 models that ``run.py`` left in ``runs/``: the DEQs trained with exact gradients and without ground truth, of seed 0.
@@ -18,7 +19,7 @@ import torch
 from data import DATA, ROOT, SCALES, TASKS, make_task
 from losses import BEST
 from models import make_model
-from records import folder_of, is_outdated, path_of, read_record
+from records import folder_of, is_outdated, path_of, read_record, variant_of
 from weights import weights_of
 
 from deepinv_deq import Solver
@@ -26,14 +27,17 @@ from deepinv_deq import Solver
 MODELS = ROOT / "deepinv_deq" / "weights" / "models"
 
 
-def ship(task_name: str, scale: str, seed: int, data: Path, out: Path, named: str = "small") -> Path:
+def ship(
+    task_name: str, scale: str, seed: int, data: Path, out: Path, named: str = "small", bound: float | None = None
+) -> Path:
     r"""Write the model of one task, with what it was trained on.
 
+    :param float bound: of a training with ``run.py --bound``.
     :param str named: the scale whose models have the plain names ``ct-ei`` and ``mri-ei``; others have the scale in their name.
 
     :raises SystemExit: if its cell was not run.
     """
-    record_path = path_of(scale, task_name, "deq-id", BEST[task_name], seed)
+    record_path = path_of(scale, task_name, "deq-id", BEST[task_name], seed, variant_of(bound=bound))
     record = read_record(record_path)
     weights = folder_of(record_path) / "model.pt"
     if record is None or is_outdated(record) or not weights.exists():
@@ -45,7 +49,9 @@ def ship(task_name: str, scale: str, seed: int, data: Path, out: Path, named: st
     # the tolerance on record; unlike in training, a missed one warns
     model.solver = Solver("anderson", max_iter=400, tol=settings["test_tol"])
     model.hook.solver = Solver("gmres", max_iter=settings["max_iter"], tol=settings["backward_tol"])
-    about = {key: settings[key] for key in ("task", "loss", "scale", "size", "seed", "epochs")}
+    about = {
+        key: settings[key] for key in ("task", "loss", "scale", "size", "seed", "epochs", "bound", "contraction_weight")
+    }
     about |= {key: settings[key] for key in ("views", "acceleration") if key in settings}
     path = out / (f"{task_name}-ei.pt" if scale == named else f"{task_name}-ei-{scale}.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +64,9 @@ if __name__ == "__main__":
     parser.add_argument("--scale", default="small", help=", ".join(SCALES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the images")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="whose models are written")
+    parser.add_argument("--bound", type=float, help="bound of the penalty, where run.py was given one")
     parser.add_argument("--named", default="small", help="the scale whose models are ct-ei and mri-ei, without suffix")
     args = parser.parse_args()
-    for name in TASKS:
-        print(ship(name, args.scale, args.seed, args.data, MODELS, args.named))
+    for name in args.tasks:
+        print(ship(name, args.scale, args.seed, args.data, MODELS, args.named, args.bound))
