@@ -49,6 +49,10 @@ def save(plot: Any, path: Path, dpi: int = 110) -> Path:
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    for axis in plot.axes:
+        if not axis.has_data() and not axis.texts:
+            axis.text(0.5, 0.5, "no record yet", transform=axis.transAxes, ha="center", va="center", color="0.5")
+            axis.set(xticks=[], yticks=[])
     plot.savefig(path, dpi=dpi)
     plt.close(plot)
     print(f"{path}", file=sys.stderr)
@@ -131,9 +135,9 @@ def times(path: Path, scale: str) -> Path:
     return save(plot, path)
 
 
-def bound_curve(path: Path) -> Path:
+def bound_curve(path: Path, scale: str) -> Path:
     r"""PSNR at the fixed point, and evaluations, against the bound of the penalty."""
-    known = [json.loads(p.read_text()) for p in sorted((HERE / "bound").glob("*.json"))]
+    known = [json.loads(p.read_text()) for p in sorted((HERE / "bound").glob(f"*_{scale}_*.json"))]
     tasks = [task for task in TASKS if any(r["task"] == task for r in known)] or list(TASKS)
     plot, axes = subplots(3, len(tasks), figsize=(1 + 5 * len(tasks), 8), sharex=True)
     for column, task in zip(axes.T, tasks, strict=True):
@@ -228,7 +232,8 @@ def shipped_slice(task: str, like: torch.Tensor) -> torch.Tensor:
 def plots(folder: Path, scale: str) -> list[Path]:
     r"""All plots of the records of a scale."""
     drawn = [draw(folder / f"{draw.__name__}.png", scale) for draw in (dots, gaps, times, curves)]
-    return [*drawn, bound_curve(folder / "bound.png")]
+    measured = any((HERE / "bound").glob(f"*_{scale}_*.json"))
+    return [*drawn, *([bound_curve(folder / "bound.png", scale)] if measured else [])]
 
 
 if __name__ == "__main__":
