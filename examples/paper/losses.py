@@ -187,10 +187,7 @@ LOSSES = {
     ),  # reconstructions that may follow the loss collapse at larger weights
     "ei-sure": Loss("EI + SURE", _ei_sure, ("mri",), weighted=(0.3, 1.0, 3.0)),
     "ei-fixed": Loss("EI, fixed targets", _ei_fixed, defaults={"alpha": 1.0}, weighted=(1.0, 10.0)),
-    # at a weight of 0.1 the norm stays near 1 on some images
-    "ei-turned": Loss(
-        "EI, turned operator", _ei_turned, ("ct",), {"alpha": 1.0, "contraction_weight": 1.0}, (1.0, 10.0)
-    ),
+    "ei-turned": Loss("EI, turned operator", _ei_turned, ("ct",), {"alpha": 1.0}, (1.0, 10.0)),
     "moi": Loss("multi-operator imaging", _moi, ("ct",), {"alpha": 1.0}, (0.3, 1.0, 3.0)),
     # one hidden view measures an image noisily, so most gradients are clipped
     "split": Loss("hidden views", _hidden_views, ("ct",), {"grad_clip": 3e-3}),
