@@ -44,7 +44,7 @@ def subplots(rows: int, columns: int, *, figsize: tuple[float, float], **options
     return plt.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False, **options)
 
 
-def save(plot: Any, path: Path, dpi: int = 110) -> Path:
+def save(plot: Any, path: Path, dpi: int = 80) -> Path:
     r"""Write the file, and say so."""
     import matplotlib.pyplot as plt
 
