@@ -13,34 +13,33 @@ from deepinv_deq.states import State, as_tuple
 Tensors = tuple[Tensor, ...]
 
 
-def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator, graph: bool = True) -> Tensor:
+def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator) -> Tensor:
     r"""Estimate :math:`\|P^{1/2} J P^{1/2}\|` from below, for every sample.
 
-    All products but the last build a Krylov subspace. The last is with the direction of that subspace in which the norm is largest. With
-    the same number of products, a power iteration overlooks single large eigenvalues of either sign.
+    All products but the last build a Krylov subspace. The last product is that of the direction in this subspace that the
+    Jacobian amplifies most. A power iteration with the same number of products overlooks single large eigenvalues of either sign.
 
     :param BoundIteration f: a map with a contractive part.
     :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
     :param int iterations: number of vector-Jacobian products.
     :param torch.Generator rng: random numbers of the first direction.
-    :param bool graph: whether the last product gets a graph.
-    :return: norms, of shape ``(B,)``.
+    :return: norms, of shape ``(B,)``, with the graph of the last product.
     """
     points, image, metric = _part(f, x, exact=False)
     basis, h = _arnoldi(points, image, metric, _directions(points, rng), iterations - 1)
     u = basis[0]
     if iterations > 1:
-        # where a value is not finite, neither is the last product, whatever its direction
+        # if a value is not finite, the last product is not finite either, for any direction
         weights = torch.linalg.svd(torch.nan_to_num(h, 0.0, 0.0, 0.0), full_matrices=False).Vh[:, 0].T
         u = tuple(
             torch.stack([_rows(c, t) * t for c, t in zip(weights, ts, strict=False)]).sum(0)
             for ts in zip(*basis, strict=True)
         )
     pu = metric(u)
-    norm = _length(u, pu)  # one but for rounding, which ends the basis of a small subspace
+    norm = _length(u, pu)  # not exactly 1: in a small space the last directions of the basis are rounding errors
     with torch.enable_grad():
         # F may ignore a variable of its state, as that of Douglas-Rachford splitting does
-        b = torch.autograd.grad(image, points, pu, retain_graph=graph, create_graph=graph, materialize_grads=True)
+        b = torch.autograd.grad(image, points, pu, create_graph=True, materialize_grads=True)
         return _length(b, metric(b)) / norm
 
 

@@ -31,7 +31,7 @@ def dispatch_mode(listed: Callable[[str, Any, Any], bool]) -> Any:
 
 
 def numbers(values: Tensor) -> list[float]:
-    r"""The values of a tensor, with one synchronisation; in PyTorch 2.4 tensors inside of ``torch.func`` need one each.
+    r"""The values of a tensor, read with one synchronisation. In PyTorch 2.4, tensors inside of ``torch.func`` have no ``tolist``.
 
     :param torch.Tensor values: of one dimension.
     :return: the values.

@@ -52,7 +52,7 @@ def prox_of_zero(physics: Physics, x: Tensor, gamma: Any) -> Any:
 class L2OfAnySize(L2):
     r"""deepinv's squared error with the proximal map of :func:`prox_l2`.
 
-    :param deepinv.optim.L2 data_fidelity: whose weight it has.
+    :param deepinv.optim.L2 data_fidelity: the data fidelity whose weight is used.
     """
 
     def __init__(self, data_fidelity: L2):
@@ -60,7 +60,7 @@ class L2OfAnySize(L2):
         self.d, self.norm = data_fidelity.d, data_fidelity.norm
 
     def prox(self, x: Tensor, y: Any, physics: Physics, *args: Any, gamma: Any = 1.0, **kwargs: Any) -> Tensor:
-        r"""That of each sample, divided by its size; deepinv's own where the operator is not linear."""
+        r"""Proximal map, computed at unit size for each sample. If the operator is not linear, it is deepinv's own."""
         if isinstance(physics, LinearPhysics):
             return prox_l2(physics, x, as_tuple(y), self.norm * gamma)
         return super().prox(x, y, physics, *args, gamma=gamma, **kwargs)

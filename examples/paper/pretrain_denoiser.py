@@ -130,7 +130,7 @@ def batch() -> torch.Tensor:
 
 
 class Denoise:
-    """The denoiser as the package sees a bound iteration of which the network is the part that has to contract."""
+    """Gives ``jacobian_norm`` the denoiser as the part of an iteration that must contract."""
 
     def contractive_part(self, x: torch.Tensor, exact: bool) -> tuple[torch.Tensor, None]:
         return model(x), None

@@ -94,8 +94,6 @@ def _train(rank: int, folder: str, data: Path | None) -> None:
     for name in ("ct", "mri"):
         task = images(name, data, 2, 128)
         model = ours(task, Settings().exactly(ITERATIONS))
-        for p in model.parameters():
-            p.requires_grad_(p.is_leaf and p.requires_grad)
         parallel = DistributedDataParallel(model)
         times: list[list[float]] = [[], []]
         for k in range(STEPS + 2):
