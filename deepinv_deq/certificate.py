@@ -31,10 +31,12 @@ class Certificate:
     :param torch.Tensor residual: the solver's criterion at ``x``.
     :param torch.Tensor converged: whether ``residual`` met the tolerance.
     :param torch.Tensor error: estimate of :math:`\|x - x^*\| / \|x^*\|`, the distance to the fixed point.
+    :param torch.Tensor evaluations: number of evaluations of the iteration that ``x`` took.
     :param float tol: the tolerance.
+    :param dict points: images of shape ``(B, C, H, W)``: ``x`` (``"start"``), the image at a tenth of the tolerance (``"tenth"``), and
+        those reached from the other starts.
     :param dict spread: for each other start, :math:`\|x' - x\| / \|x\|` of the point reached from there.
-    :param dict psnr: with ``x_gt``, PSNR in dB of ``x`` (``"start"``), of the points reached from the other starts, and at a tenth of
-        the tolerance (``"tenth"``).
+    :param dict psnr: with ``x_gt``, PSNR in dB of each of ``points``.
 
     |sep|
 
@@ -56,7 +58,9 @@ class Certificate:
     residual: Tensor
     converged: Tensor
     error: Tensor
+    evaluations: Tensor
     tol: float
+    points: dict[str, Tensor] = field(default_factory=dict, repr=False)
     spread: dict[str, Tensor] = field(default_factory=dict)
     psnr: dict[str, Tensor] = field(default_factory=dict)
 
@@ -146,7 +150,9 @@ def certify(
         residual=stat.residual,
         converged=stat.converged,
         error=error,
+        evaluations=stat["nstep"],
         tol=solver.tol,
+        points=reached,
         spread={name: _distance(point, x) for name, point in reached.items() if name not in ("start", "tenth")},
         psnr={} if x_gt is None else {name: psnr(point, x_gt) for name, point in reached.items()},
     )

@@ -100,7 +100,7 @@ def test_psnrs_come_with_the_truth_and_start_from_it():
     model, physics, x, y = imaging(batch=3, tol=1e-8)
     certificate = model.eval().certify(y, physics, x_gt=x)
     assert set(certificate.psnr) == {"start", "tenth", "zeros", "noise", "truth"}
-    assert set(certificate.spread) == {"zeros", "noise", "truth"}
+    assert set(certificate.spread) == {"zeros", "noise", "truth"} == set(certificate.points) - {"start", "tenth"}
     values = torch.stack(list(certificate.psnr.values()))
     assert values.shape == (5, 3) and float((values - values[:1]).abs().max()) < 1e-4
 

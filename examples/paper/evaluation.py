@@ -15,59 +15,75 @@ import torch
 from data import ROOT, Task, metrics, start
 
 from deepinv_deq import DEQReconstructor
+from deepinv_deq.certificate import Certificate
 
 TIGHT = 0.1  # tables show reconstructions at this part of a model's tolerance
 
 
-def evaluate(task: Task, model: Any, s: dict[str, Any], *, certify: bool = True) -> dict[str, Any]:
+def evaluate(task: Task, model: Any, s: dict[str, Any]) -> dict[str, Any]:
     r"""All measures on the test images: PSNR, SSIM, those of Tables 2 and 3, and whether a DEQ is at its fixed point.
 
     The images of a DEQ are those of :data:`TIGHT` times its tolerance; what it gives at its tolerance is in ``fixed_point``.
-
-    :param bool certify: whether the fixed points of a DEQ are checked; without, its images are those of its tolerance.
     """
     model.eval()
     x, y = task.x[task.test], task.y[task.test]
-    measures = metrics(task)
-    record: dict[str, Any] = {"images": len(x), "exact_equivariance": True}
-    tight, fixed_point = model, {}
+    measures, record = metrics(task), {"images": len(x), "exact_equivariance": True}
     if isinstance(model, DEQReconstructor):
-        tight = model = for_tests(model, s)
-        if certify:
-            fixed_point = certified(model, task, measures["psnr"])
-            solver = replace(model.solver, tol=TIGHT * model.solver.tol, max_iter=5 * model.solver.max_iter)
-            tight = DEQReconstructor(model.iteration, solver=solver, hook=model.hook).eval()
+        model = for_tests(model, s)
+        certificate = certified(model, task, measures["psnr"])
+        record |= operator_measures(task, model) | {"fixed_point": plain_certificate(certificate)}
+        x_hat = certificate.points["tenth"]
+        model = with_solver(model, tol=TIGHT * model.solver.tol, max_iter=3 * model.solver.max_iter)
+    else:
+        with torch.no_grad():
+            x_hat = model(y, task.physics)
     with torch.no_grad():
-        x_hat, x0 = tight(y, task.physics), start(y, task.physics)
-        stat = getattr(tight, "forward_stat", None)
+        x0 = start(y, task.physics)
         for name in ("psnr", "ssim"):
             record[name], record[f"{name}_start"] = (summary(measures[name](image, x)) for image in (x_hat, x0))
-        for name in ("pipeline_equivariance", *(["iteration_equivariance"] if stat is not None else [])):
-            record[name] = summary(measures[name](x_hat, x, physics=task.physics, model=tight))
-        record["ei_loss"] = ei_loss(task, tight, x_hat)
-    if stat is not None:
-        # an operator that leaves true images alone is equivariant at them, whatever it has learned
-        operator = measures["iteration_equivariance"].system(task.physics, tight)
-        with torch.no_grad():
-            record["iteration_fidelity"] = summary(measures["exact_psnr"](operator(x), x))
-        record |= {"fixed_point": fixed_point} if certify else {}
+        record["pipeline_equivariance"] = summary(
+            measures["pipeline_equivariance"](x_hat, x, physics=task.physics, model=model)
+        )
+        record["ei_loss"] = ei_loss(task, model, x_hat)
     return record
+
+
+def operator_measures(task: Task, model: DEQReconstructor) -> dict[str, Any]:
+    r"""Table 3: how equivariant the learned operator is at true images, and how far from the identity. Nothing is solved.
+
+    An operator that leaves true images alone is equivariant at them, whatever it has learned.
+    """
+    x, measures = task.x[task.test], metrics(task)
+    equivariance = measures["iteration_equivariance"]
+    operator = equivariance.system(task.physics, model)
+    with torch.no_grad():
+        return {
+            "iteration_equivariance": summary(equivariance(x, x, physics=task.physics, model=model)),
+            "iteration_fidelity": summary(measures["exact_psnr"](operator(x), x)),
+        }
 
 
 def for_tests(model: DEQReconstructor, s: dict[str, Any]) -> DEQReconstructor:
     r"""The same model with the tolerance of tests."""
-    solver = replace(model.solver, tol=s["test_tol"], max_iter=2 * s["max_iter"])
-    return DEQReconstructor(model.iteration, solver=solver, hook=model.hook).eval()
+    return with_solver(model, tol=s["test_tol"], max_iter=2 * s["max_iter"])
 
 
-def certified(model: DEQReconstructor, task: Task, psnr: Any) -> dict[str, Any]:
-    r"""The certificate of a model on the test images, as plain values, image by image.
+def with_solver(model: DEQReconstructor, **changes: Any) -> DEQReconstructor:
+    r"""The same model with another tolerance or number of evaluations."""
+    return DEQReconstructor(model.iteration, solver=replace(model.solver, **changes), hook=model.hook).eval()
+
+
+def certified(model: DEQReconstructor, task: Task, psnr: Any) -> Certificate:
+    r"""The certificate of a model on the test images."""
+    return model.certify(task.y[task.test], task.physics, x_gt=task.x[task.test], metric=psnr)
+
+
+def plain_certificate(certificate: Certificate) -> dict[str, Any]:
+    r"""A certificate as plain values, image by image.
 
     ``spread_db`` is the largest difference of PSNR between the solve at the model's tolerance, at a tenth of it, and those from
     other starts; the cell is *not a fixed point* where it exceeds 0.05 dB.
     """
-    certificate = model.certify(task.y[task.test], task.physics, x_gt=task.x[task.test], metric=psnr)
-    model(task.y[task.test], task.physics)
     db = torch.stack(list(certificate.psnr.values()))
     return {
         "outcome": certificate.outcome,
@@ -78,7 +94,7 @@ def certified(model: DEQReconstructor, task: Task, psnr: Any) -> dict[str, Any]:
         "error": certificate.error.tolist(),
         "residual": certificate.residual.tolist(),
         "converged": int(certificate.converged.sum()),
-        "evaluations": model.forward_stat["nstep"].tolist(),
+        "evaluations": certificate.evaluations.tolist(),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from data import Task, make_task, metrics
 from deepinv.datasets import TensorDataset
-from evaluation import evaluate, plain, surroundings
+from evaluation import evaluate, operator_measures, plain, surroundings
 from losses import LOSSES, make_losses
 from models import METHODS, make_model
 from settings import DEFAULTS, found_settings, settings_of
@@ -57,9 +57,8 @@ def run_cell(
     resumed = out is not None and out.exists()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    # Table 3 has the DEQ of the pretrained denoiser, too; it need not contract, so its solves to small tolerances take long
     trains = LOSSES[loss].build is not None
-    untrained = evaluate(task, model, s, certify=False) if METHODS[method].is_deq and trains else {}
+    untrained = operator_measures(task, model.eval()) if METHODS[method].is_deq and trains else {}
     model.train()
     begun, history, steps = time.time(), {}, 0
     if trains:
