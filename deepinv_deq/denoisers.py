@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from deepinv_deq import compat
+from deepinv_deq.denoiser_settings import check, settings_in
 from deepinv_deq.files import contents_of, read_weights
 from deepinv_deq.group_norm import GroupNorm
 
@@ -47,6 +48,10 @@ class EquilibriumUNet(UNet):
         weights.
     :param int context_channels: channels of a second image that the network gets besides ``x``, such as the linear reconstruction
         (see ``context`` of :class:`FixedPointIteration`). Pretrained weights without context are extended by zeros.
+    :param float, None saturation: with a context :math:`\bar x` of ``in_channels`` channels, the network sees
+        :math:`\bar x + r \tanh((x - \bar x) / r)` in the place of :math:`x`, where :math:`r` is ``saturation`` times the root mean square
+        of :math:`\bar x`. Far from the linear reconstruction the iteration then contracts by itself, so solves from any start come near.
+        Default: no saturation.
     :param int dim: 2 for images, 3 for volumes of shape ``(B, C, D, H, W)``.
     :param str, os.PathLike, None pretrained: weights of a Gaussian denoiser: a file written by
         ``examples/paper/pretrain_denoiser.py``, or one that ships with the package: ``"gray"`` (1 channel), ``"complex"`` (2, real and
@@ -80,33 +85,40 @@ class EquilibriumUNet(UNet):
         groups: int = 8,
         contraction: float | None = None,
         context_channels: int = 0,
+        saturation: float | None = None,
         dim: int = 2,
         pretrained: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
     ):
         weights = None if pretrained is None else read_weights(pretrained)
-        trained = {} if weights is None else _settings(weights, pretrained)
+        trained = {} if weights is None else settings_in(weights, pretrained)
         in_channels = trained.get("in_channels", 1) if in_channels is None else in_channels
         channels = trained.get("channels", (32, 64, 128)) if channels is None else channels
         contraction = trained.get("contraction", 0.9) if contraction is None else contraction
-        _check(norm, channels, contraction, context_channels, dim)
-        out_channels = in_channels if out_channels is None else out_channels
-        inputs = in_channels + context_channels
-        # the residual connection is in forward: it has a factor, and skips the context
-        super().__init__(inputs, out_channels, residual=False, channels_per_scale=tuple(channels), dim=dim)
-        _normalise(self, norm, groups)
-        self.settings: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "in_channels": in_channels,
-            "out_channels": out_channels,
+            "out_channels": in_channels if out_channels is None else out_channels,
             "channels": tuple(channels),
             "norm": norm,
             "groups": groups,
             "contraction": contraction,
             "context_channels": context_channels,
+            "saturation": saturation,
             "dim": dim,
         }
-        self.context_channels, self.dim = context_channels, dim
-        self.contraction = contraction if in_channels == out_channels else 0.0
+        check(settings)
+        # the residual connection is in forward: it has a factor, and skips the context
+        super().__init__(
+            in_channels + context_channels,
+            settings["out_channels"],
+            residual=False,
+            channels_per_scale=settings["channels"],
+            dim=dim,
+        )
+        _normalise(self, norm, groups)
+        self.settings = settings
+        self.context_channels, self.saturation, self.dim = context_channels, saturation, dim
+        self.contraction = contraction if in_channels == settings["out_channels"] else 0.0
         if weights is not None:
             with contents_of(str(pretrained), f"weights that fit {self.settings}"):
                 _load(self, weights["state_dict"], trained, pretrained)
@@ -134,7 +146,10 @@ class EquilibriumUNet(UNet):
             raise ValueError(
                 f"This network takes {self.context_channels} context channels (context_channels=), got {got}."
             )
-        net_input = x if context is None else torch.cat([x, context.expand(len(x), *context.shape[1:])], dim=1)
+        if context is not None:
+            context = context.expand(len(x), *context.shape[1:])
+            x = x if self.saturation is None else _saturated(x, context, self.saturation)
+        net_input = x if context is None else torch.cat([x, context], dim=1)
         out = _cropped(super().forward, net_input, 2 ** (len(self.settings["channels"]) - 1))
         return (out + self.contraction * x if self.contraction else out).contiguous()
 
@@ -150,18 +165,12 @@ class EquilibriumUNet(UNet):
         return twin
 
 
-def _check(norm: Any, channels: Sequence[int], contraction: float, context_channels: int, dim: int) -> None:
-    r"""Refuse settings out of range."""
-    if norm not in _NORMS:
-        raise ValueError(f"Unknown norm {norm!r}: must be one of 'spectral', 'weight', None.")
-    if len(channels) < 2 or min(channels) < 1:
-        raise ValueError(f"channels needs at least two scales of at least one feature map, got {tuple(channels)}.")
-    if not 0 < contraction <= 1:
-        raise ValueError(f"contraction must be in (0, 1], got {contraction}.")
-    if context_channels < 0:
-        raise ValueError(f"context_channels must not be negative, got {context_channels}.")
-    if dim not in (2, 3):
-        raise ValueError(f"dim must be 2 (images) or 3 (volumes), got {dim}.")
+def _saturated(x: torch.Tensor, centre: torch.Tensor, saturation: float) -> torch.Tensor:
+    r"""Near ``centre`` the identity; no point is mapped further from it than a multiple of its root mean square."""
+    square = centre.square().flatten(1).mean(dim=1)
+    size = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()  # of a zero image, too, with a finite gradient
+    radius = saturation * size.reshape(-1, *[1] * (x.ndim - 1))
+    return centre + radius * torch.tanh((x - centre) / radius)
 
 
 def _normalise(net: UNet, norm: str | None, groups: int) -> None:
@@ -194,9 +203,10 @@ def _cropped(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, 
 
 def _load(net: EquilibriumUNet, state: dict[str, torch.Tensor], trained: dict[str, Any], name: Any) -> None:
     r"""Load a state dictionary; the weights of a context that it lacks are zero."""
+    free = {"context_channels": net.context_channels, "saturation": net.saturation}
     wanted = net.settings | {"contraction": trained["contraction"]}
-    known = trained["context_channels"] in (0, net.context_channels)
-    if trained | {"context_channels": net.context_channels} != wanted or not known:
+    known = trained["context_channels"] in (0, net.context_channels) and trained["saturation"] in (None, net.saturation)
+    if trained | free != wanted or not known:
         raise ValueError(f"The weights {str(name)!r} are of an EquilibriumUNet with {trained}, not {net.settings}.")
     own = net.state_dict()
     for key, value in state.items():
@@ -206,33 +216,6 @@ def _load(net: EquilibriumUNet, state: dict[str, torch.Tensor], trained: dict[st
             value = torch.cat([value, torch.zeros_like(own[key].narrow(axis, 0, more))], axis)
         own[key] = value
     net.load_state_dict(own)
-
-
-def _settings(weights: dict[str, Any], name: Any) -> dict[str, Any]:
-    r"""Settings of a file of weights."""
-    if "settings" not in weights or "state_dict" not in weights:
-        raise ValueError(f"{str(name)!r} holds no weights of an EquilibriumUNet.")
-    with contents_of(name, "weights of an EquilibriumUNet"):
-        return settings_of_file(weights["settings"], weights["state_dict"])
-
-
-def settings_of_file(settings: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    r"""Complete settings of a saved network; those of version 0.1 had no factor, no context and two dimensions.
-
-    :param dict settings: as saved, with the weights ``state``.
-    :raises ValueError: if a setting is of a wrong type, or such a network has more weights than are there: it must not be built.
-    """
-    known = {"contraction": 1.0, "context_channels": 0, "dim": 2} | settings
-    known["channels"] = channels = tuple(known["channels"])
-    numbers = (*channels, *(known[k] for k in ("in_channels", "out_channels", "groups", "context_channels", "dim")))
-    if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(known["contraction"], (int, float)):
-        raise ValueError(f"settings that no EquilibriumUNet has: {known}")
-    _check(known["norm"], channels, known["contraction"], known["context_channels"], known["dim"])
-    inputs, outputs = known["in_channels"] + known["context_channels"], known["out_channels"]
-    least = 3 ** known["dim"] * (sum(n * n for n in channels) + channels[0] * inputs) + channels[0] * outputs
-    if sum(t.numel() for t in state.values()) < least:
-        raise ValueError(f"fewer than {least:,} weights, which such a network has")
-    return known
 
 
 def _rebuild(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from deepinv_deq.denoisers import EquilibriumUNet, settings_of_file
+from deepinv_deq.denoiser_settings import settings_of_file
+from deepinv_deq.denoisers import EquilibriumUNet
 from deepinv_deq.files import contents_of, read_weights, save_intact
 from deepinv_deq.implicit import ModularIDHook
 from deepinv_deq.iterations import DEADMM, DEHQS, DEGrad, DEProx, FixedPointIteration

@@ -114,6 +114,38 @@ def test_pretrained_weights_without_context_ignore_it_at_first(pretrained):
     torch.testing.assert_close(twin(x, context=context), net(x, context=context))
 
 
+def test_saturation_keeps_points_near_the_context():
+    net = EquilibriumUNet(1, channels=(4, 8), contraction=0.9, context_channels=1, saturation=0.5).double().eval()
+    context = torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    size = context.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    near, far = context + 1e-4 * torch.randn_like(context), context + 1e3
+    # untrained, the network is 0.9 times the image that it sees
+    torch.testing.assert_close(net(near, context=context), 0.9 * near, rtol=0, atol=1e-8)
+    torch.testing.assert_close(net(far, context=context), 0.9 * (context + 0.5 * size))
+    for scale in (1e-30, 1.0, 1e30):  # the radius follows the images
+        torch.testing.assert_close(net(scale * far, context=scale * context) / scale, net(far, context=context))
+    points = torch.linspace(-3, 3, 64, dtype=torch.float64).reshape(1, 1, 8, 8).expand_as(context)
+    jacobian = torch.autograd.functional.jacobian(lambda x: net(x, context=context), points + context)
+    assert float(torch.linalg.matrix_norm(jacobian.reshape(192, 192), 2)) <= 0.9
+
+
+def test_saturation_of_a_zero_image_has_a_finite_gradient():
+    net = EquilibriumUNet(1, channels=(4, 8), context_channels=1, saturation=1.0)
+    x, context = torch.zeros(1, 1, 8, 8, requires_grad=True), torch.zeros(1, 1, 8, 8, requires_grad=True)
+    gradients = torch.autograd.grad(net(x, context=context).sum(), (x, context))
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+def test_saturation_is_kept_by_copies():
+    net = EquilibriumUNet(pretrained="gray", context_channels=1, saturation=0.5)
+    assert pickle.loads(pickle.dumps(net)).saturation == copy.deepcopy(net).saturation == 0.5
+    for bad in (0.0, -1.0, float("inf")):
+        with pytest.raises(ValueError, match=f"saturation must be positive and finite, got {bad}"):
+            EquilibriumUNet(1, channels=(4, 8), context_channels=1, saturation=bad)
+    with pytest.raises(ValueError, match="needs a context with the 1 channels of the image, got context_channels=0"):
+        EquilibriumUNet(1, channels=(4, 8), saturation=1.0)
+
+
 def test_wrong_inputs_are_named():
     net, x = EquilibriumUNet(1, channels=(4, 8), context_channels=1), torch.rand(1, 1, 8, 8)
     with pytest.raises(ValueError, match="takes 1 context channels .*got 0"):

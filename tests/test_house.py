@@ -15,7 +15,7 @@ LAYERS = [
     {"solvers"},
     {"implicit"},
     {"iterations"},
-    {"denoisers", "spectra", "checks", "course", "warm_starts", "callbacks", "pretrained"},
+    {"denoiser_settings", "denoisers", "spectra", "checks", "course", "warm_starts", "callbacks", "pretrained"},
     {"certificate"},
     {"reconstructor"},
     {"metrics", "equivariance", "losses", "training"},

@@ -58,12 +58,8 @@ def make_model(task: Task, method: str, s: dict[str, Any], weights: str | None) 
 
 
 def _denoiser(task: Task, s: dict[str, Any], weights: str | None, context: bool = False) -> EquilibriumUNet:
-    return EquilibriumUNet(
-        task.channels,
-        channels=tuple(s["channels"]),
-        pretrained=weights,
-        context_channels=task.channels if context else 0,
-    )
+    options = {"context_channels": task.channels, "saturation": s.get("saturation")} if context else {}
+    return EquilibriumUNet(task.channels, channels=tuple(s["channels"]), pretrained=weights, **options)
 
 
 def _deq(task: Task, s: dict[str, Any], weights: str | None, *, mode: str) -> nn.Module:
