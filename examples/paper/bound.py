@@ -5,6 +5,7 @@ PSNR at the fixed point against the bound of the penalty
 .. code-block:: bash
 
     python examples/paper/bound.py --task ct --bounds 0.7 0.8 0.85 0.9 0.95
+    python examples/paper/bound.py --task ct --bounds 0.85 --saturation 0     # a network without saturation
 
 Trains a supervised DEQ for each bound of :class:`deepinv_deq.losses.ContractionLoss`, and measures it on validation images. Each
 training writes one file to ``examples/paper/bound``, which ``tables.py`` and ``figures.py`` read.
@@ -27,15 +28,23 @@ BOUNDS = HERE / "bound"
 
 
 def measure(
-    task: str, bound: float, scale: str, data: Path, epochs: int | None = None, seed: int = 0
+    task: str,
+    bound: float,
+    scale: str,
+    data: Path,
+    epochs: int | None = None,
+    seed: int = 0,
+    saturation: float | None = None,
 ) -> dict[str, Any]:
     r"""Train with one bound, and write what it came to.
 
     :param int epochs: epochs of the training, default those of the scale.
+    :param float saturation: of the network in the place of the task's; 0 for none.
     :return: what was written: mean PSNR in dB from every start and at a tenth of the tolerance, the largest spread over images in dB,
         the largest spectral radius, and the mean number of evaluations.
     """
     override = {"bound": bound} | ({"epochs": epochs} if epochs else {})
+    override |= {} if saturation is None else {"saturation": saturation or None}
     with tempfile.TemporaryDirectory() as folder:
         record, _ = run_cell(
             task,
@@ -55,6 +64,7 @@ def measure(
         "scale": scale,
         "seed": seed,
         "bound": bound,
+        "saturation": record["config"]["saturation"],
         "steps": record["steps"],
         "seconds": record["seconds"],
         "tol": point["tol"],
@@ -66,7 +76,8 @@ def measure(
         "images": record["images"],
         "commit": record["commit"],
     }
-    write(BOUNDS / f"{task}_{scale}_{bound:g}_{record['steps']}_{seed}.json", json.dumps(found, indent=1) + "\n")
+    name = f"{task}_{scale}_{bound:g}_{found['saturation'] or 0:g}_{record['steps']}_{seed}.json"
+    write(BOUNDS / name, json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -74,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="PSNR against the bound of the contraction penalty.")
     parser.add_argument("--task", required=True, help=", ".join(TASKS))
     parser.add_argument("--bounds", type=float, nargs="+", default=[0.7, 0.8, 0.85, 0.9, 0.95])
+    parser.add_argument("--saturation", type=float, help="default: that of the task; 0 for none")
     parser.add_argument("--scale", default="small", help=", ".join(SCALES))
     parser.add_argument("--epochs", type=int, help="default: those of the scale")
     parser.add_argument("--seed", type=int, default=0)
@@ -84,9 +96,9 @@ def main() -> None:
     if outside := [b for b in args.bounds if not 0 < b < 1]:
         sys.exit(f"error: --bounds must be in (0, 1), got {', '.join(map(str, outside))}.")
     for bound in args.bounds:
-        found = measure(args.task, bound, args.scale, args.data, args.epochs, args.seed)
+        found = measure(args.task, bound, args.scale, args.data, args.epochs, args.seed, args.saturation)
         print(
-            f"{args.task} bound {bound:g}: {found['psnr']['tenth']:.2f} dB, spread {found['spread_db']:.3f} dB, "
+            f"{args.task} bound {bound:g}, saturation {found['saturation']}: {found['psnr']['tenth']:.2f} dB, spread {found['spread_db']:.3f} dB, "
             f"spectral radius {found['spectral_radius']:.3f}, {found['evaluations']:.0f} evaluations, {found['seconds']:.0f} s",
             flush=True,
         )

@@ -1,14 +1,12 @@
 r"""
-Figures of the records, and Figure 1 of the paper
-=================================================
+Figures of the records
+======================
 
 .. code-block:: bash
 
-    python examples/paper/figures.py --plots docs/_static/small                  # all plots of the records, for one scale
-    python examples/paper/figures.py --figure docs/_static/figure1.png --slices  # of images that may be passed on
-    python examples/paper/figures.py --figure runs/paper/fig1.png                # of the first test images
+    python examples/paper/figures.py --plots docs/_static/small     # all plots of the records, for one scale
 
-The plots show the records there are. Figure 1 also needs the trained models that ``run.py`` left in ``runs/``.
+The plots show the records there are.
 """
 
 import argparse
@@ -19,15 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import published
-import torch
-from data import DATA, HERE, TASKS, make_task, metrics, start
+from data import HERE, TASKS
 from losses import BEST, LOSSES
-from models import METHODS, make_model
+from models import METHODS
 from paired import difference, independent
-from records import Records, folder_of, losses_of, path_of, read_record, value
-from weights import weights_of
-
-from deepinv_deq.datasets import ct_slice, mr_slice
+from records import Records, losses_of, value
 
 BLIND = [loss for loss, kind in LOSSES.items() if kind.build is not None and loss != "sup"]
 COLOURS = {loss: f"C{i}" for i, loss in enumerate(("sup", *BLIND))}
@@ -135,20 +129,25 @@ def times(path: Path, scale: str) -> Path:
     return save(plot, path)
 
 
+def _kind(trial: dict[str, Any]) -> str:
+    r"""Which trainings of different bounds form one curve."""
+    return f"{trial['steps']} steps" + (f", saturation {trial['saturation']:g}" if trial["saturation"] else "")
+
+
 def bound_curve(path: Path, scale: str) -> Path:
     r"""PSNR at the fixed point, and evaluations, against the bound of the penalty."""
     known = [json.loads(p.read_text()) for p in sorted((HERE / "bound").glob(f"*_{scale}_*.json"))]
     tasks = [task for task in TASKS if any(r["task"] == task for r in known)] or list(TASKS)
     plot, axes = subplots(3, len(tasks), figsize=(1 + 5 * len(tasks), 8), sharex=True)
     for column, task in zip(axes.T, tasks, strict=True):
-        for steps in sorted({r["steps"] for r in known if r["task"] == task}):
-            points = sorted((r for r in known if (r["task"], r["steps"]) == (task, steps)), key=lambda r: r["bound"])
+        for kind in sorted({_kind(r) for r in known if r["task"] == task}):
+            points = sorted((r for r in known if (r["task"], _kind(r)) == (task, kind)), key=lambda r: r["bound"])
             x = [r["bound"] for r in points]
             for key, style in (("start", "o--"), ("tenth", "o-"), ("zeros", "x:"), ("noise", "s:"), ("truth", "+:")):
                 y = [r["psnr"].get(key, float("nan")) for r in points]
-                column[0].plot(x, y, style, label=f"{steps} steps, {key}")
-            column[1].plot(x, [r["spread_db"] for r in points], "o-", label=f"{steps} steps")
-            column[2].plot(x, [r["evaluations"] for r in points], "o-", label=f"{steps} steps")
+                column[0].plot(x, y, style, label=f"{kind}, {key}")
+            column[1].plot(x, [r["spread_db"] for r in points], "o-", label=kind)
+            column[2].plot(x, [r["evaluations"] for r in points], "o-", label=kind)
         column[0].set(title=task.upper(), ylabel="PSNR, validation (dB)")
         column[1].set(ylabel="largest spread (dB)")
         column[2].set(xlabel="bound of the penalty", ylabel="evaluations")
@@ -180,55 +179,6 @@ def curves(path: Path, scale: str) -> Path:
     return save(plot, path)
 
 
-def figure_1(path: Path, scale: str, data: Path, slices: bool = False) -> Path:
-    r"""Fig. 1: reconstructions of DEQ and U-Net, supervised and not, of the first test image of each task.
-
-    :param bool slices: take slices that other packages ship, and none of the data, which must not be passed on.
-    """
-    plot, axes = subplots(2, 7, figsize=(14, 4.8))
-    for line, name in zip(axes, TASKS, strict=True):
-        task = make_task(name, scale, data)
-        x, y = task.x[task.test][:1], task.y[task.test][:1]
-        if slices:
-            x = shipped_slice(name, x)
-            y = task.physics(x)
-        images = {"ground truth": x, "FBP" if name == "ct" else "zero-filled": start(y, task.physics)}
-        for method, loss in (
-            ("deq-id", "sup"),
-            ("deq-id", "ei"),
-            ("deq-id", BEST[name]),
-            ("unet", "sup"),
-            ("unet", "ei"),
-        ):
-            record_path = path_of(scale, name, method, loss, 0)
-            record, weights = read_record(record_path), folder_of(record_path) / "model.pt"
-            if record is None or not weights.exists():
-                sys.exit(f"error: no model {weights}: run that cell first (python examples/paper/run.py, --force).")
-            model = make_model(task, method, record["config"], weights_of(name, "unet", data))
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-            with torch.no_grad():
-                images[f"{METHODS[method].title},\n{LOSSES[loss].title}"] = model.eval()(y, task.physics)
-        psnr = metrics(task)["psnr"]
-        for axis, (title, image) in zip(line, images.items(), strict=True):
-            shown = image[0].norm(dim=0) if image.shape[1] == 2 else image[0, 0]
-            axis.imshow(shown.clamp(0, 1), cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(title, fontsize="medium")
-            if title != "ground truth":
-                text = f"{psnr(image, x).item():.1f} dB"
-                axis.text(0.97, 0.03, text, color="yellow", ha="right", transform=axis.transAxes)
-    return save(plot, path, dpi=150)
-
-
-def shipped_slice(task: str, like: torch.Tensor) -> torch.Tensor:
-    r"""An image that comes with pydicom or Matplotlib, of the size of the task's own."""
-    size = like.shape[-1]
-    if task == "ct":
-        return ct_slice(size)
-    magnitude = torch.nn.functional.interpolate(mr_slice(), size=(size, size), mode="area")
-    return torch.cat([magnitude, torch.zeros_like(magnitude)], dim=1)
-
-
 def plots(folder: Path, scale: str) -> list[Path]:
     r"""All plots of the records of a scale."""
     drawn = [draw(folder / f"{draw.__name__}.png", scale) for draw in (dots, gaps, times, curves)]
@@ -237,16 +187,8 @@ def plots(folder: Path, scale: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Figures of the records, and Figure 1 of the paper.")
-    parser.add_argument("--plots", type=Path, help="folder for the plots of the records")
-    parser.add_argument("--figure", type=Path, help="file for Figure 1; needs the trained models in runs/")
-    parser.add_argument("--slices", action="store_true", help="Figure 1 of slices that pydicom and Matplotlib ship")
+    parser = argparse.ArgumentParser(description="Figures of the records.")
+    parser.add_argument("--plots", type=Path, required=True, help="folder for the plots")
     parser.add_argument("--scale", default="small")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with the images")
     args = parser.parse_args()
-    if args.plots is None and args.figure is None:
-        parser.error("give --plots or --figure")
-    if args.plots:
-        plots(args.plots, args.scale)
-    if args.figure:
-        figure_1(args.figure, args.scale, args.data, args.slices)
+    plots(args.plots, args.scale)

@@ -27,15 +27,15 @@ _BOTH = {
 }
 # Tolerances are relative errors in units of the image (while training, and in tests), and of the cotangent. "bound" is the largest norm of
 # the contractive part without a penalty: on CT the largest in bound/ for which all solves of validation images agree to 0.05 dB.
-# "contraction_weight" is the weight of that penalty, and "context" whether the network of a DEQ sees the linear reconstruction. Gradients
-# are clipped to "grad_clip"; at 1e-6 all have the same norm.
+# "contraction_weight" is the weight of that penalty, and "context" whether the network of a DEQ sees the linear reconstruction; for
+# "saturation" see EquilibriumUNet. Gradients are clipped to "grad_clip"; at 1e-6 all have the same norm.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ct": _BOTH
     | {"alpha": 100.0, "stepsize": 1 / 51, "data_weight": 50.0}
-    | {"forward_tol": 1e-4, "test_tol": 1e-5, "bound": 0.8, "contraction_weight": 0.1},
+    | {"forward_tol": 1e-4, "test_tol": 1e-5, "bound": 0.85, "contraction_weight": 0.1, "saturation": 3.0},
     "mri": _BOTH
     | {"stepsize": 1.0, "data_weight": 1.0}
-    | {"forward_tol": 1e-3, "test_tol": 1e-4, "bound": 0.75, "contraction_weight": 0.7},
+    | {"forward_tol": 1e-3, "test_tol": 1e-4, "bound": 0.75, "contraction_weight": 0.7, "saturation": 3.0},
 }
 # a few steps must get somewhere, and deepinv trains the stepsize
 OWN: dict[str, dict[str, Any]] = {

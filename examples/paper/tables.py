@@ -150,10 +150,17 @@ def bounds() -> str:
     for r in (json.loads(path.read_text()) for path in sorted((HERE / "bound").glob("*.json"))):
         psnr = [f"{r['psnr'][k]:.2f}" if k in r["psnr"] else "" for k in ("start", "tenth", "zeros", "truth")]
         body.append(
-            [r["task"].upper(), f"{r['bound']:g}", str(r["steps"]), *psnr, f"{r['spread_db']:.3f}"]
+            [
+                r["task"].upper(),
+                f"{r['bound']:g}",
+                f"{r['saturation'] or 'none'}",
+                str(r["steps"]),
+                *psnr,
+                f"{r['spread_db']:.3f}",
+            ]
             + [f"{r['spectral_radius']:.3f}", f"{r['evaluations']:.0f}"]
         )
-    header = ["task", "bound", "steps", "PSNR at tolerance", "at a tenth", "from zeros", "from the truth"]
+    header = ["task", "bound", "saturation", "steps", "PSNR at tolerance", "at a tenth", "from zeros", "from the truth"]
     return table([*header, "largest spread, dB", "largest spectral radius", "evaluations"], body) if body else ""
 
 

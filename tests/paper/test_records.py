@@ -8,6 +8,7 @@ import statistics
 
 import claims
 import data
+import figure_1
 import figures
 import models
 import paired
@@ -142,7 +143,7 @@ def test_plots_need_no_records(lab):
     drawn = figures.plots(lab, "paper")
     assert all(path.stat().st_size > 1_000 for path in drawn)
     with pytest.raises(SystemExit, match="no model"):
-        figures.figure_1(lab / "figure.png", "small", lab)
+        figure_1.figure_1(lab / "figure.png", "small", lab)
 
 
 def test_titles_and_labels_are_inside_the_figure(lab, monkeypatch):

@@ -1,0 +1,101 @@
+r"""
+Figure 1 of the paper
+=====================
+
+.. code-block:: bash
+
+    python examples/paper/figure_1.py docs/_static/figure1.png --slices              # of images that may be passed on
+    python examples/paper/figure_1.py runs/paper/figure1.png --scale paper --tasks ct  # of the first test image
+
+Needs the trained models that ``run.py`` left in ``runs/``. DEQs are solved to the tolerance of tests.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from data import DATA, SCALES, TASKS, make_task, metrics, start
+from evaluation import for_tests
+from figures import save, subplots
+from losses import BEST, LOSSES
+from models import METHODS, make_model
+from records import folder_of, path_of, read_record
+from settings import check_name
+from weights import weights_of
+
+from deepinv_deq.datasets import ct_slice, mr_slice
+
+COLUMNS = ("deq-id/sup", "deq-id/ei", "deq-id/best", "unet/sup", "unet/ei")  # "best" of those without ground truth
+
+
+def figure_1(
+    path: Path,
+    scale: str,
+    data: Path,
+    *,
+    slices: bool = False,
+    tasks: tuple[str, ...] = TASKS,
+    without: tuple[str, ...] = (),
+) -> Path:
+    r"""Fig. 1: reconstructions of DEQ and U-Net, supervised and not, of the first test image of each task.
+
+    :param bool slices: take slices that other packages ship, and none of the data, which must not be passed on.
+    :param tuple tasks: one row each.
+    :param tuple without: columns to leave out, such as ``"unet/ei"``.
+    """
+    columns = [c for c in COLUMNS if c not in without]
+    plot, axes = subplots(len(tasks), 2 + len(columns), figsize=(2 * (2 + len(columns)), 2.4 * len(tasks)))
+    for line, name in zip(axes, tasks, strict=True):
+        task = make_task(name, scale, data)
+        x, y = task.x[task.test][:1], task.y[task.test][:1]
+        if slices:
+            x = shipped_slice(name, x)
+            y = task.physics(x)
+        images = {"ground truth": x, "FBP" if name == "ct" else "zero-filled": start(y, task.physics)}
+        for column in columns:
+            method, loss = column.split("/")
+            loss = BEST[name] if loss == "best" else loss
+            record_path = path_of(scale, name, method, loss, 0)
+            record, weights = read_record(record_path), folder_of(record_path) / "model.pt"
+            if record is None or not weights.exists():
+                sys.exit(f"error: no model {weights}: run that cell first (python examples/paper/run.py, --force).")
+            model = make_model(task, method, record["config"], weights_of(name, "unet", data))
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            model = for_tests(model, record["config"]) if METHODS[method].is_deq else model.eval()
+            with torch.no_grad():
+                images[f"{METHODS[method].title},\n{LOSSES[loss].title}"] = model(y, task.physics)
+        psnr = metrics(task)["psnr"]
+        for axis, (title, image) in zip(line, images.items(), strict=True):
+            magnitude = image[0].norm(dim=0) if image.shape[1] == 2 else image[0, 0]
+            axis.imshow(magnitude.clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(title, fontsize="medium")
+            if title != "ground truth":
+                text = f"{psnr(image, x).item():.1f} dB"
+                axis.text(0.97, 0.03, text, color="yellow", ha="right", transform=axis.transAxes)
+    return save(plot, path, dpi=150)
+
+
+def shipped_slice(task: str, like: torch.Tensor) -> torch.Tensor:
+    r"""An image that comes with pydicom or Matplotlib, of the size of the task's own."""
+    size = like.shape[-1]
+    if task == "ct":
+        return ct_slice(size)
+    magnitude = torch.nn.functional.interpolate(mr_slice(), size=(size, size), mode="area")
+    return torch.cat([magnitude, torch.zeros_like(magnitude)], dim=1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Figure 1 of the paper.")
+    parser.add_argument("path", type=Path, help="file to write")
+    parser.add_argument("--slices", action="store_true", help="of slices that pydicom and Matplotlib ship")
+    parser.add_argument("--scale", default="small", help=", ".join(SCALES))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=", ".join(TASKS))
+    parser.add_argument("--without", nargs="+", default=[], help=f"columns to leave out, of {', '.join(COLUMNS)}")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with the images")
+    args = parser.parse_args()
+    check_name("scale", args.scale, SCALES)
+    for name in args.tasks:
+        check_name("task", name, TASKS)
+    figure_1(args.path, args.scale, args.data, slices=args.slices, tasks=tuple(args.tasks), without=tuple(args.without))
