@@ -189,22 +189,20 @@ def _is_borrowed(config: dict[str, Any]) -> bool:
     return config.get("settings_from", own) != own
 
 
-def summary(scale: str = "small") -> str:
-    r"""Table 1 in short, for the README: DEQs, against the best of the methods that are none."""
-    records, body = Records(scale), []
-    for task in reversed(TASKS):
-        for loss in losses_of(task, "deq-id"):
-            rivals = [m for m in records.rivals(task, loss) if m != "denoiser"]
-            rival = f"{records.mean(task, rivals[0], loss):.2f} ({METHODS[rivals[0]].title})" if rivals else "–"
-            body.append(
-                [
-                    task.upper(),
-                    LOSSES[loss].title,
-                    *(cell(records, task, m, loss) for m in ("deq-id", "deq-jfb")),
-                    rival,
-                ]
-            )
-    return table(["PSNR in dB", "training", "DEQ, ID", "DEQ, JFB", "best rival"], body)
+def summary() -> str:
+    r"""Table 1 in short, for the README: what DEQs have records of, against the best of the methods that are none."""
+    body = []
+    for scale in reversed(SCALES):
+        records = Records(scale)
+        for task in TASKS:
+            for loss in losses_of(task, "deq-id"):
+                if not any(records.of(task, method, loss) for method in ("deq-id", "deq-jfb")):
+                    continue
+                rivals = [m for m in records.rivals(task, loss) if m != "denoiser"]
+                rival = f"{records.mean(task, rivals[0], loss):.2f} ({METHODS[rivals[0]].title})" if rivals else "–"
+                deqs = (cell(records, task, m, loss) for m in ("deq-id", "deq-jfb"))
+                body.append([scale, task.upper(), LOSSES[loss].title, *deqs, rival])
+    return table(["PSNR in dB, scale", "task", "training", "DEQ, ID", "DEQ, JFB", "best rival"], body)
 
 
 def findings() -> str:
