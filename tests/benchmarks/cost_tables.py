@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.part_tables import NAMES, OURS, TABLES, markdown
+
 RECORDS = Path(__file__).parent / "records"
-NAMES = {"ct": "CT 128×128", "mri": "MRI 256×256"}
-OURS = "deepinv-deq"
-Row = dict[str, Any]
 
 
 def render(device: str = "cpu") -> str:
@@ -20,7 +19,7 @@ def render(device: str = "cpu") -> str:
     parts = json.loads(path.read_text())["parts"]
     blocks = [_machine(parts), dropdown("Targets", _targets(parts))]
     for part, entry in parts.items():
-        title, table = _TABLES[part.split(",")[0]]
+        title, table = TABLES[part.split(",")[0]]
         if part.startswith("inference") and not _is_true_error(parts):
             title = "Reconstruction at equal true residual (1e-4)"
         name = next((NAMES[n] for n in NAMES if part.endswith(f", {n}")), "")
@@ -53,7 +52,7 @@ def compare(device: str = "cpu") -> str:
         memory = ", ".join(f"{peaks[task, method] / peaks[task, OURS]:.1f}×" for task in NAMES)
         body.append([method, memory, times("equal error", method, "gradient error"), times("inference", method, error)])
     reached = "within 1e-3 of the fixed point" if _is_true_error(parts) else "to a residual of 1e-4"
-    return _table(
+    return markdown(
         ["CT, MRI; ours = 1", "peak memory", "EI step to a gradient within 1 %", f"inference {reached}"],
         body,
     )
@@ -74,162 +73,6 @@ def _machine(parts: dict[str, Any]) -> str:
         line = f"{where}; {versions}; {images}; {entry['date']}"
         lines += [] if line in lines else [line]
     return "Measured on: " + " — ".join(lines) + "."
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _methods(rows: list[Row]) -> str:
-    def settings(row: Row) -> str:
-        tolerances = row.get("tolerances", [row["tolerance"]] if "tolerance" in row else [])
-        return ", ".join(f"{t:.0e}" for t in tolerances)
-
-    exactness = next(name for name in ("gradient error", "error", "residual") if name in rows[0])
-    header = ["method", "tolerances", "evaluations", "VJPs", exactness, "seconds", "/ ours"]
-    body = []
-    for row in rows:
-        error = f"{row[exactness]:.1e}" + ("" if row.get("exact enough", True) else " (missed)")
-        products = f"{row['vjps']:.1f}" if "vjps" in row else "–"
-        numbers = [f"{row['evaluations']:.1f}", products, error, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}"]
-        body.append([row["method"], settings(row) or "–", *numbers])
-    return _table(header, body)
-
-
-def _memory(rows: list[Row]) -> str:
-    own = {r["task"]: r["MB"] for r in rows if r["method"] == OURS}
-    header = ["task", "method", "peak MB", "ours / it"]
-    body = [[NAMES[r["task"]], r["method"], f"{r['MB']:.0f}", f"{own[r['task']] / r['MB']:.2f}"] for r in rows]
-    return _table(header, body)
-
-
-def _memory_growth(rows: list[Row]) -> str:
-    body = [
-        [str(r["iterations"]) + (", full GMRES" if r.get("full") else ""), str(r["passes"])]
-        + [f"{r['MB']:.0f}", f"{r['loss MB']:.0f}"]
-        for r in rows
-    ]
-    return _table(["iterations", "passes", "MB", "of the loss"], body)
-
-
-def _products(rows: list[Row]) -> str:
-    body = [[f"{r['tolerance']:.0e}", ", ".join(map(str, r["optimum"])), ", ".join(map(str, r["ours"]))] for r in rows]
-    return _table(["tolerance", "full GMRES in float64, per image", "ours, the last product included"], body)
-
-
-def _over_the_limit(rows: list[Row]) -> str:
-    header = ["what", "image", "full GMRES, plain", "full GMRES, preconditioned", "solver", "taken", "/ limit"]
-    body = []
-    for r in rows:
-        limits = [str(r["variants"].get(kind, "–")) for kind in ("plain", "preconditioned")]
-        for method in (m for m in ("anderson", "broyden", "gmres") if m in r):
-            taken = [f"{r[method]:.0f}", f"{r[method] / r['optimum']:.2f}"]
-            body.append([r["what"], str(r["image"] + 1), *limits, method, *taken])
-    return _table(header, body)
-
-
-def _other_solvers(rows: list[Row]) -> str:
-    body = []
-    for r in rows:
-        failed = r.get("failed") or ("" if r["reached"] else f"not reached: {r['error']:.1e}")
-        numbers = [f"{r['evaluations']:.0f}", str(r["products"]), failed]
-        body.append([r["method"], "ours" if r["preconditioned"] else "none", *numbers])
-    return _table(["solver", "preconditioner", "evaluations", "products", ""], body)
-
-
-def _counts(rows: list[Row]) -> str:
-    body = [
-        [NAMES[r["task"]], str(r.get("passes", "–")), f"{r.get('taped per pass', r.get('evaluation mode')):.2f}"]
-        + ["taped evaluations per pass" if "passes" in r else "evaluations beyond the solver's, evaluation mode"]
-        for r in rows
-    ]
-    return _table(["task", "passes", "measured", "what"], body)
-
-
-def _overhead(rows: list[Row]) -> str:
-    return _table(["task", "share of a step"], [[NAMES[r["task"]], f"{100 * r['share']:.1f} %"] for r in rows])
-
-
-def _scaling(rows: list[Row]) -> str:
-    body = [
-        [
-            r["over"],
-            ", ".join(map(str, r["sizes"])),
-            ", ".join(f"{s:.2f}" for s in r["seconds"]),
-            f"{r['exponent']:.2f}",
-        ]
-        for r in rows
-    ]
-    return _table(["over", "sizes (side or batch)", "seconds", "fitted exponent"], body)
-
-
-def _data_parallel(rows: list[Row]) -> str:
-    body = [
-        [NAMES[r["task"]].split()[0], f"{r['alone']:.2f}", f"{r['together']:.2f}", f"{100 * r['overhead']:.1f} %"]
-        for r in rows
-    ]
-    return _table(["task (128×128, batch 2 in each)", "seconds apart", "together", "overhead"], body)
-
-
-def _learned_start(rows: list[Row]) -> str:
-    body = [[r["start"], str(r["images"]), f"{r['error']:.1e}", f"{r['evaluations']:.1f}"] for r in rows]
-    return _table(["start", "images", "its relative error", "evaluations to 1e-3 of the fixed point, mean"], body)
-
-
-def _sparse(rows: list[Row]) -> str:
-    r = rows[0]
-    body = [[name, f"{1e3 * s:.1f}"] for name, s in r["seconds"].items()]
-    note = f"Built in {r['build seconds']:.1f} s; largest relative error of A and Aᵀ {r['error']:.0e}."
-    return _table(["operator", "ms for A + Aᵀ"], body) + "\n\n" + note
-
-
-def _options(rows: list[Row]) -> str:
-    body = []
-    for r in rows:
-        if "failed" in r:
-            body.append([NAMES[r["task"]], r["option"], "–", "–", "–", r["failed"].split("\n")[0]])
-            continue
-        numbers = [f"{r['evaluations']:.1f}", f"{r['vjps']:.1f}", f"{r['gradient error']:.1e}", f"{r['ratio']:.2f}"]
-        body.append([NAMES[r["task"]], r["option"], *numbers])
-    return _table(["task", "variant", "evaluations", "VJPs", "gradient error", "seconds / default"], body)
-
-
-def _warm(rows: list[Row]) -> str:
-    body = [
-        [
-            r["task"].upper(),
-            str(r["warm starts"]),
-            *(", ".join(f"{w:.1f}" for w in r[key]) for key in ("work", "both passes")),
-        ]
-        + [f"{r['seconds']:.0f}", f"{r['psnr']:.2f}"]
-        for r in rows
-    ]
-    header = ["task (64×64)", "`warm_starts`", "evaluations of the first pass, by epoch", "of both passes"]
-    return _table([*header, "seconds", "PSNR on unseen images"], body)
-
-
-_TABLES = {
-    "sparse": ("A sparse matrix in the place of Tomography (batch 4, 128×128, 50 views)", _sparse),
-    "counts": ("Evaluations that are not the solver's", _counts),
-    "memory": ("Peak memory over two EI steps, batch 4", _memory),
-    "growth of memory": ("Bytes of tensors at their peak: ours on MRI, one step of two images", _memory_growth),
-    "equal error": ("An EI step at equal gradient error (1 % of float64)", _methods),
-    "equal iterations": ("An EI step with 5 iterations in every solve", _methods),
-    "inference": ("Reconstruction at equal true error (1e-3 of the fixed point in float64)", _methods),
-    "over the limit": ("Evaluations and products over the limit, per image", _over_the_limit),
-    "other solvers": ("Solvers of other libraries on the same map, one image", _other_solvers),
-    "products": ("Vector-Jacobian products of the adjoint solve", _products),
-    "overhead": ("Algebra of the solvers", _overhead),
-    "scaling": ("Growth of the time of a step", _scaling),
-    "data parallel": (
-        "An EI step of two processes that train one model, and of two that train one each",
-        _data_parallel,
-    ),
-    "learned start": ("A start that a network predicts: CT 128×128", _learned_start),
-    "options": ("What each saving is worth, and what can be added", _options),
-    "warm starts": ("Remembering the fixed points of 24 training images", _warm),
-}
 
 
 def _targets(parts: dict[str, Any]) -> str:
@@ -305,4 +148,4 @@ def _targets(parts: dict[str, Any]) -> str:
     add("evaluations from a learned start (CT)", "≤ 12", taken, max(taken, default=99) <= 12, "{:.1f}")
     ratios = [r["ratio"] for r in rows.get("sparse", [])]
     add("A + Aᵀ, Tomography / sparse", "≥ 10", ratios, min(ratios, default=0) >= 10)
-    return _table(["what", "target", "measured", ""], body)
+    return markdown(["what", "target", "measured", ""], body)

@@ -1,0 +1,145 @@
+r"""What the parts of :mod:`tests.benchmarks.cost` share: tasks, reference gradients, counts and times."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks import tasks
+from tests.benchmarks.peers import Settings, ours
+from tests.benchmarks.tasks import CACHE, Task
+
+BATCH = {"ct": 4, "mri": 2}  # of the parts with trained denoisers
+IMAGES = {"ct": 1, "mri": 1}  # of the parts with contracting models
+ROUNDS = 5
+OURS = "deepinv-deq"
+
+
+class Bench:
+    r"""What the parts share: data folder, device, tasks made once, reference gradients kept on disk."""
+
+    def __init__(self, data: Path | None, device: str, rounds: int = ROUNDS):
+        self.data, self.device, self.rounds = data, device, rounds
+        self._tasks: dict[Any, Task] = {}
+
+    def task(self, name: str, batch: int | None = None, size: int | None = None) -> Task:
+        key = name, batch or BATCH[name], size
+        if key not in self._tasks:
+            task = tasks.make(name, data=self.data, batch=key[1], size=size).to(self.device)
+            # whether the map can be restricted to samples is measured once, and not part of a step
+            with torch.no_grad():
+                ours(task, Settings(forward_tol=0.5))(task.y, task.physics)
+            self._tasks[key] = task
+        return self._tasks[key]
+
+    def contracting(self, name: str) -> Task:
+        r"""A shipped model at the paper's size."""
+        key = name, "contracting", IMAGES[name]
+        if key not in self._tasks:
+            task = tasks.contracting(name, data=self.data, batch=IMAGES[name]).to(self.device)
+            with torch.no_grad():
+                ours(task, Settings(forward_tol=0.5))(task.y, task.physics)
+            self._tasks[key] = task
+        return self._tasks[key]
+
+    def fixed_point(self, name: str) -> Tensor:
+        r"""The fixed point in float64, a hundred times as exact as is asked for."""
+
+        def solve() -> Tensor:
+            task = tasks.contracting(name, data=self.data, batch=IMAGES[name]).to(torch.float64)
+            model = ours(task, Settings(1e-7, 1e-5, 1500))
+            with torch.no_grad():
+                x = model(task.y, task.physics)
+            assert model.forward_stat.converged.all(), model.forward_stat.outcome
+            return x
+
+        return self._kept(f"fixed-point-{name}", solve)
+
+    def reference(self, name: str) -> list[Tensor]:
+        r"""The gradient of the loss in float64, both solves far tighter than any method's."""
+
+        def solve() -> list[Tensor]:
+            task = tasks.contracting(name, data=self.data, batch=IMAGES[name]).to(torch.float64)
+            model = ours(task, Settings(1e-6, 1e-4, 1500, 300))
+            exact = gradient(task, model)
+            assert model.forward_stat.converged.all() and model.hook.stat.converged.all(), model.forward_stat.outcome
+            return exact
+
+        return self._kept(f"gradient-{name}", solve)
+
+    def _kept(self, what: str, solve: Callable[[], Any]) -> Any:
+        path = CACHE / f"contracting-{what}-{IMAGES[what.split('-')[-1]]}-{'data' if self.data else 'phantoms'}.pt"
+        if not path.exists():
+            torch.save(solve(), path)
+        return torch.load(path, weights_only=True)
+
+
+def parameters(task: Task) -> list[Tensor]:
+    return [p for p in task.iteration.parameters() if p.requires_grad]
+
+
+def gradient(task: Task, model: Callable[..., Tensor], passes: int = 2) -> list[Tensor]:
+    return list(torch.autograd.grad(task.loss(model, passes), parameters(task)))
+
+
+def seconds(work: Callable[[], Any], device: str) -> float:
+    r"""CPU time of one thread, which other processes hardly change; wall time otherwise."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def take_turns(
+    work: dict[Any, Callable[[], Any]], device: str, rounds: int = ROUNDS, first: dict[str, float] | None = None
+) -> dict[Any, float]:
+    r"""Median seconds of each, in rounds where all of them run after one another.
+
+    Given a ``first`` time of each, who took three times as long as the quickest sits out: that ratio is not in doubt.
+    """
+    out = {name for name in first or {} if first[name] > 3 * min(first.values())}
+    times: dict[Any, list[float]] = {name: [first[name]] if name in out else [] for name in work}
+    for _ in range(rounds):
+        for name in (n for n in work if n not in out):
+            times[name].append(seconds(work[name], device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def counting(task: Task) -> Iterator[dict[str, float]]:
+    r"""Evaluations of the denoiser, taped ones among them, and products with its Jacobian, in units of the whole batch."""
+    count = {"evaluations": 0.0, "taped": 0.0, "vjps": 0.0}
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g: Tensor) -> Tensor:
+            count["vjps"] += len(g) / len(task.x)
+            return g
+
+    def watch(module, args, out: Tensor) -> Tensor:
+        count["evaluations"] += len(out) / len(task.x)
+        count["taped"] += len(out) / len(task.x) * out.requires_grad
+        return Probe.apply(out) if out.requires_grad else out
+
+    handle = task.iteration.denoiser.register_forward_hook(watch)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,90 @@
+r"""Numbers of evaluations and products, next to the smallest possible numbers and to the solvers of other libraries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from deepinv_deq import Solver
+from tests.benchmarks import limits, others, tasks
+from tests.benchmarks.bench import BATCH, IMAGES, OURS, Bench, counting, gradient, parameters, say
+from tests.benchmarks.peers import Settings, ours
+
+
+def backward_products(bench: Bench, name: str) -> list[dict[str, Any]]:
+    r"""Vector-Jacobian products of the adjoint solve against full GMRES in float64 without preconditioner, per image."""
+    tolerances, taken = (1e-2, 1e-3, 1e-4), {}
+    for kind in ("ours", "float64"):
+        task = tasks.make(name, data=bench.data, batch=BATCH[name])
+        task = task.to(torch.float64) if kind == "float64" else task.to(bench.device)
+        model = ours(task, Settings(1e-5 if kind == "ours" else 1e-6, 1e-2, 400))
+        x_hat = model(task.y, task.physics)
+        rng = torch.Generator().manual_seed(0)  # the cotangent of an l2 loss against a noisy reference
+        noise = 0.05 * torch.randn(task.x.shape, generator=rng).to(task.x)
+        loss = ((x_hat - task.x + noise) ** 2).sum()
+        for tol in tolerances:
+            model.hook.solver = Solver("gmres", max_iter=150, tol=tol)
+            if kind == "float64":  # the optimum: no restart
+                model.hook.solver = replace(model.hook.solver, history=150, precondition=False)
+            torch.autograd.grad(loss, parameters(task), retain_graph=True)
+            extra = 1 if kind == "ours" else 0  # the last product, which is for the parameters
+            taken[kind, tol] = (model.hook.stat["nstep"] + extra).int().tolist()
+            say(f"  {name} {kind} {tol:g}: {taken[kind, tol]}")
+    return [
+        {"task": name, "tolerance": t, "optimum": taken["float64", t], "ours": taken["ours", t]} for t in tolerances
+    ]
+
+
+def over_the_limit(bench: Bench, name: str) -> list[dict[str, Any]]:
+    r"""Evaluations and products until the error is small, over those of full GMRES on the linearised problem, per image."""
+    exact, rows = bench.fixed_point(name), []
+    task = bench.contracting(name)
+    double = tasks.contracting(name, data=bench.data, batch=IMAGES[name]).to(torch.float64)
+    quiet = {"tol": 1e-7, "max_iter": 300, "on_failure": "ignore"}
+    for i in range(IMAGES[name]):
+        limit = limits.forward_limit(double, exact, i)
+        taken = {m: limits.evaluations(task, exact, i, Solver(m, **quiet)) for m in ("anderson", "broyden")}
+        rows.append({"what": "evaluations", "image": i, "optimum": min(limit.values()), "variants": limit, **taken})
+        limit, b_star = limits.adjoint_limit(double, exact, i)
+        taken, error = limits.products(task, exact, b_star, i, Solver("gmres", max_iter=300, on_failure="ignore"))
+        rows.append({"what": "products", "image": i, "optimum": min(limit.values()), "variants": limit, "gmres": taken})
+        rows[-1]["error"] = error
+        say(f"  {rows[-2]}\n  {rows[-1]}")
+    return rows
+
+
+def other_solvers(bench: Bench, name: str) -> list[dict[str, Any]]:
+    r"""SciPy, jaxopt and optimistix on the same map, one image: evaluations until 1e-3 of the fixed point."""
+    exact, task = bench.fixed_point(name), bench.contracting(name)
+    f, x0, x_star = limits.of_image(task, exact, 0)
+    rows = []
+    for method in ("anderson", "broyden"):
+        taken = limits.evaluations(task, exact, 0, Solver(method, tol=1e-7, max_iter=300, on_failure="ignore"))
+        rows.append({"method": f"{OURS}, {method}", "preconditioned": f.preconditioner(x0) is not None})
+        rows[-1] |= {"evaluations": taken, "products": 0, "error": limits.IMAGE, "reached": taken < float("inf")}
+        say(f"  {rows[-1]}")
+    for row in others.count(
+        lambda precondition: others.Counted(f, x0, x_star, precondition), f.preconditioner(x0) is not None
+    ):
+        say(f"  {row}")
+        rows.append(row)
+    return rows
+
+
+def counts(bench: Bench) -> list[dict[str, Any]]:
+    r"""Taped evaluations per pass, and evaluations in evaluation mode beyond the solver's."""
+    rows = []
+    for name in BATCH:
+        task = bench.task(name)
+        for passes in (1, 2, 4):
+            model = ours(task, Settings(1e-2, 1e-1))
+            with counting(task) as count:
+                gradient(task, model, passes)
+            rows.append({"task": name, "passes": passes, "taped per pass": count["taped"] / passes})
+        with torch.no_grad(), counting(task) as count:
+            model(task.y, task.physics)
+        rows.append({"task": name, "evaluation mode": count["evaluations"] - model.forward_stat.work})
+        say(f"  {rows[-4:]}")
+    return rows

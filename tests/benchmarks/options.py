@@ -1,0 +1,104 @@
+r"""Effect of each option of the package on an EI step, and of other starting points on the number of evaluations."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import deepinv as dinv
+import torch
+from torch import Tensor
+
+from deepinv_deq import DEQReconstructor
+from tests.benchmarks import starts, tasks
+from tests.benchmarks.bench import BATCH, OURS, Bench, counting, parameters, say, take_turns
+from tests.benchmarks.peers import Settings, ours, whole_batch
+from tests.benchmarks.tasks import Task
+from tests.problems import relative_error
+
+
+def options(bench: Bench, name: str) -> list[dict[str, Any]]:
+    r"""What each saving of ours is worth: an EI step without it, and with what the user may add."""
+    rows = []
+    task, exact = bench.task(name), bench.reference(name)
+    settings, rough = Settings(1e-4, 1e-3, 200, 200), Settings(1e-2, 1e-2, 50, 50)  # half precision reaches no more
+    twin = tasks.make(name, data=bench.data, batch=BATCH[name]).to(bench.device)
+    twin.iteration.denoiser.to(memory_format=torch.contiguous_format)
+    compiled = tasks.make(name, data=bench.data, batch=BATCH[name]).to(bench.device)
+    compiled.iteration.denoiser.compile()
+    cells: dict[str, tuple[Task, Callable[..., Tensor], Any]] = {
+        OURS: (task, ours(task, settings), None),
+        "whole batch at a time": (task, whole_batch(task, settings), None),
+        **({"no preconditioner": (task, ours(task, settings, precondition=False), None)} if name == "ct" else {}),
+        "channels outermost": (twin, ours(twin, settings), None),
+        "tolerances of 1e-2": (task, ours(task, rough), None),
+        "tolerances of 1e-2, bfloat16 autocast": (task, ours(task, rough), torch.bfloat16),
+        "with torch.compile": (compiled, ours(compiled, settings), None),
+    }
+    work, errors = {}, {}
+    for label, (t, model, dtype) in cells.items():
+
+        def step(t=t, model=model, dtype=dtype):
+            with torch.autocast(bench.device, dtype=dtype, enabled=dtype is not None):
+                loss = t.loss(model)
+            return torch.autograd.grad(loss, parameters(t))
+
+        try:
+            with counting(t) as count:
+                errors[label] = relative_error([g.cpu() for g in step()], exact), dict(count)
+        except Exception as error:  # no compiler, say
+            say(f"  {label}: {type(error).__name__}: {str(error)[:200]}")
+            rows.append({"task": name, "option": label, "failed": f"{type(error).__name__}: {str(error)[:200]}"})
+            continue
+        work[label] = step
+    medians = take_turns(work, bench.device, 3)
+    for label, (error, count) in errors.items():
+        if label in medians:
+            row = {"task": name, "option": label, "gradient error": error, **count, "seconds": medians[label]}
+            rows.append(row | {"ratio": medians[label] / medians[OURS]})
+            say(f"  {rows[-1]}")
+    return rows
+
+
+def warm_starts(bench: Bench, images: int = 24, epochs: int = 6, size: int = 64) -> list[dict[str, Any]]:
+    r"""EI training that remembers its fixed points, against the usual start; same steps, same seeds."""
+    rows = []
+    for name in BATCH:
+        for remembered in (0, images):
+            task = tasks.make(name, data=bench.data, batch=images + 8, size=size).to(bench.device)
+            base = ours(task, Settings(1e-4, 1e-2, 100, 50))
+            model = DEQReconstructor(base.iteration, solver=base.solver, hook=base.hook, warm_starts=remembered)
+            model.train()
+            task.iteration.eval()  # the denoiser of every method, at every evaluation, is the same function
+            optimizer = torch.optim.Adam(parameters(task), lr=3e-4)
+            work: list[list[float]] = [[] for _ in range(epochs)]
+
+            def reconstruct(y: Tensor, physics: Any, model: Any = model, work: Any = work) -> Tensor:
+                x_hat = model(y, physics)
+                work[epoch].append(model.forward_stat.work)
+                return x_hat
+
+            start = time.perf_counter()
+            for epoch in range(epochs):
+                for i in range(0, images, 4):
+                    optimizer.zero_grad()
+                    replace(task, x=task.x[i : i + 4], y=task.y[i : i + 4]).loss(reconstruct).backward()
+                    optimizer.step()
+            took = time.perf_counter() - start
+            with torch.no_grad():
+                x_hat = model.eval()(task.y[images:], task.physics)
+            first, both = ([statistics.mean(w[::2]) for w in work], [2 * statistics.mean(w) for w in work])
+            rows.append({"task": name, "warm starts": remembered, "work": first, "both passes": both, "seconds": took})
+            rows[-1]["psnr"] = float(dinv.metric.PSNR()(x_hat, task.x[images:]).mean())
+            say(f"  {rows[-1]}")
+    return rows
+
+
+def learned_start(bench: Bench) -> list[dict[str, Any]]:
+    r"""Evaluations to 1e-3 of the fixed point from a start that a network predicts."""
+    rows = starts.count(bench.contracting("ct"), bench.fixed_point("ct"), "ct", bench.data)
+    say(f"  {rows}")
+    return rows
