@@ -50,7 +50,7 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
             "views": 50,
             "channels": CHANNELS,
             "batch": 2,
-            "epochs": {"deq": 6, "unet": 140, "unrolled": 16, "modl": 18, "lpd": 30},
+            "epochs": {"deq": 6, "unet": 200, "unrolled": 30, "modl": 22, "lpd": 34},
         },
         "mri": {
             "size": 256,
