@@ -61,7 +61,11 @@ def machine(device: str) -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    versions = {"torch": torch.__version__, "deepinv": dinv.__version__, "torchdeq": importlib.metadata.version("torchdeq")}
+    versions = {
+        "torch": torch.__version__,
+        "deepinv": dinv.__version__,
+        "torchdeq": importlib.metadata.version("torchdeq"),
+    }
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {"cpu": name, "threads": torch.get_num_threads(), "gpu": gpu, "versions": versions}
 
