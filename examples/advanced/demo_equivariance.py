@@ -26,7 +26,7 @@ physics = SparseLinearPhysics.from_physics(
     dinv.physics.Tomography(angles=views, img_width=size, normalize=True, adjoint_via_backprop=True), (1, size, size)
 )
 before = DEQReconstructor(DEGrad(EquilibriumUNet(pretrained="gray"), stepsize=1 / 51, data_weight=50.0)).eval()
-models = {"before training": before, "after training": DEQReconstructor.from_pretrained("ct-ei")}
+models = {"before training": before, "after training": DEQReconstructor.from_pretrained("ct-ei-small")}
 for model in models.values():
     model.solver = Solver("anderson", max_iter=200, tol=1e-4)  # as accurate as these measures need
 

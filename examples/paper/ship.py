@@ -4,10 +4,12 @@ Put trained models into the package
 
 .. code-block:: bash
 
-    python examples/paper/ship.py                                # after the cells below were run with run.py
-    python examples/paper/ship.py --tasks ct --bound 0.75        # the one of run.py --bound
+    python examples/paper/ship.py --scale paper --tasks ct       # ct-ei, after its cell was run with run.py
+    python examples/paper/ship.py --tasks ct                     # ct-ei-small
+    python examples/paper/ship.py --tasks mri                    # mri-ei
+    python examples/paper/ship.py --tasks mri --bound 0.7        # the one of run.py --bound
 
-Writes ``deepinv_deq/weights/models/ct-ei.pt`` and ``mri-ei.pt``, which ``DEQReconstructor.from_pretrained("ct-ei")`` loads, from the
+Writes ``deepinv_deq/weights/models/ct-ei.pt`` and the others, which ``DEQReconstructor.from_pretrained("ct-ei")`` loads, from the
 models that ``run.py`` left in ``runs/``: the DEQs trained with exact gradients and without ground truth, of seed 0.
 """
 
@@ -24,17 +26,23 @@ from weights import weights_of
 
 from deepinv_deq import Solver
 
+PLAIN = {"ct": "paper", "mri": "small"}  # scales whose models are ct-ei and mri-ei; others have the scale in their name
 MODELS = ROOT / "deepinv_deq" / "weights" / "models"
 
 
 def ship(
-    task_name: str, scale: str, seed: int, data: Path, out: Path, named: str = "small", bound: float | None = None
+    task_name: str,
+    scale: str,
+    seed: int,
+    data: Path,
+    out: Path,
+    bound: float | None = None,
+    tol: float | None = None,
 ) -> Path:
     r"""Write the model of one task, with what it was trained on.
 
     :param float bound: of a training with ``run.py --bound``.
-    :param str named: the scale whose models have the plain names ``ct-ei`` and ``mri-ei``; others have the scale in their name.
-
+    :param float tol: tolerance of the model in the place of that of its record.
     :raises SystemExit: if its cell was not run.
     """
     record_path = path_of(scale, task_name, "deq-id", BEST[task_name], seed, variant_of(bound=bound))
@@ -47,13 +55,11 @@ def ship(
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     settings = record["config"]
     # the tolerance on record; unlike in training, a missed one warns
-    model.solver = Solver("anderson", max_iter=400, tol=settings["test_tol"])
+    model.solver = Solver("anderson", max_iter=400, tol=tol or settings["test_tol"])
     model.hook.solver = Solver("gmres", max_iter=settings["max_iter"], tol=settings["backward_tol"])
-    about = {
-        key: settings[key] for key in ("task", "loss", "scale", "size", "seed", "epochs", "bound", "contraction_weight")
-    }
-    about |= {key: settings[key] for key in ("views", "acceleration") if key in settings}
-    path = out / (f"{task_name}-ei.pt" if scale == named else f"{task_name}-ei-{scale}.pt")
+    kept = ("task", "loss", "scale", "size", "seed", "epochs", "bound", "contraction_weight", "views", "acceleration")
+    about = {key: settings[key] for key in kept if key in settings}
+    path = out / (f"{task_name}-ei.pt" if scale == PLAIN[task_name] else f"{task_name}-ei-{scale}.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path, psnr=record["psnr"]["mean"], psnr_start=record["psnr_start"]["mean"], **about)
     return path
@@ -66,7 +72,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the images")
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="whose models are written")
     parser.add_argument("--bound", type=float, help="bound of the penalty, where run.py was given one")
-    parser.add_argument("--named", default="small", help="the scale whose models are ct-ei and mri-ei, without suffix")
+    parser.add_argument("--tol", type=float, help="tolerance of the model, default that of its record")
     args = parser.parse_args()
     for name in args.tasks:
-        print(ship(name, args.scale, args.seed, args.data, MODELS, args.named, args.bound))
+        print(ship(name, args.scale, args.seed, args.data, MODELS, args.bound, args.tol))

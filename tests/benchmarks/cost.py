@@ -13,6 +13,7 @@ methods take turns. Every memory figure is of a process of its own.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -60,7 +61,11 @@ def machine(device: str) -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    versions = {"torch": torch.__version__, "deepinv": dinv.__version__, "torchdeq": "0.1.0"}
+    versions = {
+        "torch": torch.__version__,
+        "deepinv": dinv.__version__,
+        "torchdeq": importlib.metadata.version("torchdeq"),
+    }
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {"cpu": name, "threads": torch.get_num_threads(), "gpu": gpu, "versions": versions}
 
