@@ -12,6 +12,8 @@ from tests.benchmarks import limits, others, tasks
 from tests.benchmarks.bench import BATCH, IMAGES, OURS, Bench, counting, gradient, parameters, say
 from tests.benchmarks.peers import Settings, ours
 
+DEPTHS = (5, 16, 40)  # of Anderson's memory, besides the default
+
 
 def backward_products(bench: Bench, name: str) -> list[dict[str, Any]]:
     r"""Vector-Jacobian products of the adjoint solve against full GMRES in float64 without preconditioner, per image."""
@@ -42,10 +44,12 @@ def over_the_limit(bench: Bench, name: str) -> list[dict[str, Any]]:
     exact, rows = bench.fixed_point(name), []
     task = bench.contracting(name)
     double = tasks.contracting(name, data=bench.data, batch=IMAGES[name]).to(torch.float64)
-    quiet = {"tol": 1e-7, "max_iter": 300, "on_failure": "ignore"}
+    quiet: dict[str, Any] = {"tol": 1e-7, "max_iter": 300, "on_failure": "ignore"}
+    solvers = {"anderson": Solver("anderson", **quiet), "broyden": Solver("broyden", **quiet)}
+    solvers |= {f"anderson, {n} points": Solver("anderson", history=n, **quiet) for n in DEPTHS}
     for i in range(IMAGES[name]):
         limit = limits.forward_limit(double, exact, i)
-        taken = {m: limits.evaluations(task, exact, i, Solver(m, **quiet)) for m in ("anderson", "broyden")}
+        taken = {label: limits.evaluations(task, exact, i, solver) for label, solver in solvers.items()}
         rows.append({"what": "evaluations", "image": i, "optimum": min(limit.values()), "variants": limit, **taken})
         limit, b_star = limits.adjoint_limit(double, exact, i)
         taken, error = limits.products(task, exact, b_star, i, Solver("gmres", max_iter=300, on_failure="ignore"))

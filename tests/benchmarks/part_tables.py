@@ -56,7 +56,7 @@ def _over_the_limit(rows: list[Row]) -> str:
     body = []
     for r in rows:
         limits = [str(r["variants"].get(kind, "–")) for kind in ("plain", "preconditioned")]
-        for method in (m for m in ("anderson", "broyden", "gmres") if m in r):
+        for method in (m for m in r if m.partition(",")[0] in ("anderson", "broyden", "gmres")):
             taken = [f"{r[method]:.0f}", f"{r[method] / r['optimum']:.2f}"]
             body.append([r["what"], str(r["image"] + 1), *limits, method, *taken])
     return markdown(header, body)
