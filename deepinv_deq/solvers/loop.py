@@ -17,6 +17,9 @@ from deepinv_deq.states import where_rows
 STALL = 10  # evaluations without a smaller residual, after which one of the size of rounding is taken for the floor
 FALL = 0.95  # what counts as smaller
 ROUNDING = 16.0  # largest residual at the floor, in units of the estimated rounding of one evaluation
+# Near the floor a residual may creep down for hundreds of evaluations. One that has not halved in half of a long solve is there, too: at any
+# linear rate it would have halved. The terms inside of a map can be larger than its image, and so can their rounding.
+CREEP, CREEPING = 60, 40.0
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
     """
     tol, max_iter, eps = settings.tol, settings.max_iter, torch.finfo(x0.dtype).eps
     x, best = x0, Best(x0)
-    rejections, age, floor = torch.zeros_like(best.absolute).repeat(3, 1)
-    mark = best.absolute
+    rejections, age, slow, floor = torch.zeros_like(best.absolute).repeat(4, 1)
+    mark = half = best.absolute
     active = torch.ones_like(best.converged)
 
     for k in range(1, max_iter + 1):
@@ -114,8 +117,12 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
         restart = active & ~better & ~(accepted & torch.isfinite(now.absolute))
         fell = better & (now.absolute < FALL * mark)
         age, mark = torch.where(fell, 0.0, age + 1), torch.where(fell, now.absolute, mark)
+        halved = better & (now.absolute < 0.5 * half)
+        slow, half = torch.where(halved, 0.0, slow + 1), torch.where(halved, now.absolute, half)
         best.update(k, x, now, better, active, done)
-        stalled = active & ~done & (age >= max(STALL, k // 3)) & (best.relative <= ROUNDING * now.rounding)
+        stalled = (age >= max(STALL, k // 3)) & (best.relative <= ROUNDING * now.rounding)
+        stalled = stalled | ((slow >= max(CREEP, k // 2)) & (best.relative <= CREEPING * now.rounding))
+        stalled = active & ~done & stalled
         best.at_floor = best.at_floor | stalled
         active = active & ~done & ~stalled & torch.isfinite(best.absolute)
         if k == max_iter:
@@ -131,8 +138,8 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
                 problem = fewer
                 method.keep(rows)
                 best.keep(rows)
-                x, fx, step, restart, rejections, age, mark, active, floor, better = (
-                    t[rows] for t in (x, fx, step, restart, rejections, age, mark, active, floor, better)
+                x, fx, step, restart, rejections, age, mark, slow, half, active, floor, better = (
+                    t[rows] for t in (x, fx, step, restart, rejections, age, mark, slow, half, active, floor, better)
                 )
             as_they_are = not restarted and left == len(active)
         rejections = torch.where(better, 0.0, rejections + restart)

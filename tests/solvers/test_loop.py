@@ -168,6 +168,24 @@ def test_the_floor_is_higher_where_steps_are_small():
         assert stat.converged.all() == reached and stat["at_floor"].any() != reached and stat.evaluations < 60
 
 
+@pytest.mark.parametrize("method", ["anderson", "broyden"])
+def test_the_floor_is_found_where_terms_of_the_map_are_larger_than_its_image(method):
+    rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=F64))[0]
+
+    class Terms(Map):
+        def __call__(self, x):
+            return x + self.step(x)
+
+        def step(self, x):
+            q = rotation.to(x)
+            return 20 * ((x @ q) @ q.T - x) + 0.9 * x.roll(1, 1).cos() - x  # the first term is rounding alone
+
+    for dtype, reached in ((torch.float32, False), (F64, True)):
+        solver = Solver(method, max_iter=1000, tol=1e-7, on_failure="ignore")
+        stat = solver(Terms(), torch.zeros(2, 64, dtype=dtype))[1]
+        assert stat.converged.all() == reached and stat["at_floor"].all() != reached and stat.evaluations < 150
+
+
 @pytest.mark.parametrize("dtype,tol,rate", [(F64, 1e-12, 0.995), (torch.float32, 2e-6, 0.999)])
 @pytest.mark.parametrize("method", NONLINEAR)
 def test_slow_convergence_is_not_taken_for_the_floor(method, dtype, tol, rate):
