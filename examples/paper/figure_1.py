@@ -4,8 +4,9 @@ Figure 1 of the paper
 
 .. code-block:: bash
 
-    python examples/paper/figure_1.py docs/_static/figure1.png --slices              # of images that may be passed on
-    python examples/paper/figure_1.py runs/paper/figure1.png --scale paper --tasks ct  # of the first test image
+    python examples/paper/figure_1.py runs/paper/figure1.png                         # of the first test image of each task
+    python examples/paper/figure_1.py docs/_static/figure1.png --slices --scale paper --tasks ct \
+        --columns deq-id/sup deq-id/best unet/sup modl/sup                           # of an image that may be passed on
 
 Needs the trained models that ``run.py`` left in ``runs/``. DEQs are solved to the tolerance of tests.
 """
@@ -36,16 +37,15 @@ def figure_1(
     *,
     slices: bool = False,
     tasks: tuple[str, ...] = TASKS,
-    without: tuple[str, ...] = (),
+    columns: tuple[str, ...] = COLUMNS,
 ) -> Path:
     r"""Fig. 1: reconstructions of DEQ and U-Net, supervised and not, of the first test image of each task.
 
     :param bool slices: take slices that other packages ship, and none of the data, which must not be passed on.
     :param tuple tasks: one row each.
-    :param tuple without: columns to leave out, such as ``"unet/ei"``.
+    :param tuple columns: method and loss of each column; the loss ``"best"`` is the best without ground truth.
     """
-    columns = [c for c in COLUMNS if c not in without]
-    plot, axes = subplots(len(tasks), 2 + len(columns), figsize=(2 * (2 + len(columns)), 2.4 * len(tasks)))
+    plot, axes = subplots(len(tasks), 2 + len(columns), figsize=(2 * (2 + len(columns)), 2.7 * len(tasks)))
     for line, name in zip(axes, tasks, strict=True):
         task = make_task(name, scale, data)
         x, y = task.x[task.test][:1], task.y[task.test][:1]
@@ -92,10 +92,16 @@ if __name__ == "__main__":
     parser.add_argument("--slices", action="store_true", help="of slices that pydicom and Matplotlib ship")
     parser.add_argument("--scale", default="small", help=", ".join(SCALES))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=", ".join(TASKS))
-    parser.add_argument("--without", nargs="+", default=[], help=f"columns to leave out, of {', '.join(COLUMNS)}")
+    parser.add_argument(
+        "--columns", nargs="+", default=list(COLUMNS), help="method/loss of each column, such as modl/sup"
+    )
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the images")
     args = parser.parse_args()
     check_name("scale", args.scale, SCALES)
     for name in args.tasks:
         check_name("task", name, TASKS)
-    figure_1(args.path, args.scale, args.data, slices=args.slices, tasks=tuple(args.tasks), without=tuple(args.without))
+    for column in args.columns:
+        method, _, loss = column.partition("/")
+        check_name("method", method, METHODS)
+        check_name("loss", loss, ("best", *LOSSES))
+    figure_1(args.path, args.scale, args.data, slices=args.slices, tasks=tuple(args.tasks), columns=tuple(args.columns))
