@@ -2,9 +2,9 @@ r"""
 Sparse-view CT without ground truth
 ===================================
 
-The model ``"ct-ei"`` ships with the package. It was trained on 90 sinograms of 50 views each, without ground-truth CT images. Its denoiser had been
-pretrained on natural images. Here the model reconstructs a slice of another scanner. Then it continues to learn from the sinogram of this slice
-alone, by equivariant imaging.
+The model ``"ct-ei"`` ships with the package. It was trained on 90 sinograms of 50 views each (128×128 pixels), without ground-truth CT images. Its
+denoiser had been pretrained on natural images. Here the model reconstructs a slice of another scanner, with 30 views and 64×64 pixels. Then
+it continues to learn from the sinogram of this slice alone, by equivariant imaging.
 """
 
 # %%
@@ -24,7 +24,7 @@ from deepinv_deq.losses import TurnedOperatorLoss
 from deepinv_deq.physics import SparseLinearPhysics
 
 torch.manual_seed(0)
-size, views = 128, 50
+size, views = 64, 30
 
 
 def scanner(angles):
