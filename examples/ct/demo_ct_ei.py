@@ -95,6 +95,7 @@ print(model.certify(y, physics, x_gt=x).outcome)
 # involved. The curve shows ten steps of Adam.
 
 model.train()
+model.solver = Solver("anderson", max_iter=100, tol=1e-4)  # accurate enough for training
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 losses = [dinv.loss.MCLoss(), TurnedOperatorLoss([scanner(angles + 90 / views)])]
 course = []
