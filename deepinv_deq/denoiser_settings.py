@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrizations
 
 from deepinv_deq.files import contents_of
 
-NORMS = ("spectral", "weight", None)
+#: Normalisations of a convolution, by their names.
+NORMS = {"spectral": parametrizations.spectral_norm, "weight": parametrizations.weight_norm, None: None}
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -65,9 +67,8 @@ def settings_of_file(settings: dict[str, Any], state: dict[str, torch.Tensor]) -
     known = {"contraction": 1.0, "context_channels": 0, "saturation": None, "dim": 2} | settings
     known["channels"] = channels = tuple(known["channels"])
     numbers = (*channels, *(known[k] for k in ("in_channels", "out_channels", "groups", "context_channels", "dim")))
-    if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(known["contraction"], (int, float)):
-        raise ValueError(f"settings that no EquilibriumUNet has: {known}")
-    if not isinstance(known["saturation"], (int, float, type(None))):
+    right = all(type(n) is int and n >= 0 for n in numbers) and isinstance(known["contraction"], (int, float))
+    if not right or not isinstance(known["saturation"], (int, float, type(None))):
         raise ValueError(f"settings that no EquilibriumUNet has: {known}")
     check(known)
     inputs, outputs = known["in_channels"] + known["context_channels"], known["out_channels"]

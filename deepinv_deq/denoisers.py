@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from deepinv.models import UNet
 from torch import nn
-from torch.nn.utils import parametrizations
 
 from deepinv_deq import compat
-from deepinv_deq.denoiser_settings import check, settings_in
+from deepinv_deq.denoiser_settings import NORMS, check, settings_in
 from deepinv_deq.files import contents_of, read_weights
 from deepinv_deq.group_norm import GroupNorm
-
-_NORMS = {"spectral": parametrizations.spectral_norm, "weight": parametrizations.weight_norm, None: None}
 
 
 class EquilibriumUNet(UNet):
@@ -183,7 +180,7 @@ def _normalise(net: UNet, norm: str | None, groups: int) -> None:
     last = net.Conv_1x1
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    normalise = _NORMS[norm]
+    normalise = NORMS[norm]
     if normalise is not None:
         for layer in [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m is not last]:
             normalise(layer)

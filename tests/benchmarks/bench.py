@@ -31,19 +31,17 @@ class Bench:
 
     def task(self, name: str, batch: int | None = None, size: int | None = None) -> Task:
         key = name, batch or BATCH[name], size
-        if key not in self._tasks:
-            task = tasks.make(name, data=self.data, batch=key[1], size=size).to(self.device)
-            # whether the map can be restricted to samples is measured once, and not part of a step
-            with torch.no_grad():
-                ours(task, Settings(forward_tol=0.5))(task.y, task.physics)
-            self._tasks[key] = task
-        return self._tasks[key]
+        return self._once(key, lambda: tasks.make(name, data=self.data, batch=key[1], size=size))
 
     def contracting(self, name: str) -> Task:
         r"""A shipped model at the paper's size."""
-        key = name, "contracting", IMAGES[name]
+        count = IMAGES[name]
+        return self._once((name, "contracting", count), lambda: tasks.contracting(name, data=self.data, batch=count))
+
+    def _once(self, key: Any, make: Callable[[], Task]) -> Task:
         if key not in self._tasks:
-            task = tasks.contracting(name, data=self.data, batch=IMAGES[name]).to(self.device)
+            task = make().to(self.device)
+            # whether the map can be restricted to samples is measured once, and not part of a step
             with torch.no_grad():
                 ours(task, Settings(forward_tol=0.5))(task.y, task.physics)
             self._tasks[key] = task
