@@ -33,6 +33,7 @@ class ContractionLoss(Loss):
     Krylov subspace of a few vector-Jacobian products, only the last of which has a graph. Each call measures one random point of each
     sample: a point between the reconstruction :math:`\hat x` and what up to three plain steps make of a usual start (zeros, the
     linear reconstruction, noise). A solver reaches the same point from every start only if the bound holds wherever the solver goes.
+    The subspace begins with the way from :math:`\hat x` to that start, along which solves are slow, and noise.
 
     Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The factor before the maximum,
     in which :math:`n` is the number of pixels, has the unit of a squared error of images, so one weight is right at any scale. It is
@@ -96,14 +97,15 @@ class ContractionLoss(Loss):
         f = deq.iteration.bind(y, physics)
         start = f.init(y)
         x_hat = x_net.detach()
-        x = self._point(f, x_hat, start)
-        norm = jacobian_norm(f, x, iterations=self.iterations, rng=self.rng)
+        end = self._end(f, x_hat, start)
+        x, away = self._point(x_hat, end), as_tuple(end)[0] - x_hat
+        norm = jacobian_norm(f, x, iterations=self.iterations, rng=self.rng, direction=away)
         size = _root_mean_square(x_hat) + _root_mean_square(as_tuple(x)[0] - x_hat)
         return self.weight * size.square() * (norm - self.bound).relu().square()
 
     @torch.no_grad()
-    def _point(self, f: Any, x_hat: Tensor, start: State) -> State:
-        r"""A random point of each sample that a solve may pass: without the steps, solves from noise stall far away."""
+    def _end(self, f: Any, x_hat: Tensor, start: State) -> State:
+        r"""Where a solve may have come to: without the steps, solves from noise stall far away."""
         single, (image, *others) = isinstance(start, Tensor), as_tuple(start)
         noise = torch.rand(x_hat.shape, generator=self.rng).to(x_hat) * x_hat.abs().amax()
         ends = (x_hat, image, torch.zeros_like(x_hat), noise)
@@ -114,10 +116,14 @@ class ContractionLoss(Loss):
             change = natural(f.step(state))
             moved = tuple(a + b for a, b in zip(as_tuple(state), as_tuple(change), strict=True))
             state = moved[0] if single else moved
-        end, *others = as_tuple(state)
+        return state
+
+    def _point(self, x_hat: Tensor, end: State) -> State:
+        r"""A random point of each sample between the reconstruction and another."""
+        image, *others = as_tuple(end)
         share = torch.rand((len(x_hat), *[1] * (x_hat.ndim - 1)), generator=self.rng).to(x_hat)
-        point = x_hat + share * (end - x_hat)
-        return point if single else (point, *others)
+        point = x_hat + share * (image - x_hat)
+        return point if isinstance(end, Tensor) else (point, *others)
 
 
 def _root_mean_square(x: Tensor) -> Tensor:

@@ -11,9 +11,12 @@ from torch import Tensor
 from deepinv_deq.states import State, as_tuple
 
 Tensors = tuple[Tensor, ...]
+_NOISE = 0.3  # relative to a direction that is given
 
 
-def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator) -> Tensor:
+def jacobian_norm(
+    f: Any, x: State, *, iterations: int, rng: torch.Generator, direction: Tensor | None = None
+) -> Tensor:
     r"""Estimate :math:`\|P^{1/2} J P^{1/2}\|` from below, for every sample.
 
     All products but the last build a Krylov subspace. The last product is that of the direction in this subspace that the
@@ -23,10 +26,17 @@ def jacobian_norm(f: Any, x: State, *, iterations: int, rng: torch.Generator) ->
     :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
     :param int iterations: number of vector-Jacobian products.
     :param torch.Generator rng: random numbers of the first direction.
+    :param torch.Tensor, None direction: an image in whose direction the Jacobian may be large; some noise is added to it.
+        Default: noise alone.
     :return: norms, of shape ``(B,)``, with the graph of the last product.
     """
     points, image, metric = _part(f, x, exact=False)
-    basis, h = _arnoldi(points, image, metric, _directions(points, rng), iterations - 1)
+    first = _directions(points, rng)
+    if direction is not None:
+        size = direction.abs().square().flatten(1).mean(dim=1).sqrt()
+        unit = _rows(torch.where(size > 0, 1 / size, 0.0), direction) * direction
+        first = (unit + _NOISE * first[0], *first[1:])
+    basis, h = _arnoldi(points, image, metric, first, iterations - 1)
     u = basis[0]
     if iterations > 1:
         # if a value is not finite, the last product is not finite either, for any direction

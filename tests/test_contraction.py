@@ -109,6 +109,24 @@ def test_few_products_see_a_single_large_eigenvalue(outlier):
     assert 1.1 < norm.median() and norm.max() <= 1.3 + 1e-9
 
 
+def test_a_given_direction_finds_an_eigenvalue_that_noise_overlooks():
+    eigenvalues = torch.linspace(-0.7, 0.75, 400, dtype=F64)
+    eigenvalues[200] = 0.95
+    denoiser = Linear(eigenvalues, 20)
+    physics = dinv.physics.Inpainting((1, 20, 20), mask=torch.zeros(1, 20, 20, dtype=F64))
+    f = DEProx(denoiser, stepsize=1.0).to(F64).bind(torch.zeros(8, 1, 20, 20, dtype=F64), physics)
+    vectors = torch.linalg.eigh(denoiser.matrix.detach()).eigenvectors
+    along = vectors[:, -1].view(1, 1, 20, 20).repeat(8, 1, 1, 1)
+    along[0] = 0.0  # no direction for this sample: noise alone
+
+    def norm(direction):
+        rng = torch.Generator().manual_seed(0)
+        return jacobian_norm(f, torch.rand(8, 1, 20, 20, dtype=F64), iterations=4, rng=rng, direction=direction)
+
+    assert norm(None).max() < 0.9 and norm(along)[1:].min() > 0.94
+    assert 0.1 < norm(along)[0] < 0.9
+
+
 def test_the_gradient_of_the_penalty_lowers_the_norm():
     torch.manual_seed(0)
     denoiser = Linear(torch.linspace(0.1, 1.1, 16, dtype=F64), 4)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepinv_deq.iterations.base import FixedPointIteration
 from deepinv_deq.iterations.circulant import inverse_filter, spectrum
-from deepinv_deq.iterations.prox import prox_of_zero
+from deepinv_deq.iterations.prox import prox_by_filter, prox_of_zero
 from deepinv_deq.states import State
 
 
@@ -97,15 +97,16 @@ class DEGrad(FixedPointIteration):
         :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: forward operator.
         :param torch.Tensor constants: as in :meth:`forward`.
-        :param bool exact: whether :math:`P` is exact, by ``physics.prox_l2``, or a filter.
-        :return: the denoised image, and :math:`P \approx (\lambda A^\top A + I)^{-1}` where the physics is nearly a filter.
+        :param bool exact: whether :math:`P` is exact, by ``physics.prox_l2``, or by :func:`prox_by_filter
+            <deepinv_deq.iterations.prox.prox_by_filter>`.
+        :return: the denoised image, and :math:`P \approx (\lambda A^\top A + I)^{-1}` where the physics is nearly a filter, or ``exact`` is set.
         """
         metric: Callable[[Any], Any] | None = None
         if exact:
             metric = prox_of_zero(physics, cast(Tensor, x), self.data_weight)
         elif (inverse := self.preconditioner(x, physics)) is not None:
             eta = self.stepsize.detach()
-            metric = lambda r: eta * inverse(r)  # noqa: E731
+            metric = prox_by_filter(physics, self.data_weight.detach(), lambda r: eta * inverse(r))
         return self.denoise(cast(Tensor, x), *self.split(constants)[1]), metric
 
     def preconditioner(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
