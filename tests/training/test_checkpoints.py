@@ -21,7 +21,7 @@ import torch
 
 from deepinv_deq.files import DIGEST, digest
 from deepinv_deq.training import _read, latest_checkpoint
-from tests.test_files import flips
+from tests.saved_files import flips
 from tests.training.test_resuming import trainer, weights
 
 FULL = os.environ.get("DEEPINV_DEQ_FAULTS") == "full"
