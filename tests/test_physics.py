@@ -10,11 +10,7 @@ import torch
 
 from deepinv_deq import DEGrad, DEQReconstructor, ModularIDHook, Solver
 from deepinv_deq.physics import SparseLinearPhysics
-from tests.operators import (
-    OPERATORS,
-    SIZE,
-    pair,  # noqa: F401
-)
+from tests.operators import OPERATORS, SIZE, pair  # noqa: F401
 from tests.problems import MatrixPhysics, relative_error
 
 
