@@ -3,8 +3,6 @@ r"""A deep equilibrium model in deepinv's Trainer: mixed precision, and gradient
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
-import importlib.util
 
 import deepinv as dinv
 import pytest
