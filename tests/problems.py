@@ -22,6 +22,15 @@ from deepinv_deq.maps import Map
 F64 = torch.float64
 
 
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_mask(*shape: int, seed: int = 0) -> Tensor:
+    r"""Zeros and ones: about 60 percent of the entries are ones."""
+    return (torch.rand(*shape, generator=rng(seed)) > 0.4).to(F64)
+
+
 def affine(batch: int = 3, n: int = 40, *, low: float = -0.3, high: float = 0.97, dtype=F64, seed: int = 0):
     r"""``f(x) = x Wᵀ + c`` with a symmetric ``W`` of known spectrum; returns ``f``, its fixed point and ``W``."""
     rng = torch.Generator().manual_seed(seed)

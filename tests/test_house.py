@@ -1,4 +1,4 @@
-r"""The layout: short modules and classes, imports in one direction, private names of other libraries in one module."""
+r"""The layout: short files and classes, imports in one direction, private names of other libraries in one module."""
 
 from __future__ import annotations
 
@@ -80,6 +80,11 @@ EDGES = {name: imports(path.read_text(), MODULES) for name, path in MODULES.item
 def test_modules_and_classes_are_short(name):
     source = MODULES[name].read_text()
     assert len(source.splitlines()) <= 250 and not long_classes(source)
+
+
+def test_files_of_tests_are_short():
+    lines = {p: len(p.read_text().splitlines()) for p in (ROOT.parent / "tests").rglob("*.py")}
+    assert len(lines) > 100 and not [(p.name, n) for p, n in lines.items() if n > 250]
 
 
 def test_every_module_has_a_layer():

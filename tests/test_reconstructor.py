@@ -3,8 +3,6 @@ r"""DEQReconstructor as a deepinv model: interface, Trainer, bad input."""
 from __future__ import annotations
 
 import copy
-import pickle
-import threading
 
 import deepinv as dinv
 import pytest
@@ -14,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from deepinv_deq import (
-    ConvergenceError,
     DEGrad,
     DEProx,
     DEQReconstructor,
@@ -24,7 +21,7 @@ from deepinv_deq import (
     PipelineEquivariance,
     Solver,
 )
-from tests.problems import imaging, relative_error
+from tests.problems import imaging
 
 
 def mri(size=16):
@@ -214,167 +211,3 @@ def test_a_network_and_its_copy_in_one_iteration():
         with torch.nn.utils.parametrize.cached():  # whose keys the two share
             assert torch.allclose(model.iteration.bind(y, physics)(x), alone, atol=1e-6)
     assert all(torch.isfinite(g).all() for g in step(model, physics, y))
-
-
-# What PyTorch offers for modules -----------------------------------------------------------------------------------
-
-
-def perturbed(model, scale=1.0):
-    rng = torch.Generator().manual_seed(7)
-    return {
-        name: (scale * (p.detach() + 0.02 * torch.randn(p.shape, generator=rng, dtype=p.dtype))).requires_grad_()
-        for name, p in model.named_parameters()
-    }
-
-
-def test_functional_call_differentiates_the_parameters_it_is_given():
-    model, physics, _, y = imaging()
-    given = perturbed(model)
-    before = [p.clone() for p in model.parameters()]
-    x_hat = torch.func.functional_call(model, given, (y, physics))
-    assert not any(given[name] is p for name, p in model.named_parameters())  # put back before the backward pass
-    ours = torch.autograd.grad(x_hat.square().sum(), list(given.values()))
-    twin = copy.deepcopy(model)
-    twin.load_state_dict(model.state_dict() | {k: v.detach() for k, v in given.items()})
-    exact = torch.autograd.grad(twin(y, physics).square().sum(), list(twin.parameters()))
-    assert relative_error(ours, exact) <= 1e-12
-    assert all(p.grad is None and torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-
-
-def test_parameters_may_come_out_of_another_network():
-    model, physics, _, y = imaging()
-    s = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
-
-    def loss(s):
-        given = {name: s * p.detach() for name, p in model.named_parameters()}
-        return torch.func.functional_call(model, given, (y, physics)).square().sum()
-
-    (ours,) = torch.autograd.grad(loss(s), s)
-    h = 1e-5
-    exact = (loss(s.detach() + h) - loss(s.detach() - h)) / (2 * h)
-    assert ours.item() == pytest.approx(exact.item(), rel=1e-7)
-
-
-class Reconstructing(torch.utils.data.Dataset):
-    r"""Reconstructs in the processes of a DataLoader."""
-
-    def __init__(self, model, physics, y):
-        self.model, self.physics, self.y = model, physics, y
-
-    def __len__(self):
-        return len(self.y)
-
-    def __getitem__(self, i):
-        with torch.no_grad():
-            return self.model(self.y[i : i + 1], self.physics)[0]
-
-
-def test_it_reconstructs_in_the_workers_of_a_dataloader():
-    model, physics, _, y = imaging(batch=4)
-    with torch.no_grad():
-        expected = model(y, physics)
-    loader = DataLoader(Reconstructing(model, physics, y), batch_size=2, num_workers=2, timeout=120)
-    torch.testing.assert_close(torch.cat(list(loader)), expected)
-
-
-def test_an_exported_iteration_has_the_same_fixed_point():
-    class Step(nn.Module):
-        def __init__(self, iteration, physics):
-            super().__init__()
-            self.iteration, self.physics = iteration, physics
-
-        def forward(self, x, aty):
-            return self.iteration(x, self.physics, aty)
-
-    model, physics, _, y = imaging()
-    aty = physics.A_adjoint(y)
-    exported = torch.export.export(Step(model.iteration, physics), (torch.zeros_like(aty), aty)).module()
-    x, stat = model.solver(lambda x: exported(x, aty), aty)
-    assert stat.converged.all() and relative_error(x, model(y, physics)) <= 1e-12
-
-    class Solve(nn.Module):  # stops by what it finds in the data, which PyTorch exports no graph of
-        def forward(self, y):
-            return model(y, physics)
-
-    with pytest.raises(Exception, match="data-dependent|skipfiles"):  # the second is what PyTorch 2.4 says
-        torch.export.export(Solve(), (y,))
-
-
-# Who is told of solves ---------------------------------------------------------------------------------------------
-
-
-def test_every_solve_is_told():
-    model, physics, _, y = imaging()
-    told = []
-    handle = model.on_solve(lambda which, stat: told.append((which, stat)))
-    other = model.on_solve(lambda which, stat: told.append(("other", stat)))
-    x_hat = model(y, physics)
-    assert told == [("forward", model.forward_stat), ("other", model.forward_stat)]
-    other.remove()
-    model(model.iteration.output(x_hat).flatten(1) @ physics.matrix.T, physics).sum().backward()
-    assert [which for which, _ in told[2:]] == ["forward", "backward", "backward"]
-    assert told[-1][1] is model.hook.stat and all(stat.converged.all() for _, stat in told)
-    handle.remove()
-    model(y, physics).sum().backward()
-    assert len(told) == 5
-    with pytest.raises(TypeError, match="on_solve needs a function"):
-        model.on_solve("print")
-
-
-@pytest.mark.parametrize("where", ["forward", "backward", "tangent"])
-def test_solves_that_raise_are_told_first(where):
-    model, physics, _, y = imaging()
-    failing = {"max_iter": 2, "tol": 1e-12, "on_failure": "raise"}
-    if where == "forward":
-        model.solver = Solver("anderson", **failing)
-    else:
-        model.hook = ModularIDHook(Solver("gmres", **failing))
-    told = []
-    model.on_solve(lambda which, stat: told.append((which, bool(stat.converged.any()))))
-    with pytest.raises(ConvergenceError):
-        if where == "tangent":
-            torch.func.jvp(lambda y: model(y, physics), (y,), (y,))
-        model(y, physics).sum().backward()
-    assert told[-1] == (where, False)
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_begin_without_callbacks(copier):
-    model, physics, _, y = imaging()
-    told = []
-    model.on_solve(lambda which, stat: told.append(which))  # which no pickle could hold
-    twin = copier(model)
-    twin(y, physics)
-    assert told == []
-    twin.on_solve(lambda *_: None)
-    model(y, physics)
-    assert told == ["forward"]
-
-
-def test_callbacks_are_called_in_the_thread_of_their_solve():
-    models = [imaging(seed=s) for s in (0, 1)]
-    told = {0: set(), 1: set()}
-    for k, (model, *_) in enumerate(models):
-        model.on_solve(lambda which, stat, k=k: told[k].add(threading.current_thread().name))
-
-    def train(k):
-        model, physics, _, y = models[k]
-        for _ in range(3):
-            model(y, physics).sum().backward()
-
-    threads = [threading.Thread(target=train, args=(k,), name=f"thread {k}") for k in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert told == {0: {"thread 0"}, 1: {"thread 1"}}
-
-
-def test_adjoint_solves_of_every_order_are_told():
-    model, physics, _, y = imaging()
-    told = []
-    model.on_solve(lambda which, stat: told.append(which))
-    (first,) = torch.autograd.grad(model(y.requires_grad_(), physics).sin().sum(), y, create_graph=True)
-    assert told == ["forward", "backward"]
-    first.square().sum().backward()
-    assert told[2:] and set(told[2:]) == {"backward"}

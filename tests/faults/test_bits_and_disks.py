@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.common import BITS, FULL, FULL_DISKS, TRIED
-from tests.test_files import bits_of_a_checkpoint
+from tests.saved_files import bits_of_a_checkpoint
+from tests.training.checkpoints import finished  # noqa: F401
 from tests.training.conftest import run_folders  # noqa: F401
-from tests.training.test_checkpoints import finished, full_disk_runs, needs_mount, small_disk  # noqa: F401
+from tests.training.test_checkpoints import full_disk_runs, needs_mount, small_disk  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not FULL, reason="these run in tests/test_files.py and tests/training already")
 

@@ -3,6 +3,7 @@ r"""Losses and derivatives shared by the tests of implicit differentiation."""
 from __future__ import annotations
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 
 def rotate(x):
@@ -34,3 +35,13 @@ def tower(x_hat, inputs, orders):
         out.append(grads)
         value = sum((g * torch.randn(g.shape, generator=rng, dtype=g.dtype)).sum() for g in grads)
     return out
+
+
+def direction(t, seed=1):
+    return torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def dual_tangent(function, *pairs):
+    r"""The tangent of a function of dual tensors."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(*(forward_ad.make_dual(p, t) for p, t in pairs))).tangent
