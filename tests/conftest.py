@@ -4,6 +4,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.browser", "tests.saved_files")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,87 @@
+r"""DE-Grad: what it keeps of the measurements, and what rounding does to it."""
+
+import copy
+
+import deepinv as dinv
+import pytest
+import torch
+from torch import nn
+
+from deepinv_deq import DEGrad, DEQReconstructor, Solver
+from tests.problems import F64, MatrixPhysics, SmallDenoiser, relative_error
+
+
+SIDE = 24
+
+
+def few_measurements(dtype: torch.dtype = torch.float32) -> MatrixPhysics:
+    matrix = torch.randn(SIDE**2 // 4, SIDE**2, generator=torch.Generator().manual_seed(1), dtype=F64)
+    return MatrixPhysics((matrix / torch.linalg.matrix_norm(matrix, 2)).to(dtype), SIDE)
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return 0.5 * x
+
+
+def test_rounding_is_that_of_the_measurements():
+    iteration, x = DEGrad(Half(), stepsize=1 / 51, data_weight=50.0), torch.rand(1, 1, SIDE, SIDE)
+    y = few_measurements().A(x + 0.01 * torch.rand_like(x))  # nearly what the state explains, as near a fixed point
+    physics = few_measurements()
+    f = iteration.bind(y, physics)
+    exact = copy.deepcopy(iteration).double().bind(y.double(), few_measurements(F64))
+    with torch.no_grad():
+        step = exact.step(x.double())
+        images = physics.A_adjoint_A(x) - physics.A_adjoint(y)  # how it would be with A^T y
+        of_images = -1 / 51 * (50 * images + 0.5 * x)
+        # what no measurement sees is where a step is not divided by the data weight
+        seen = torch.linalg.svd(physics.matrix.double(), full_matrices=False).Vh
+
+        def unseen(error):
+            error = error.flatten(1).double()
+            return 51 * (error - error @ seen.T @ seen).norm() / x.norm()
+
+        error, of_images = unseen(f.step(x) - step), unseen(of_images - step)
+    assert error < 0.3 * of_images and error < 1e-6, (error, of_images)
+
+
+class Old(DEGrad):
+    r"""As users of 0.1 wrote it."""
+
+    def forward(self, x, physics, aty):
+        return x - self.stepsize * (self.data_gradient(x, physics, aty) + x - self.denoise(x))
+
+
+class Weighted(DEGrad):
+    def data_gradient(self, x, physics, aty):
+        return 2.0 * super().data_gradient(x, physics, aty)
+
+
+def test_subclasses_are_given_what_they_were_written_for():
+    torch.manual_seed(0)
+    denoiser, physics, x = SmallDenoiser().double(), few_measurements(F64), torch.rand(2, 1, SIDE, SIDE, dtype=F64)
+    y, point = physics.A(x), torch.rand(2, 1, SIDE, SIDE, dtype=F64)
+    settings = {"stepsize": 0.1, "data_weight": 2.0}
+    image = DEGrad(denoiser, **settings).bind(y, physics)(point)
+    assert relative_error(Old(denoiser, **settings).bind(y, physics)(point), image) < 1e-12
+    doubled = DEGrad(denoiser, stepsize=0.1, data_weight=4.0).bind(y, physics)(point)
+    assert relative_error(Weighted(denoiser, **settings).bind(y, physics)(point), doubled) < 1e-12
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_measurements_may_be_overwritten_after_the_forward_pass(stacked):
+    torch.manual_seed(0)
+    mask = torch.rand(1, 8, 8, dtype=F64).round()
+    physics = dinv.physics.Inpainting((1, 8, 8), mask=mask)
+    physics = dinv.physics.stack(physics, dinv.physics.Inpainting((1, 8, 8), mask=1 - mask)) if stacked else physics
+    denoiser, y = SmallDenoiser().double(), physics.A(torch.rand(2, 1, 8, 8, dtype=F64))
+
+    def gradient(overwrite):
+        model = DEQReconstructor(DEGrad(denoiser, stepsize=0.3), solver=Solver(tol=1e-10, max_iter=200))
+        parts = [part.clone() for part in y] if stacked else y.clone()
+        loss = model(dinv.utils.TensorList(parts) if stacked else parts, physics).square().sum()
+        for part in parts if overwrite else ():
+            part.zero_()
+        return torch.autograd.grad(loss, list(denoiser.parameters()))
+
+    assert relative_error(gradient(True), gradient(False)) < 1e-12
