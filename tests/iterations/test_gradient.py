@@ -10,7 +10,6 @@ from torch import nn
 from deepinv_deq import DEGrad, DEQReconstructor, Solver
 from tests.problems import F64, MatrixPhysics, SmallDenoiser, relative_error
 
-
 SIDE = 24
 
 
