@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from deepinv.physics import Physics
+from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
 from deepinv_deq.iterations.base import FixedPointIteration
@@ -87,15 +87,15 @@ class DEGrad(FixedPointIteration):
 
     def _change(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
         own, context = self.split(constants)
-        if self._has_own_forward():
-            gradient = self.data_gradient(x, physics, *own)
-        else:
+        if self._keeps_measurements(physics):
             gradient = self.data_weight * physics.A_adjoint(physics.A(x) - measurement(own, physics))
+        else:
+            gradient = self.data_gradient(x, physics, *own)
         return -self.stepsize * (gradient + x - self.denoise(x, *context))
 
     def constants(self, y: Any, physics: Physics) -> tuple[Tensor, ...]:
-        r"""A copy of the measurements; in a subclass with a ``forward`` or ``data_gradient`` of its own :math:`A^\top y`, as in
-        other iterations.
+        r"""A copy of the measurements; :math:`A^\top y` where the physics has an ``A_adjoint_A`` of its own, or a subclass a ``forward`` or
+        ``data_gradient``.
 
         In :math:`A^\top (A x - y)` the error of rounding is one of measurements. In :math:`A^\top A x - A^\top y` it is one of images:
         :math:`\lambda` times as large in what no measurement sees. On CT the residual then stops falling ten times earlier.
@@ -104,10 +104,16 @@ class DEGrad(FixedPointIteration):
         :param deepinv.physics.Physics physics: forward operator.
         :return: tuple of tensors.
         """
-        return super().constants(y, physics) if self._has_own_forward() else tuple(t.clone() for t in as_tuple(y))
+        return (
+            tuple(t.clone() for t in as_tuple(y))
+            if self._keeps_measurements(physics)
+            else super().constants(y, physics)
+        )
 
-    def _has_own_forward(self) -> bool:
-        return any(getattr(type(self), name) is not getattr(DEGrad, name) for name in ("forward", "data_gradient"))
+    def _keeps_measurements(self, physics: Physics) -> bool:
+        changed = any(getattr(type(self), name) is not getattr(DEGrad, name) for name in ("forward", "data_gradient"))
+        own = getattr(type(physics), "A_adjoint_A", None) is not LinearPhysics.A_adjoint_A
+        return not changed and not own and "A_adjoint_A" not in physics.__dict__
 
     def contractive_part(
         self, x: State, physics: Physics, *constants: Tensor, exact: bool = False

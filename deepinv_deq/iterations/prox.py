@@ -16,7 +16,8 @@ from deepinv_deq.states import as_tuple, powers_of_two, times
 
 def measurement(constants: tuple[Tensor, ...], physics: Physics) -> Any:
     r"""Measurements that :func:`as_tuple` took apart."""
-    return TensorList(list(constants)) if isinstance(physics, StackedPhysics) else constants[0]
+    listed = len(constants) > 1 or isinstance(physics, StackedPhysics)
+    return TensorList(list(constants)) if listed else constants[0]
 
 
 def prox_l2(physics: Physics, z: Tensor, y: tuple[Tensor, ...], gamma: Any) -> Tensor:

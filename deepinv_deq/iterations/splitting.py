@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from deepinv.physics import Physics
+from deepinv.physics import Physics, StackedPhysics
+from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_deq.iterations.base import FixedPointIteration
@@ -23,7 +24,13 @@ class MeasurementIteration(FixedPointIteration):
         :param torch.Tensor y: measurement.
         :param deepinv.physics.Physics physics: forward operator.
         :return: tuple of tensors.
+        :raises TypeError: for a list of measurements of a physics that is not stacked, such as one over several processes.
         """
+        if isinstance(y, (list, tuple, TensorList)) and not isinstance(physics, StackedPhysics):
+            raise TypeError(
+                f"{type(self).__name__} needs all measurements at hand, and those of {type(physics).__name__} are a "
+                f"{type(y).__name__} of {len(y)} parts. Use DEGrad or DEProx, which need their adjoint only."
+            )
         return as_tuple(y)
 
 

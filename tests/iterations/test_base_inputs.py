@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from deepinv.physics import MRI, Inpainting, LinearPhysics, Physics, Tomography
+from deepinv.utils import TensorList
 from torch import nn
 
 from deepinv_deq import (
+    DEADMM,
+    DEHQS,
     ConvergenceWarning,
     DEGrad,
     DEProx,
@@ -16,7 +19,7 @@ from deepinv_deq import (
     FixedPointIteration,
     Solver,
 )
-from tests.problems import F64, MatrixPhysics, imaging
+from tests.problems import F64, MatrixPhysics, SmallDenoiser, imaging
 
 
 def test_bad_construction():
@@ -36,6 +39,30 @@ def test_a_physics_without_adjoint():
         TypeError, match="which Physics is not. Use a deepinv.physics.LinearPhysics, or deepinv_deq.FromOptim"
     ):
         DEProx(nn.Identity()).bind(torch.zeros(1, 1, 4, 4), Physics(A=torch.sin))
+
+
+class InParts(MatrixPhysics):
+    r"""Not a stacked physics, as deepinv's over several processes, and its measurements are a list."""
+
+    def A(self, x, **kwargs):
+        return TensorList(list(super().A(x).split(3, dim=1)))
+
+    def A_adjoint(self, y, **kwargs):
+        return super().A_adjoint(torch.cat(list(y), dim=1))
+
+
+@pytest.mark.parametrize("template", [DEHQS, DEADMM])
+def test_measurements_in_parts_are_for_templates_that_need_their_adjoint_only(template):
+    torch.manual_seed(0)
+    denoiser, physics = SmallDenoiser().double(), InParts(torch.randn(6, 16, dtype=F64) / 8, 4)
+    y = physics.A(torch.rand(2, 1, 4, 4, dtype=F64))
+    with pytest.raises(TypeError, match="InParts are a TensorList of 2 parts. Use DEGrad or DEProx"):
+        template(denoiser).bind(y, physics)
+    whole, x = MatrixPhysics(physics.matrix, 4), torch.rand(2, 1, 4, 4, dtype=F64)
+    for other in (DEGrad, DEProx):
+        iteration = other(denoiser, stepsize=0.5)
+        exact = iteration.bind(torch.cat(list(y), dim=1), whole)(x)
+        torch.testing.assert_close(iteration.bind(y, physics)(x), exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (2, 1, 9), (1,)])
