@@ -155,6 +155,8 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
     seen = set() if seen is None else seen
     if id(value) in seen or isinstance(value, Tensor) or (seen and isinstance(value, nn.Module)):
         return kind  # tensors are compared by their versions, modules are in the list of all modules
+    if getattr(kind, "_shared_by_replicas", False):
+        return kind  # what this package keeps on a module: it follows from the rest, and each replica may have its own
     seen.add(id(value))
 
     def inside(parts: Iterable[Any]) -> Any:
