@@ -41,6 +41,11 @@ class Map:
             return image - x
         return tuple(a - b for a, b in zip(as_tuple(image), as_tuple(x), strict=True))
 
+    @property
+    def has_own_step(self) -> bool:
+        r"""Whether :meth:`step` has more digits than a difference."""
+        return type(self).step is not Map.step
+
     def natural(self, x: Any) -> Callable[[Any], Any] | None:
         r"""Linear map that turns a residual into a change of the state, whatever the stepsize. Default: the preconditioner.
 
@@ -130,12 +135,17 @@ class AffineMap(Map):
     :param Callable linear: the linear part :math:`\ell`.
     :param torch.Tensor, tuple[torch.Tensor, ...] offset: the constant :math:`c`, of the shape of the state.
     :param Callable, None precondition: linear map of states near to :math:`(I - \ell)^{-1}`.
+    :param Callable, None change: the map :math:`b \mapsto \ell(b) - b`, where it is known to more digits than a difference has.
     """
 
     def __init__(
-        self, linear: Callable[[Any], Any], offset: Any, precondition: Callable[[Any], Any] | None = None
+        self,
+        linear: Callable[[Any], Any],
+        offset: Any,
+        precondition: Callable[[Any], Any] | None = None,
+        change: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.linear, self.offset, self._precondition = linear, offset, precondition
+        self.linear, self.offset, self._precondition, self.change = linear, offset, precondition, change
 
     def __call__(self, b: Any) -> Any:
         out = self.linear(b)

@@ -108,6 +108,7 @@ class Adjoint(LinearSolves):
         inputs: Tensors,
         g: Tensors,
         inverse: Callable[[Any], Any] | None = None,
+        steps: bool = False,
     ) -> tuple[Tensors, Gradients, SolverStat | None]:
         r"""Solve the adjoint equation on the graph from ``x`` and ``inputs`` to ``image``.
 
@@ -116,13 +117,20 @@ class Adjoint(LinearSolves):
         :param tuple[torch.Tensor, ...] inputs: what else the image depends on.
         :param tuple[torch.Tensor, ...] g: cotangent.
         :param Callable, None inverse: preconditioner.
+        :param bool steps: whether ``image`` is the residual :math:`F(x) - x`, and not :math:`F(x)`.
         :return: the solution :math:`b`, the product :math:`b \, \partial F / \partial` ``inputs`` and the statistic.
         """
         if not self.exact:
             return g, vjp(image, inputs, g), None
 
-        def linear(b: State) -> State:
+        def product(b: State) -> State:
             return as_state(zeros_for_none(vjp(image, x, as_tuple(b), keep=True), x), self.single)
+
+        def linear(b: State) -> State:
+            return plus(b, product(b)) if steps else product(b)
+
+        def plus(a: State, b: Any) -> State:
+            return as_state([s + t for s, t in zip(as_tuple(a), as_tuple(b), strict=True)], self.single)
 
         products: Gradients = ()
 
@@ -130,10 +138,11 @@ class Adjoint(LinearSolves):
             # this last product also gives b dF/dx, and with it the true residual of the adjoint equation
             nonlocal products
             products = vjp(image, (*x, *inputs), as_tuple(b))
-            of_x = zeros_for_none(products[: len(x)], x)
-            return as_state([p + t for p, t in zip(of_x, g, strict=True)], self.single)
+            of_x = plus(as_state(zeros_for_none(products[: len(x)], x), self.single), g)
+            return plus(b, of_x) if steps else of_x
 
-        b, stat = self.solve(AffineMap(linear, as_state(g, self.single), inverse), measure)
+        equation = AffineMap(linear, as_state(g, self.single), inverse, product if steps else None)
+        b, stat = self.solve(equation, measure)
         return b, products[len(x) :], stat
 
     def _of_one_graph(
@@ -144,9 +153,11 @@ class Adjoint(LinearSolves):
         x, inputs = leaves[: len(x_star)], leaves[len(x_star) :]
         inverse = f.preconditioner(as_state(x_star, self.single)) if self.solver.precondition else None
         with torch.enable_grad():
-            image = as_tuple(f.rebind(inputs)(as_state(x, self.single)))
+            bound, state = f.rebind(inputs), as_state(x, self.single)
+            steps = bound.has_own_step
+            image = as_tuple(bound.step(state) if steps else bound(state))
         _refuse_hidden_leaves(image, leaves)
-        return self.pull_back(image, x, inputs, g, inverse)
+        return self.pull_back(image, x, inputs, g, inverse, steps)
 
 
 class AdjointMap(Map):

@@ -102,6 +102,11 @@ class FixedPointIteration(Terms):
         """
         return _minus(self.forward(x, physics, *constants), x)
 
+    @property
+    def has_own_step(self) -> bool:
+        r"""Whether :meth:`step` has more digits than the difference :math:`F_\theta(x; y) - x`."""
+        return type(self).step is not FixedPointIteration.step
+
     def contractive_part(
         self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
     ) -> tuple[State, Callable[[Any], Any] | None]:

@@ -61,9 +61,17 @@ class BoundIteration(Map):
         :return: a state of the same shapes.
         :raises RuntimeError: if the iteration writes to its argument in place.
         """
-        if has_hooks(self._iteration) or "forward" in vars(self._iteration):
+        if self._is_hooked():
             return super().step(x)  # which calls the iteration with its hooks
         return self._evaluate(self._iteration.step, x)
+
+    @property
+    def has_own_step(self) -> bool:
+        r"""Whether the iteration computes its residual without a difference that loses digits."""
+        return self._iteration.has_own_step and not self._is_hooked()
+
+    def _is_hooked(self) -> bool:
+        return has_hooks(self._iteration) or "forward" in vars(self._iteration)
 
     def _evaluate(self, function: Callable[..., State], x: State) -> State:
         self._remember(x)

@@ -35,7 +35,7 @@ class GMRES(Method):
         :return: the best point, and the keys of its :class:`SolverStat <deepinv_deq.SolverStat>`.
         """
         tol, max_iter, every = settings.tol, settings.max_iter, settings.sync_every
-        linear, x, step = self._start(problem, x0)
+        product, x, step = self._start(problem, x0)
         now = problem.measure(x, x + step, step)
         absolute, relative, plain, traces = now.absolute, now.relative, now.plain, ([now.absolute], [now.relative])
         nstep = torch.full_like(absolute, problem.evaluations)
@@ -45,7 +45,7 @@ class GMRES(Method):
 
         while bool(active.any()) and problem.evaluations + check < max_iter:
             tried, length = active, min(self.depth, max_iter - problem.evaluations - check)
-            cycle = Cycle(problem, linear, x, step, now, tried, length)
+            cycle = Cycle(problem, product, x, step, now, tried, length)
             for j in range(1, length + 1):
                 cycle.advance(tol)
                 for trace, value in zip(traces, (cycle.absolute, cycle.relative), strict=True):
@@ -95,17 +95,17 @@ class GMRES(Method):
         return x, information(found, traces)
 
     def _start(self, problem: Problem, x0: Tensor) -> tuple[Linear, Tensor, Tensor]:
-        r"""The linear part, the better one of ``x0`` and zero, and its residual."""
+        r"""The product with :math:`I - \ell`, the better one of ``x0`` and zero, and its residual."""
         zero = torch.zeros_like(x0)
         offset = problem.offset if problem.affine else problem(zero)
         if problem.affine:
-            linear = problem.linear
+            product = problem.product
         else:
             unit = unit_size(where_rows((offset != 0).any(dim=1), offset, x0))  # products at the size of the problem
-            linear = lambda b: (problem(unit * b) - offset) / unit  # noqa: E731
+            product = lambda b: b - (problem(unit * b) - offset) / unit  # noqa: E731
         if not bool(x0.any()):
-            return linear, x0, offset
+            return product, x0, offset
         image, step = problem.image_and_step(x0)
         there, here = problem.measure(zero, offset, offset), problem.measure(x0, image, step)
         worse = ~(here.absolute <= there.absolute) & torch.isfinite(there.absolute)
-        return linear, where_rows(worse, zero, x0), where_rows(worse, offset, step)
+        return product, where_rows(worse, zero, x0), where_rows(worse, offset, step)

@@ -25,9 +25,9 @@ class Cycle:
     """
 
     def __init__(
-        self, problem: Problem, linear: Linear, x: Tensor, step: Tensor, now: Evaluation, active: Tensor, columns: int
+        self, problem: Problem, product: Linear, x: Tensor, step: Tensor, now: Evaluation, active: Tensor, columns: int
     ):
-        self._problem, self._linear, self._x, self._floating = problem, linear, x, torch.finfo(x.dtype)
+        self._problem, self._product, self._x, self._floating = problem, product, x, torch.finfo(x.dtype)
         self._beta, self._start = norms(step), norms(x)
         first = where_rows(active, step / self._beta[:, None].to(x.dtype), torch.zeros_like(x))
         self._basis = _Basis(min(columns, 15) + 1, first, problem.precondition is not None)
@@ -35,6 +35,8 @@ class Cycle:
         self._weights = x.new_zeros(len(x), columns, dtype=torch.float64)
         self._rest = torch.nn.functional.pad(self._beta[:, None], (0, columns))
         self._size = torch.zeros_like(self._beta)  # of the linear system, seen from its products
+        self._terms = self._size  # whose rounding is that of the products
+        self._cancels = not problem.affine or problem.change is None  # a product is a difference to the direction
         self._lefts: list[Tensor] = []
         self.absolute, self.relative = now.absolute, now.relative
         self._worth = self._first = now.absolute
@@ -51,11 +53,14 @@ class Cycle:
         direction = (
             self._basis.last if self._problem.precondition is None else self._problem.precondition(self._basis.last)
         )
-        w = direction - self._linear(direction)
+        w = self._product(direction)
         go = self.active & torch.isfinite(w).all(dim=1)
         w = where_rows(go, w, torch.zeros_like(w))
-        self._size = torch.where(go, torch.maximum(self._size, torch.maximum(norms(w), norms(direction))), self._size)
-        noise = self._floating.eps * self._size
+        largest = torch.maximum(norms(w), norms(direction))
+        self._size = torch.where(go, torch.maximum(self._size, largest), self._size)
+        terms = largest if self._cancels else norms(w)
+        self._terms = torch.where(go, torch.maximum(self._terms, terms), self._terms)
+        noise = self._floating.eps * self._terms
         length, column = self._basis.append(w, direction, _PIVOT * noise)
         y, rho = self._least.append(column, length, _PIVOT * noise)
         left, grown = rho.norm(dim=1), y.norm(dim=1)

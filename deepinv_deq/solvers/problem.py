@@ -59,6 +59,7 @@ class Problem:
         self.natural: Linear | None = None
         if isinstance(f, AffineMap):
             self.linear = _counting(f.linear, layout, self._count)
+            self.change = None if f.change is None else _counting(f.change, layout, self._count)
             c = layout.pack(f.offset)
             self.lost = ~torch.isfinite(c).all(dim=1)  # b = l(b) + NaN has the solution NaN
             c = c.masked_fill(self.lost[:, None], 0.0)
@@ -109,11 +110,18 @@ class Problem:
 
     def image_and_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Evaluate the map once: the image of ``x``, and its difference to ``x``."""
+        if self.affine and self.change is not None:
+            step = self.change(x) + self.offset
+            return x + step, step
         if self.affine:
             image = self.linear(x) + self.offset
             return image, image - x
         out = self._evaluate(x)
         return (x + out, out) if self._steps else (out, out - x)
+
+    def product(self, b: Tensor) -> Tensor:
+        r"""The product :math:`(I - \ell) b` of an affine map."""
+        return b - self.linear(b) if self.change is None else -self.change(b)
 
     def evaluate(self, x: Tensor) -> Evaluation:
         r"""Evaluate the map once, and measure the point."""

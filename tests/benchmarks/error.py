@@ -31,7 +31,7 @@ LEVELS = [
 ]
 EXACT_ENOUGH = 1e-2
 TOLERANCES = (1e-3, 3e-4, 1e-4, 5e-5, 2e-5, 1e-5, 3e-6, 1e-6)
-MOST = 250  # evaluations of a reconstruction
+MOST = 400  # evaluations of a reconstruction
 
 
 def equal_error(bench: Bench, name: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepinv_deq import DEGrad, DEQReconstructor, Solver
+from deepinv_deq import DEGrad, DEQReconstructor, ModularIDHook, Solver
 from tests.problems import F64, MatrixPhysics, SmallDenoiser, relative_error
 
 SIDE = 24
@@ -84,3 +84,39 @@ def test_measurements_may_be_overwritten_after_the_forward_pass(stacked):
         return torch.autograd.grad(loss, list(denoiser.parameters()))
 
     assert relative_error(gradient(True), gradient(False)) < 1e-12
+
+
+class Constant(nn.Module):
+    r"""Keeps nearly all of an image, so that what no measurement sees is hardly determined, and has a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.linspace(0, 1, SIDE**2).reshape(1, 1, SIDE, SIDE))
+
+    def forward(self, x):
+        return 0.98 * x + 0.02 * self.shift
+
+
+class ByDifference(DEGrad):
+    r"""The same iteration, whose residual is a difference."""
+
+    has_own_step = False
+
+
+@pytest.mark.parametrize("template", [ByDifference, DEGrad])
+def test_adjoint_solves_are_as_exact_as_the_step(template):
+    cotangent = torch.randn(1, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(2), dtype=F64)
+
+    def solved(dtype, template):
+        iteration = template(Constant(), stepsize=1 / 51, data_weight=50.0).to(dtype)
+        hook = ModularIDHook(Solver("gmres", tol=1e-4, max_iter=200, history=200, on_failure="ignore"))
+        model = DEQReconstructor(iteration, solver=Solver(tol=1e-3, max_iter=300, on_failure="ignore"), hook=hook)
+        kernel = dinv.physics.blur.gaussian_blur(sigma=(2.0, 2.0))
+        physics = dinv.physics.BlurFFT((1, SIDE, SIDE), filter=kernel).to(dtype)
+        x_hat = model(physics.A(torch.ones(1, 1, SIDE, SIDE, dtype=dtype)), physics)
+        return torch.autograd.grad(x_hat, iteration.denoiser.shift, cotangent.to(dtype)), hook.stat.residual
+
+    exact, _ = solved(F64, DEGrad)
+    gradient, residual = solved(torch.float32, template)
+    error = relative_error(gradient, exact)
+    assert (error < 1e-4) == (template is DEGrad), (error, residual)
