@@ -43,7 +43,7 @@ class Map:
 
     @property
     def has_own_step(self) -> bool:
-        r"""Whether :meth:`step` has more digits than a difference."""
+        r"""Whether ``step`` has more digits than a difference."""
         return type(self).step is not Map.step
 
     def natural(self, x: Any) -> Callable[[Any], Any] | None:

@@ -104,7 +104,7 @@ class FixedPointIteration(Terms):
 
     @property
     def has_own_step(self) -> bool:
-        r"""Whether :meth:`step` has more digits than the difference :math:`F_\theta(x; y) - x`."""
+        r"""Whether ``step`` has more digits than the difference :math:`F_\theta(x; y) - x`."""
         return type(self).step is not FixedPointIteration.step
 
     def contractive_part(

@@ -123,8 +123,7 @@ class DEGrad(FixedPointIteration):
         :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: forward operator.
         :param torch.Tensor constants: as in :meth:`forward`.
-        :param bool exact: whether :math:`P` is exact, by ``physics.prox_l2``, or by :func:`prox_by_filter
-            <deepinv_deq.iterations.prox.prox_by_filter>`.
+        :param bool exact: whether :math:`P` is exact, by ``physics.prox_l2``, or by a few steps of conjugate gradients with a filter.
         :return: the denoised image, and :math:`P \approx (\lambda A^\top A + I)^{-1}` where the physics is nearly a filter, or ``exact`` is set.
         """
         metric: Callable[[Any], Any] | None = None
