@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.limits import ADJOINT
 from tests.benchmarks.part_tables import NAMES, OURS, TABLES, markdown
 
 RECORDS = Path(__file__).parent / "records"
@@ -113,7 +114,9 @@ def _targets(parts: dict[str, Any]) -> str:
         add(f"{what} (CT, MRI)", "≥ {}, {}".format(*target), values, met)
     for task in NAMES:
         cells = rows.get(f"over the limit, {task}", [])
-        values = [r.get("anderson", r.get("gmres")) / r["optimum"] for r in cells]
+        # a solve that stopped far from the solution took no products that count
+        taken = [r.get("anderson", r.get("gmres")) if r.get("error", 0.0) <= ADJOINT else float("inf") for r in cells]
+        values = [t / r["optimum"] for t, r in zip(taken, cells, strict=True)]
         add(f"evaluations, products over the limit ({NAMES[task]})", "≤ 1.3", values, max(values, default=9.0) <= 1.3)
     for task in NAMES:
         pairs = [
