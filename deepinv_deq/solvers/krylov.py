@@ -36,7 +36,7 @@ class Cycle:
         self._rest = torch.nn.functional.pad(self._beta[:, None], (0, columns))
         self._size = torch.zeros_like(self._beta)  # of the linear system, seen from its products
         self._terms = self._size  # whose rounding is that of the products
-        self._cancels = not problem.affine or problem.change is None  # a product is a difference to the direction
+        self._cancels = problem.change is None  # a product is a difference to the direction
         self._lefts: list[Tensor] = []
         self.absolute, self.relative = now.absolute, now.relative
         self._worth = self._first = now.absolute

@@ -57,9 +57,11 @@ class Problem:
         offered = f.preconditioner(state) if precondition else None
         self.precondition = _of_matrices(offered, layout)
         self.natural: Linear | None = None
+        self.change: Linear | None = None  # of an affine map that knows it better than by a difference
         if isinstance(f, AffineMap):
             self.linear = _counting(f.linear, layout, self._count)
-            self.change = None if f.change is None else _counting(f.change, layout, self._count)
+            if f.change is not None:
+                self.change = _counting(f.change, layout, self._count)
             c = layout.pack(f.offset)
             self.lost = ~torch.isfinite(c).all(dim=1)  # b = l(b) + NaN has the solution NaN
             c = c.masked_fill(self.lost[:, None], 0.0)
@@ -110,7 +112,7 @@ class Problem:
 
     def image_and_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Evaluate the map once: the image of ``x``, and its difference to ``x``."""
-        if self.affine and self.change is not None:
+        if self.change is not None:
             step = self.change(x) + self.offset
             return x + step, step
         if self.affine:
