@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deepinv_deq.metrics import solving_model
 from deepinv_deq.spectra import jacobian_norm
-from deepinv_deq.states import State, as_tuple
+from deepinv_deq.states import State, as_tuple, plus
 
 _STEPS = 3  # largest number of plain steps before the Jacobian is measured
 
@@ -113,9 +113,7 @@ class ContractionLoss(Loss):
         state: State = end if single else (end, *others)  # other variables begin where they do by default
         natural = f.natural(state) or (lambda step: step)
         for _ in range(int(torch.randint(_STEPS + 1, (), generator=self.rng))):
-            change = natural(f.step(state))
-            moved = tuple(a + b for a, b in zip(as_tuple(state), as_tuple(change), strict=True))
-            state = moved[0] if single else moved
+            state = plus(state, natural(f.step(state)))
         return state
 
     def _point(self, x_hat: Tensor, end: State) -> State:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepinv_deq.states import Rows, as_tuple
+from deepinv_deq.states import Rows, minus, plus
 
 Tensors = tuple[Tensor, ...]
 
@@ -36,10 +36,7 @@ class Map:
         :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
         :return: a state of the same shapes.
         """
-        image = self(x)
-        if isinstance(x, Tensor):
-            return image - x
-        return tuple(a - b for a, b in zip(as_tuple(image), as_tuple(x), strict=True))
+        return minus(self(x), x)
 
     @property
     def has_own_step(self) -> bool:
@@ -148,10 +145,7 @@ class AffineMap(Map):
         self.linear, self.offset, self._precondition, self.change = linear, offset, precondition, change
 
     def __call__(self, b: Any) -> Any:
-        out = self.linear(b)
-        if isinstance(out, tuple):
-            return tuple(o + c for o, c in zip(out, self.offset, strict=True))
-        return out + self.offset
+        return plus(self.linear(b), self.offset)
 
     def preconditioner(self, x: Any) -> Callable[[Any], Any] | None:
         return self._precondition

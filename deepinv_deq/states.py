@@ -43,6 +43,16 @@ def join(states: Sequence[State]) -> State:
     return tuple(torch.cat(parts) for parts in zip(*states, strict=True))
 
 
+def plus(a: State, b: State) -> State:
+    r"""Sum of two states, of the kind of ``a``."""
+    return a + as_tuple(b)[0] if isinstance(a, Tensor) else tuple(s + t for s, t in zip(a, as_tuple(b), strict=True))
+
+
+def minus(a: State, b: State) -> State:
+    r"""Difference of two states, of the kind of ``a``."""
+    return a - as_tuple(b)[0] if isinstance(a, Tensor) else tuple(s - t for s, t in zip(a, as_tuple(b), strict=True))
+
+
 class Layout:
     r"""How a state (a tensor or a tuple of tensors, real or complex) lies in one real ``(B, N)`` matrix."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
 from deepinv_deq.solvers.solver import parts_of
-from deepinv_deq.states import State, as_tuple
+from deepinv_deq.states import State, as_tuple, plus
 
 Tensors = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]  # None: the map does not depend on that tensor
@@ -129,16 +129,13 @@ class Adjoint(LinearSolves):
         def linear(b: State) -> State:
             return plus(b, product(b)) if steps else product(b)
 
-        def plus(a: State, b: Any) -> State:
-            return as_state([s + t for s, t in zip(as_tuple(a), as_tuple(b), strict=True)], self.single)
-
         products: Gradients = ()
 
         def measure(b: State) -> State:
             # this last product also gives b dF/dx, and with it the true residual of the adjoint equation
             nonlocal products
             products = vjp(image, (*x, *inputs), as_tuple(b))
-            of_x = plus(as_state(zeros_for_none(products[: len(x)], x), self.single), g)
+            of_x = plus(as_state(zeros_for_none(products[: len(x)], x), self.single), as_state(g, self.single))
             return plus(b, of_x) if steps else of_x
 
         equation = AffineMap(linear, as_state(g, self.single), inverse, product if steps else None)

@@ -18,7 +18,7 @@ from deepinv_deq.iterations.checks import refuse_partial_gradients, refuse_zero,
 from deepinv_deq.iterations.noise import noise_levels
 from deepinv_deq.iterations.prox import measurement
 from deepinv_deq.iterations.terms import Terms, linear_reconstruction, measurements
-from deepinv_deq.states import State, as_tuple
+from deepinv_deq.states import State, minus, plus
 
 __all__ = ["FixedPointIteration", "linear_reconstruction", "measurement"]
 
@@ -77,7 +77,7 @@ class FixedPointIteration(Terms):
             cls.forward = FixedPointIteration._forward_by_step  # type: ignore[method-assign]
 
     def _forward_by_step(self, x: Any, physics: Physics, *constants: Tensor) -> Any:
-        return _plus(x, self.step(x, physics, *constants))
+        return plus(x, self.step(x, physics, *constants))
 
     def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
         r"""Evaluate :math:`F_\theta(x; y)`.
@@ -100,7 +100,7 @@ class FixedPointIteration(Terms):
         :param torch.Tensor constants: what :meth:`constants` returned for this measurement.
         :return: a state of the same shapes.
         """
-        return _minus(self.forward(x, physics, *constants), x)
+        return minus(self.forward(x, physics, *constants), x)
 
     @property
     def has_own_step(self) -> bool:
@@ -173,17 +173,3 @@ class FixedPointIteration(Terms):
         refuse_zero(self.stepsize)
         capture = Capture(self, physics, y, noise_levels(sigma, y))
         return BoundIteration(capture, capture.first, capture.constants)
-
-
-def _plus(a: State, b: State) -> State:
-    r"""Sum of two states."""
-    if isinstance(a, Tensor):
-        return a + as_tuple(b)[0]
-    return tuple(s + t for s, t in zip(a, as_tuple(b), strict=True))
-
-
-def _minus(a: State, b: State) -> State:
-    r"""Difference of two states."""
-    if isinstance(a, Tensor):
-        return a - as_tuple(b)[0]
-    return tuple(s - t for s, t in zip(a, as_tuple(b), strict=True))

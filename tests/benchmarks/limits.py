@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepinv_deq import Solver
 from deepinv_deq.course import Course
+from deepinv_deq.implicit.adjoint import Adjoint
 from deepinv_deq.maps import AffineMap
 from tests.benchmarks.tasks import Task
 
@@ -160,10 +161,14 @@ def adjoint_limit(task: Task, exact: Tensor, i: int) -> tuple[dict[str, int], Te
 def products(task: Task, exact: Tensor, b_star: Tensor, i: int, solver: Solver) -> tuple[int, float]:
     r"""Products of our adjoint solve at the loosest of its tolerances that gives :data:`ADJOINT`, and its error."""
     f, _, x_star = of_image(task, exact, i)
-    x = x_star.to(task.y)
-    linear, g = adjoint(f, x), cotangent(task, exact, i).to(x)
+    x = x_star.to(task.y).requires_grad_()
+    g, inverse = cotangent(task, exact, i).to(x), f.preconditioner(x.detach())
     for tol in (1e-1, 5e-2, 3e-2, 2e-2, 1e-2, 5e-3, 3e-3, 2e-3, 1e-3, 5e-4, 3e-4, 1e-4):
-        b, stat = replace(solver, tol=tol)(AffineMap(linear, g, f.preconditioner(x)), torch.zeros_like(g))
+        solves = Adjoint(replace(solver, tol=tol), exact=True, single=True, report=lambda stat: None)
+        with torch.enable_grad():
+            image = f.step(x) if f.has_own_step else f(x)
+        (b,), _, stat = solves.pull_back((image,), (x,), (), (g,), inverse, steps=f.has_own_step)
+        assert stat is not None
         error = float((b.double() - b_star).norm() / b_star.norm())
         if error <= ADJOINT:
             break
