@@ -94,34 +94,29 @@ class ContractionLoss(Loss):
         deq = solving_model(model)
         if deq is None:
             raise ValueError(f"ContractionLoss needs a DEQReconstructor, and {type(model).__name__} holds none.")
-        f = deq.iteration.bind(y, physics)
-        start = f.init(y)
-        x_hat = x_net.detach()
-        end = self._end(f, x_hat, start)
-        x, away = self._point(x_hat, end), as_tuple(end)[0] - x_hat
+        f, x_hat = deq.iteration.bind(y, physics), x_net.detach()
+        end = self._end(f, x_hat, f.init(y))
+        away = as_tuple(end)[0] - x_hat
+        share = torch.rand((len(x_hat), *[1] * (x_hat.ndim - 1)), generator=self.rng).to(x_hat)
+        x = _with_image(end, x_hat + share * away)
         norm = jacobian_norm(f, x, iterations=self.iterations, rng=self.rng, direction=away)
-        size = _root_mean_square(x_hat) + _root_mean_square(as_tuple(x)[0] - x_hat)
+        size = _root_mean_square(x_hat) + _root_mean_square(share * away)
         return self.weight * size.square() * (norm - self.bound).relu().square()
 
     @torch.no_grad()
     def _end(self, f: Any, x_hat: Tensor, start: State) -> State:
         r"""Where a solve may have come to: without the steps, solves from noise stall far away."""
-        single, (image, *others) = isinstance(start, Tensor), as_tuple(start)
         noise = torch.rand(x_hat.shape, generator=self.rng).to(x_hat) * x_hat.abs().amax()
-        ends = (x_hat, image, torch.zeros_like(x_hat), noise)
-        end = ends[int(torch.randint(len(ends), (), generator=self.rng))]
-        state: State = end if single else (end, *others)  # other variables begin where they do by default
+        ends = (x_hat, as_tuple(start)[0], torch.zeros_like(x_hat), noise)
+        state = _with_image(start, ends[int(torch.randint(len(ends), (), generator=self.rng))])
         natural = f.natural(state) or (lambda step: step)
         for _ in range(int(torch.randint(_STEPS + 1, (), generator=self.rng))):
             state = plus(state, natural(f.step(state)))
         return state
 
-    def _point(self, x_hat: Tensor, end: State) -> State:
-        r"""A random point of each sample between the reconstruction and another."""
-        image, *others = as_tuple(end)
-        share = torch.rand((len(x_hat), *[1] * (x_hat.ndim - 1)), generator=self.rng).to(x_hat)
-        point = x_hat + share * (image - x_hat)
-        return point if isinstance(end, Tensor) else (point, *others)
+
+def _with_image(state: State, image: Tensor) -> State:
+    return image if isinstance(state, Tensor) else (image, *state[1:])  # other variables stay where they are
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
@@ -142,9 +137,14 @@ class TurnedOperatorLoss(MOILoss):
     (:footcite:t:`tachella2022unsupervised`, :class:`deepinv.loss.MOILoss`) with turned versions of the true operator, and with the
     reconstruction :math:`\hat{x}` as a fixed target: no gradient flows through it.
 
+    Where no measurement of :math:`A` reaches, that target is what the model made up. The measurements :math:`y` themselves are a target
+    without that error. Give ``consistency``, an error of measurements :math:`d`, to add :math:`d(A f(A_g \hat{x}; A_g), y)`. Use it
+    for measurements without noise only: those with noise have left their noise in :math:`\hat{x}`, too.
+
     :param Sequence[deepinv.physics.Physics] operators: the turned operators :math:`A_g`, of which each call takes one at random.
     :param float weight: weight of the loss.
     :param bool apply_noise: whether the measurements of the turned operators get their noise.
+    :param torch.nn.Module, None consistency: error of every sample, of shape ``(B,)``, such as :class:`RampFilteredError`.
     :param torch.Generator, None rng: random numbers, on the CPU.
 
     :raises ValueError: if there are no operators.
@@ -170,24 +170,35 @@ class TurnedOperatorLoss(MOILoss):
         *,
         weight: float = 1.0,
         apply_noise: bool = False,
+        consistency: nn.Module | None = None,
         rng: torch.Generator | None = None,
     ):
         if not operators:
             raise ValueError("TurnedOperatorLoss needs at least one turned operator.")
         super().__init__(physics=list(operators), apply_noise=apply_noise, weight=weight, rng=rng)
+        self.consistency = consistency
 
-    def forward(self, x_net: Tensor, physics: Physics | None, model: nn.Module, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x_net: Tensor, physics: Physics | None, model: nn.Module, y: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         r"""Compute the loss of every image.
 
         :param torch.Tensor x_net: reconstructions :math:`\hat{x}`, of shape ``(B, C, H, W)``.
-        :param deepinv.physics.Physics, None physics: not used.
+        :param deepinv.physics.Physics, None physics: the operator :math:`A`; used by ``consistency`` only.
         :param torch.nn.Module model: the model that made them.
+        :param torch.Tensor, None y: the measurements; used by ``consistency`` only.
         :param kwargs: ignored.
         :return: loss of shape ``(B,)``.
+        :raises ValueError: if ``consistency`` has no operator or no measurements to compare with.
         """
         operator, target = self.next_physics(physics), x_net.detach()
-        y = operator(target) if self.noise else operator.A(target)
-        return self.weight * (model(y, operator) - target).square().flatten(1).mean(dim=1)
+        x = model(operator(target) if self.noise else operator.A(target), operator)
+        loss = (x - target).square().flatten(1).mean(dim=1)
+        if self.consistency is not None:
+            if physics is None or y is None:
+                raise ValueError("consistency compares with measurements: call the loss with physics= and y=.")
+            loss = loss + self.consistency(physics.A(x), y)
+        return self.weight * loss
 
 
 class RampFilteredError(nn.Module):

@@ -76,8 +76,9 @@ def _ei_fixed(task: Task, s: dict[str, Any], seed: int) -> list[Any]:
 
 
 def _ei_turned(task: Task, s: dict[str, Any], seed: int) -> list[Any]:
-    r"""EI with the operator turned in the place of the image."""
-    turned = TurnedOperatorLoss(turned_operators(task), weight=s["alpha"], apply_noise=True, rng=_rng("cpu", seed))
+    r"""EI with the operator turned in the place of the image; the second reconstruction must agree with the measurements, too."""
+    operators, error = turned_operators(task), _image_error(task)
+    turned = TurnedOperatorLoss(operators, weight=s["alpha"], consistency=error, rng=_rng("cpu", seed))
     return [_without_noise(task, s, seed), turned]
 
 

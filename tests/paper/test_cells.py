@@ -163,6 +163,22 @@ def test_the_target_of_the_turned_operator_is_fixed_and_that_of_moi_is_not():
     assert x.grad is not None
 
 
+def test_consistency_of_the_second_reconstruction_is_with_the_measurements():
+    x = torch.rand(3, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    physics, y = dinv.physics.Physics(), torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    model = lambda y, operator: scale * y  # noqa: E731
+    error = lambda a, b: (a - b).square().flatten(1).mean(dim=1)  # noqa: E731
+    loss = TurnedOperatorLoss([physics], weight=2.0, consistency=error)
+    value = loss(x_net=x, y=y, physics=physics, model=model)
+    assert torch.allclose(value, 2.0 * (0.25 * x.square().mean(dim=(1, 2, 3)) + error(1.5 * x, y)))
+    value.sum().backward()
+    assert x.grad is None and scale.grad is not None
+    for missing in ({"y": None}, {"physics": None}):
+        with pytest.raises(ValueError, match="consistency compares with measurements"):
+            loss(**{"x_net": x, "y": y, "physics": physics, "model": model} | missing)
+
+
 def test_equivariance_is_measured_beyond_80_db(tasks):
     task = tasks["ct"]
     x = task.x[task.test]
