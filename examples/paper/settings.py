@@ -35,7 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {"forward_tol": 1e-4, "test_tol": 3e-6, "bound": 0.9, "contraction_weight": 0.1, "saturation": 3.0},
     "mri": _BOTH
     | {"stepsize": 1.0, "data_weight": 1.0}
-    | {"forward_tol": 1e-3, "test_tol": 1e-4, "bound": 0.8, "contraction_weight": 0.7, "saturation": None},
+    | {"forward_tol": 1e-3, "test_tol": 3e-5, "bound": 0.8, "contraction_weight": 0.7, "saturation": None},
 }
 # a few steps must get somewhere, and deepinv trains the stepsize
 OWN: dict[str, dict[str, Any]] = {
