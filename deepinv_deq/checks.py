@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from deepinv_deq.iterations import BoundIteration, FixedPointIteration
+from deepinv_deq.iterations.terms import all_constants
 from deepinv_deq.states import State, as_tuple
 
 Init = Tensor | tuple[Tensor, ...] | Callable[[Any, Any], Any]
@@ -122,7 +123,7 @@ def give_lazy_layers_their_shapes(iteration: FixedPointIteration, y: Any, physic
     """
     if any(is_lazy(t) for t in (*iteration.parameters(), *iteration.buffers())):
         with torch.no_grad():
-            iteration(iteration.init(y, physics), physics, *iteration.constants(y, physics))
+            iteration(iteration.init(y, physics), physics, *all_constants(iteration, y, physics))
 
 
 def _shapes(tensors: tuple[Tensor, ...]) -> str:

@@ -36,7 +36,7 @@ from deepinv_deq.compat.modules import (
     weight_hooks,
     without,
 )
-from deepinv_deq.compat.operations import dispatch_mode, numbers
+from deepinv_deq.compat.operations import dispatch_mode, drawn, numbers
 
 __all__ = [
     "HOOKS",
@@ -46,6 +46,7 @@ __all__ = [
     "compile_again",
     "compiled_for_many_products",
     "dispatch_mode",
+    "drawn",
     "distributed_framework",
     "find",
     "forward_mode",

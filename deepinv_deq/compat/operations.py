@@ -2,9 +2,11 @@ r"""Private names with which operations are watched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from deepinv_deq.compat.lookup import find
@@ -28,6 +30,17 @@ def dispatch_mode(listed: Callable[[str, Any, Any], bool]) -> Any:
             return func(*args, **(kwargs or {}))
 
     return Watching()
+
+
+def drawn(rng: np.random.Generator, shape: Sequence[int], normal: bool = False) -> Tensor:
+    r"""Random numbers of NumPy: inside of ``torch.func.vmap``, and so of ``jacfwd``, PyTorch draws none.
+
+    :param numpy.random.Generator rng: what draws them.
+    :param Sequence[int] shape: shape.
+    :param bool normal: whether they are normal, else uniform in [0, 1).
+    :return: a tensor in double precision, on the CPU.
+    """
+    return torch.from_numpy(np.asarray(rng.standard_normal(tuple(shape)) if normal else rng.random(tuple(shape))))
 
 
 def numbers(values: Tensor) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepinv_deq.compat import has_hooks, version
 from deepinv_deq.iterations.capture import Capture, Put, diagnose
-from deepinv_deq.iterations.checks import OwnInput
+from deepinv_deq.iterations.checks import OwnInput, changed
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.maps import Map
 from deepinv_deq.states import Rows, State, as_tuple
@@ -79,7 +79,7 @@ class BoundIteration(Map):
         point = as_tuple(x) if self._pure else tuple(t.clone() for t in as_tuple(x))
         before = [version(t) for t in point]
         out = function(point[0] if isinstance(x, Tensor) else point, self._physics, *self._constants)
-        if [version(t) for t in point] != before:
+        if any(changed(*each) for each in zip(point, before, as_tuple(x), strict=True)):
             raise RuntimeError(
                 f"{type(self._iteration).__name__}.forward wrote to its argument x in place, which the solver still uses. "
                 "Write to a copy (x.clone()), or name the network that does it in networks()."

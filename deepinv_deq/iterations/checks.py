@@ -63,6 +63,19 @@ def _mark(t: Tensor) -> tuple[Any, ...]:
     return version(t), t.dtype, address
 
 
+def changed(copy: Tensor, known: int | None, of: Tensor) -> bool:
+    r"""Whether a copy was written to, also through ``copy.data`` or NumPy, which its version does not tell.
+
+    :param torch.Tensor copy: the copy.
+    :param int, None known: its version when it was made.
+    :param torch.Tensor of: what it is a copy of; if it is the tensor itself, only its version tells.
+    """
+    if copy is of:
+        return version(copy) != known
+    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (copy.detach(), of.detach()))
+    return version(copy) != known or not (torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+
+
 class OwnInput:
     r"""Forward pre-hook: a network that writes to its input in place gets a copy.
 
@@ -71,7 +84,7 @@ class OwnInput:
 
     def __init__(self) -> None:
         self.writes: bool | None = None
-        self._given: list[tuple[Tensor, int | None]] = []
+        self._given: list[tuple[Tensor, int | None, Tensor]] = []
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -79,17 +92,19 @@ class OwnInput:
         self.settle()
         if self.writes is False:
             return None
+        before = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         kwargs = {name: a.clone() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
         if self.writes is None:
-            self._given = [(a, version(a)) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            copies = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            self._given = [(a, version(a), b) for a, b in zip(copies, before, strict=True)]
         return args, kwargs
 
     def settle(self) -> None:
         r"""Conclude from the first evaluation."""
         if self.writes is None and self._given:
             # an inference tensor does not tell: copies are always safe
-            self.writes = any(known is None or version(t) != known for t, known in self._given)
+            self.writes = any(known is None or changed(t, known, of) for t, known, of in self._given)
             self._given = []
 
 

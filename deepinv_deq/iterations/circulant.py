@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from deepinv.physics import Physics
 from torch import Tensor
 
-from deepinv_deq.compat import version
+from deepinv_deq.compat import drawn, version
 from deepinv_deq.iterations.objects import fingerprint
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import sample_tensors
@@ -107,7 +108,7 @@ def inverse_filter(response: Tensor) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def _measure(physics: Physics, shape: torch.Size, like: Tensor) -> Tensor | None:
     dims = tuple(range(2, len(shape)))
-    rng = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     dtype = torch.promote_types(torch.float32, like.dtype)
     with torch.autocast(like.device.type, enabled=False):
         above = below = torch.zeros((), dtype=dtype, device=like.device)
@@ -131,11 +132,11 @@ def _energy(w: Tensor) -> Tensor:
 
 
 def _probe(
-    physics: Physics, shape: torch.Size, rng: torch.Generator, like: Tensor, dtype: torch.dtype
+    physics: Physics, shape: torch.Size, rng: np.random.Generator, like: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     r"""An image with a flat spectrum and random phases, the same for all samples, and what :math:`A^\top A` makes of it."""
     dims = tuple(range(2, len(shape)))
-    w = torch.fft.fftn(torch.randn(1, *shape[1:], generator=rng, dtype=torch.float64), dim=dims)
+    w = torch.fft.fftn(drawn(rng, (1, *shape[1:]), normal=True), dim=dims)
     w = torch.fft.ifftn(w / w.abs(), dim=dims).real.to(like.device, dtype).expand(shape).contiguous()
     return w, physics.A_adjoint_A(w.to(like.dtype)).to(dtype)
 

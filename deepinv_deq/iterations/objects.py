@@ -24,6 +24,7 @@ SHARED = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
     | {object, torch.dtype, torch.device, torch.Size, torch.Generator}
 )  # immutable, or the same for everyone
+Cached = type(functools.lru_cache(lambda: None))  # a class of C
 _CONTAINERS = (dict, list, set, deque, bytearray, array, np.ndarray, types.SimpleNamespace)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
 _LIBRARIES = _FOREIGN | {"deepinv", "deepinv_deq"}
@@ -116,6 +117,21 @@ def contents(function: Any) -> Iterator[Any]:
             yield cell.cell_contents
 
 
+def tensors_of_hook(hook: Any, known: Container[int]) -> Iterator[Tensor]:
+    r"""The tensors to which a hook refers, also those of modules of which no part is known.
+
+    :param Callable hook: the hook.
+    :param Container known: identities of what was replicated.
+    """
+    for value in contents(hook):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, nn.Module) and not any(id(m) in known for m in value.modules()):
+            yield from value.parameters()
+            # a layer in training mode changes its buffers itself
+            yield from (b for m in value.modules() if not m.training for b in m.buffers(recurse=False))
+
+
 @functools.cache
 def slots(kind: Any) -> tuple[str, ...]:
     found = []
@@ -176,6 +192,8 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
         return inside([value.__func__, value.__self__])
     if kind is functools.partial:
         return inside([value.func, value.args, value.keywords])
+    if kind is Cached:
+        return inside([value.__wrapped__])
     if isinstance(value, Mapping):
         return kind, tuple((str(key), fingerprint(item, skip, seen)) for key, item in value.items() if key not in skip)
     if isinstance(value, (list, tuple, deque)):

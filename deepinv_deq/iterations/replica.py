@@ -9,7 +9,8 @@ What cannot be made private is listed here, and only here:
 - A tensor that is changed *in place* is changed for both. :class:`Watch` notices this by the tensor's version counter and its
   address. PyTorch does not count changes through ``tensor.data.mul_(...)`` or a NumPy view of the tensor.
 - *Global variables* and the attributes of other classes are looked up in every evaluation. Make them attributes of the module.
-- *Hooks* are the user's functions themselves, so that what they record reaches the user.
+- *Hooks* are the user's functions themselves, so that what they record reaches the user. Tensors and modules in their closures are
+  watched, those deeper inside (in a list, in a module that holds the model itself) are not.
 - Objects of extension modules (random generators, C++ objects), weak dictionaries and resources (objects with ``__del__``) are
   shared.
 
@@ -39,7 +40,16 @@ from torch.nn.utils import parametrize
 from deepinv_deq import compat
 from deepinv_deq.compat import HOOKS, STORES
 from deepinv_deq.iterations.computed import compute_weights, renew, replicate_script
-from deepinv_deq.iterations.objects import SHARED, contents, fill, is_plain, of_class, of_function, shallow
+from deepinv_deq.iterations.objects import (
+    SHARED,
+    Cached,
+    fill,
+    is_plain,
+    of_class,
+    of_function,
+    shallow,
+    tensors_of_hook,
+)
 
 _SUFFIXES = ("_orig", "_mask", "_u", "_v", "_g")  # of the tensors from which old-style hooks compute a weight
 
@@ -85,6 +95,10 @@ class Replica:
         for root in roots:
             self.modules.append([])
             twins.append(self._copy(root))
+        for hooks in self._hooks:
+            for hook in hooks.values():
+                for t in tensors_of_hook(hook, memo):
+                    self._tensor(t, "closure", None)
         for hooks in self._hooks:  # a bound method of a module that was replicated acts on the replica
             for key, hook in hooks.items():
                 if type(hook) is types.MethodType and id(hook.__self__) in memo:
@@ -115,6 +129,10 @@ class Replica:
         if kind is functools.partial:
             args, keywords = self._copy(value.args), self._copy(dict(value.keywords))
             return functools.partial(self._copy(value.func), *args, **keywords)
+        if kind is Cached:  # with a memory of its own: what the original remembers may be of other attributes
+            function = self._copy(value.__wrapped__)
+            same = function is value.__wrapped__
+            return value if same else self._keep(value, functools.lru_cache(**value.cache_parameters())(function))
         if kind is types.MappingProxyType:
             return self._keep(value, types.MappingProxyType(self._copy(dict(value))))
         if kind is weakref.ref:
@@ -173,8 +191,6 @@ class Replica:
             inside[name] = OrderedDict(inside[name])
             if inside[name]:
                 self._hooks.append(inside[name])
-                for hook in inside[name].values():
-                    self._watch(hook)
         computed = compute_weights(twin, normalised)
         unused = {name + suffix for name in computed for suffix in _SUFFIXES}
         for store, role in ((parameters, "parameter"), (buffers, "buffer")):
@@ -197,8 +213,3 @@ class Replica:
             inside["implicit_backward_solver"] = False
         compat.compile_again(module, twin)
         return twin
-
-    def _watch(self, hook: Any) -> None:
-        for t in contents(hook):
-            if isinstance(t, Tensor):
-                self._tensor(t, "closure", None)

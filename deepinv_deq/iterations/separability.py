@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,7 +131,7 @@ def _treats_samples_one_by_one(f: Capture, size: int) -> bool | None:
     example, batch = f.example(), f.batch
     if example is None or any(len(shape) < 1 or shape[0] != batch for shape, _, _ in example):
         return False
-    rng = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     put: dict[int, Tensor] = {}
     known = f.samples()
     shared, rows = ({id(t) for t in (getattr(known, name) if known else ())} for name in ("shared", "rows"))
@@ -148,7 +149,7 @@ def _treats_samples_one_by_one(f: Capture, size: int) -> bool | None:
         turned[id(levels)] = _turned(put.get(id(levels), levels))
     # constants become random, too, but not negative: they may be counts
     constants = {id(c): c.detach() + _scale(c) * _noise(c.shape, c, rng) for c in f.constants if c.numel()}
-    state = [torch.randn(s, generator=rng, dtype=torch.float32).to(device, dtype) for s, dtype, device in example]
+    state = [compat.drawn(rng, s, normal=True).to(device, dtype) for s, dtype, device in example]
     some = slice(batch - size, batch)
     try:
         with torch.no_grad():
@@ -186,8 +187,8 @@ def _scale(t: Tensor) -> float:
     return max(0.1 * float(t.detach().abs().square().mean().sqrt()), 0.02)
 
 
-def _noise(shape: torch.Size, like: Tensor, rng: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=rng, dtype=torch.float32).to(like.device, like.dtype)
+def _noise(shape: torch.Size, like: Tensor, rng: np.random.Generator) -> Tensor:
+    return compat.drawn(rng, shape).to(like.device, like.dtype)
 
 
 def _rounding(t: Tensor) -> float:

@@ -19,7 +19,7 @@ class MeasurementIteration(FixedPointIteration):
     per_channel = False  # the proximal map of the data term has one stepsize
 
     def constants(self, y: Any, physics: Physics) -> tuple[Tensor, ...]:
-        r"""The measurements.
+        r"""A copy of the measurements.
 
         :param torch.Tensor y: measurement.
         :param deepinv.physics.Physics physics: forward operator.
@@ -31,7 +31,7 @@ class MeasurementIteration(FixedPointIteration):
                 f"{type(self).__name__} needs all measurements at hand, and those of {type(physics).__name__} are a "
                 f"{type(y).__name__} of {len(y)} parts. Use DEGrad or DEProx, which need their adjoint only."
             )
-        return as_tuple(y)
+        return tuple(part.clone() for part in as_tuple(y))  # a loader may use their memory again
 
 
 class DEHQS(MeasurementIteration):

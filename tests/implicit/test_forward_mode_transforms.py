@@ -25,6 +25,16 @@ def test_jacobians_of_every_kind_agree(batch):
     assert relative_error(torch.func.jacfwd(f)(y), exact) <= 1e-8
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_jacobian_as_the_first_solve_of_a_physics(chunk_size):
+    physics = BlurFFT((1, 3, 3), filter=torch.tensor([[[[0.2, 0.6, 0.2]]]])).to(F64)
+    solver = Solver("anderson", max_iter=300, tol=1e-13, chunk_size=chunk_size)
+    model = DEQReconstructor(DEGrad(SmallDenoiser(), stepsize=0.3).to(F64), solver=solver, hook=ModularIDHook(solver))
+    y = torch.rand(2, 1, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    found = torch.func.jacfwd(lambda y: model(y, physics))(y)
+    assert relative_error(found, jacobian(lambda y: unrolled(model, y, physics, 120), y)) <= 1e-8
+
+
 def test_jacobian_with_a_preconditioner():
     physics = BlurFFT((1, 3, 3), filter=torch.tensor([[[[0.2, 0.6, 0.2]]]])).to(F64)
     solver = Solver("anderson", max_iter=300, tol=1e-13)

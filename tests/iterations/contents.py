@@ -91,6 +91,14 @@ def defaults(t):
     return get
 
 
+def behind_a_cache(m, t):
+    m.inside = t
+    if "gain" in vars(m):
+        m.gain.cache_clear()
+    else:
+        m.gain = functools.lru_cache(None)(lambda: m.inside)
+
+
 def on_the_class(m, t):
     if "gain" in vars(type(m)):
         type(m).gain = t
@@ -132,6 +140,7 @@ GAIN = {
     "namespace": (lambda m, t: setattr(m, "gain", types.SimpleNamespace(t=t)), lambda m: m.gain.t),
     "slots": (lambda m, t: setattr(m, "gain", Slotted(t)), lambda m: m.gain.inside),
     "partial": (lambda m, t: setattr(m, "gain", functools.partial(torch.mul, t)), lambda m: m.gain(torch.ones(()))),
+    "cached function": (behind_a_cache, lambda m: m.gain()),
     "parameter": (lambda m, t: setattr(m, "gain", nn.Parameter(t.detach())), lambda m: m.gain),
     "parameter list": (lambda m, t: setattr(m, "gain", nn.ParameterList([t.detach()])), lambda m: m.gain[0]),
     "parameter dictionary": (

@@ -111,11 +111,16 @@ def test_hooks_on_the_iteration_count_for_steps():
     torch.testing.assert_close(f.step(x), f(x) - x)
 
 
-def test_lazy_layers_get_their_shape():
+@pytest.mark.parametrize("context", [False, True])
+def test_lazy_layers_get_their_shape(context):
+    class Lazy(nn.Sequential):
+        def forward(self, x, context=None):
+            return super().forward(x if context is None else torch.cat([x, context], 1))
+
     torch.manual_seed(0)
-    lazy = nn.Sequential(nn.LazyConv2d(1, 3, padding=1, dtype=F64), nn.Tanh())
+    lazy = Lazy(nn.LazyConv2d(1, 3, padding=1, dtype=F64), nn.Tanh())
     _, physics, _, y = imaging()
-    model = deq(DEProx(lazy, stepsize=0.5))
+    model = deq(DEProx(lazy, stepsize=0.5, context=context))
     model(y, physics).sum().backward()
     assert type(lazy[0]) is nn.Conv2d and lazy[0].weight.grad is not None
 
