@@ -2,6 +2,7 @@ r"""The public names, and that every one is documented."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import pytest
@@ -12,6 +13,29 @@ NAMES = (
     "DEQReconstructor ModularIDHook Solver DEGrad DEProx FixedPointIteration EquilibriumUNet PipelineEquivariance "
     "IterationEquivariance"
 ).split()
+
+OF_0_1 = {  # every public class and function of version 0.1, by the module that it was in
+    "": "ConvergenceError ConvergenceWarning DEADMM DEGrad DEHQS DEProx DEQReconstructor EquilibriumUNet FixedPointIteration "
+    "FixedPointResidual FromOptim IterationEquivariance ModularIDHook PipelineEquivariance Solver SolverEvaluations SolverStat "
+    "available_methods",
+    ".datasets": "ct_slice load_images mr_slice phantoms",
+    ".denoisers": "EquilibriumUNet",
+    ".distributed": "SynchronisedDenoiser",
+    ".equivariance": "IterationEquivariance PipelineEquivariance",
+    ".from_optim": "FromOptim",
+    ".implicit": "DifferentiableMap ModularIDHook",
+    ".iterations": "DEADMM DEGrad DEHQS DEProx FixedPointIteration measurement",
+    ".metrics": "FixedPointResidual SolverEvaluations solving_model",
+    ".physics": "SparseLinearPhysics",
+    ".reconstructor": "DEQReconstructor",
+    ".solvers": "ConvergenceError ConvergenceWarning Solver SolverStat anderson available_methods broyden fixed_point_iter",
+    ".training": "ResumableTrainer latest_checkpoint",
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, name) for m, names in OF_0_1.items() for name in names.split()])
+def test_what_was_imported_from_0_1_is_still_there(module, name):
+    assert callable(getattr(importlib.import_module("deepinv_deq" + module), name))
 
 
 def test_the_names_of_the_design_are_there():

@@ -31,6 +31,7 @@ NAMES = [
     "torch._C._vmapmode_decrement_nesting",
     "torch._dynamo.eval_frame.OptimizedModule",
     "torch._dynamo.eval_frame._TorchDynamoContext",
+    "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.nn.Module._replicate_for_data_parallel",
     "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.modules.batchnorm._BatchNorm",
