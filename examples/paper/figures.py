@@ -26,7 +26,11 @@ from records import Records, losses_of, value
 BLIND = [loss for loss, kind in LOSSES.items() if kind.build is not None and loss != "sup"]
 COLOURS = {loss: f"C{i}" for i, loss in enumerate(("sup", *BLIND))}
 STYLES = dict(
-    zip(BLIND, ("--", "-", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 3))), strict=False)
+    zip(
+        BLIND,
+        ("--", "-", ":", "-.", (0, (5, 1)), (0, (4, 1, 1, 1, 1, 1)), (0, (3, 1, 1, 1)), (0, (8, 3))),
+        strict=False,
+    )
 )
 MARKERS = dict(zip(METHODS, "osD^v<>PX*d", strict=False))
 
@@ -122,6 +126,7 @@ def gaps(path: Path, scale: str) -> Path:
 def times(path: Path, scale: str) -> Path:
     r"""PSNR of every cell against how long it trained."""
     from matplotlib.patches import Patch
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     records = Records(scale)
     tasks = measured(records)
@@ -139,15 +144,18 @@ def times(path: Path, scale: str) -> Path:
         axis.set(title=f"{task.upper()}, scale {scale}", xlabel="training time (minutes)", ylabel="PSNR (dB)")
         if known:
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
             axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.legend(handles=handles, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return save(plot, path)
 
 
 def _kind(trial: dict[str, Any]) -> str:
     r"""Which trainings of different bounds form one curve."""
-    return f"{trial['steps']} steps" + (f", saturation {trial['saturation']:g}" if trial["saturation"] else "")
+    return f"{trial['steps']} steps" + (
+        f", saturation {trial['saturation']:g}" if trial["saturation"] else ", no saturation"
+    )
 
 
 def bound_curve(path: Path, scale: str) -> Path:
