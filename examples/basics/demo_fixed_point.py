@@ -151,3 +151,8 @@ for axis in axes.flat:
     axis.set(xticks=[], yticks=[])
 figure.colorbar(error, ax=axes[1], label="error")
 plt.show()
+
+# %%
+# The certificate finds this, too.
+
+print(expanding.certify(y, physics, x_gt=x).outcome)
