@@ -118,7 +118,7 @@ def scatter(parts: dict[str, Any], part: str, task: str, title: str) -> Any:
 def faults(counts: dict[str, int]) -> Any:
     r"""Logarithmic bars of how often every fault was tried."""
     figure, axis = new((5.4, 0.9 + 0.52 * len(counts)), "Number of tests per fault")
-    names = [textwrap.fill(name, 30) for name in counts]
+    names = [textwrap.fill(name, 34) for name in counts]
     bars = axis.barh(names, list(counts.values()), color="C0")
     axis.bar_label(bars, labels=[f"{count:,}" for count in counts.values()], padding=3, fontsize="small")
     plain(axis, "x", [1, 3 * max(counts.values())])
