@@ -7,7 +7,7 @@ PLOTS = {  # file: what a reader sees who cannot see it, and the caption
     "dots": (
         "PSNR of every method, with standard errors, and the paper's",
         "PSNR of the test images by method. Filled: ours, with the standard error over test images. Hollow: the paper's, on"
-        " other images and at other sizes; differences compare, levels do not.",
+        " other images and at other sizes. Compare differences between methods, not absolute values.",
     ),
     "gaps": (
         "Difference to supervised training by loss",
@@ -17,12 +17,12 @@ PLOTS = {  # file: what a reader sees who cannot see it, and the caption
     "times": ("PSNR against training time", "PSNR against training time of one core."),
     "curves": (
         "PSNR of the test images over the training of all cells",
-        "How the PSNR of the test images rose in training, every seed a line. Nothing was chosen by it. The learning rate falls"
-        " to zero.",
+        "PSNR of the test images during training, one line per seed, at the training tolerance. It was not used to choose"
+        " settings. The learning rate falls to zero. Colour: method. Line style: training.",
     ),
     "bound": (
         "PSNR and evaluations against the bound of the penalty",
-        "PSNR at the fixed point, and evaluations, against the bound of ContractionLoss.",
+        "PSNR at the fixed point of validation images, largest spread and evaluations, against the bound of ContractionLoss.",
     ),
 }
 

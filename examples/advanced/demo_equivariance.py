@@ -36,7 +36,8 @@ for model in models.values():
 #
 # :class:`deepinv_deq.PipelineEquivariance` compares :math:`f(A T_g x)` with :math:`T_g f(A x)`. :class:`deepinv_deq.IterationEquivariance`
 # compares :math:`F(T_g x, A T_g x)` with :math:`T_g F(x, A x)`. Both are metrics for a Trainer. The default rotation is by 90°, which needs no
-# interpolation. Higher is more equivariant. The page :doc:`/results` has the tables.
+# interpolation. Higher is more equivariant. Training makes the iteration more equivariant, and the pipeline less. The page
+# :doc:`/results` has the tables.
 
 metrics = {"pipeline": PipelineEquivariance(), "iteration": IterationEquivariance()}
 figure, axes = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")

@@ -57,22 +57,26 @@ def claims(records: Records) -> Iterator[Claim]:
 
 
 def rows(records: Records) -> list[list[str]]:
-    r"""One line for each claim: the cells, the difference, the paper's, and the verdict; missing cells are named."""
+    r"""One line for each claim with records: the cells, the difference, the paper's, and the verdict."""
     out = []
     for claim in claims(records):
         found = difference(records, claim.first, claim.second, claim.what)
         cells = f"{claim.first[0].upper()}: {name(claim.first)} − {name(claim.second)}"
         theirs = paper(claim)
         if found is None:
-            absent = [name(cell) for cell in (claim.first, claim.second) if not records.images(*cell, claim.what)]
-            out.append([claim.text, cells, "", theirs, f"*no valid record of {' and '.join(absent)}*"])
             continue
-        count = f"{found.images} images, {found.seeds[0]} and {found.seeds[1]} seeds"
+        count = f"{found.images} images, {_seeds(*found.seeds)}"
         measured = f"{found.mean:+.2f} ± {found.error:.2f} dB ({count})"
         sound = all(is_fixed_point(r) for cell in (claim.first, claim.second) for r in records.of(*cell) if is_deq(r))
         verdict = found.verdict(claim.threshold) + ("" if sound else ", but **not a fixed point**")
         out.append([claim.text, cells, measured, theirs, verdict])
     return out
+
+
+def unmeasured(records: Records) -> str:
+    r"""How many claims lack a record; empty if none does."""
+    count = sum(difference(records, c.first, c.second, c.what) is None for c in claims(records))
+    return f"{count} claim{'s have' if count != 1 else ' has'} no record yet." if count else ""
 
 
 def findings(records: Records) -> str:
@@ -81,7 +85,7 @@ def findings(records: Records) -> str:
     for task in ("ct", "mri"):
         best = next((m for m in records.rivals(task, "sup") if m != "denoiser"), None)
         if best is None:
-            out.append(f"{task.upper()}, supervised: no rival has a record.")
+            out.append(f"{task.upper()}, supervised, the DEQ against its rivals: not measured yet.")
             continue
         found = difference(records, (task, "deq-id", "sup"), (task, best, "sup"))
         ahead = f"the DEQ against {METHODS[best].title}, the best rival"
@@ -94,15 +98,29 @@ def findings(records: Records) -> str:
         out.append(_sentence(about, found, -0.5, "within 0.5 dB"))
     deqs = [r for r in records.all if is_deq(r)]
     sound = sum(map(is_fixed_point, deqs))
-    out.append(f"Of {len(deqs)} trained DEQs, {sound} have one fixed point in every test image, to {SPREAD_DB} dB.")
+    expanding = sum(max(r["fixed_point"]["spectral_radius"]["all"]) >= 1 for r in deqs)
+    out.append(
+        f"In {sound} of {len(deqs)} trained DEQs, the PSNR from all starts agrees to {SPREAD_DB} dB on every test image. "
+        + (
+            f"This does not prove one fixed point: in {expanding} of {len(deqs)} the spectral radius is 1 or more on some image."
+            if expanding
+            else "All spectral radii are below 1."
+        )
+    )
     return "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(out, 1))
 
 
 def _sentence(about: str, found: Difference | None, threshold: float, claim: str) -> str:
     if found is None:
         return f"{about}: not measured yet."
-    verdict = found.verdict(threshold)
-    return f"{about}: {found.mean:+.2f} ± {found.error:.2f} dB; *{claim}* {'is ' if verdict == 'undecided' else ''}**{verdict}**."
+    verdict = found.verdict(threshold).capitalize()
+    return f"{about}: {found.mean:+.2f} ± {found.error:.2f} dB. Claim: {claim}. **{verdict}.**"
+
+
+def _seeds(first: int, second: int) -> str:
+    if first == second:
+        return f"{first} seed{'s' * (first != 1)} each"
+    return f"{first} and {second} seeds"
 
 
 def name(cell: Cell) -> str:

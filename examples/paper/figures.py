@@ -25,6 +25,13 @@ from records import Records, losses_of, value
 
 BLIND = [loss for loss, kind in LOSSES.items() if kind.build is not None and loss != "sup"]
 COLOURS = {loss: f"C{i}" for i, loss in enumerate(("sup", *BLIND))}
+STYLES = dict(
+    zip(
+        BLIND,
+        ("--", "-", ":", "-.", (0, (5, 1)), (0, (4, 1, 1, 1, 1, 1)), (0, (3, 1, 1, 1)), (0, (8, 3))),
+        strict=False,
+    )
+)
 MARKERS = dict(zip(METHODS, "osD^v<>PX*d", strict=False))
 
 
@@ -53,11 +60,17 @@ def save(plot: Any, path: Path, dpi: int = 80) -> Path:
     return path
 
 
+def measured(records: Records) -> list[str]:
+    r"""The tasks that have records; all tasks if none has."""
+    return [task for task in TASKS if any(r["config"]["task"] == task for r in records.all)] or list(TASKS)
+
+
 def dots(path: Path, scale: str) -> Path:
     r"""PSNR of every method, supervised and by EI: ours filled, with the standard error over test images; the paper's hollow."""
     records = Records(scale)
-    plot, axes = subplots(1, 2, figsize=(11, 4.6))
-    for axis, task in zip(axes[0], TASKS, strict=True):
+    tasks = measured(records)
+    plot, axes = subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.6))
+    for axis, task in zip(axes[0], tasks, strict=True):
         methods = [m for m in METHODS if task in METHODS[m].tasks]
         for shift, loss in ((0.15, "sup"), (-0.15, "ei"), (0.0, BEST[task])):
             for row, method in enumerate(methods):
@@ -92,8 +105,9 @@ def level(records: Records, task: str, method: str, loss: str) -> tuple[float, f
 def gaps(path: Path, scale: str) -> Path:
     r"""By how much every training without ground truth is behind the supervised one: paired differences, two standard errors."""
     records = Records(scale)
-    plot, axes = subplots(1, 2, figsize=(12, 3.8))
-    for axis, task in zip(axes[0], TASKS, strict=True):
+    tasks = measured(records)
+    plot, axes = subplots(1, len(tasks), figsize=(6 * len(tasks), 3.8))
+    for axis, task in zip(axes[0], tasks, strict=True):
         losses = [loss for loss in losses_of(task, "deq-id") if loss != "sup"]
         for row, loss in enumerate(losses):
             found = difference(records, (task, "deq-id", loss), (task, "deq-id", "sup"))
@@ -111,27 +125,37 @@ def gaps(path: Path, scale: str) -> Path:
 
 def times(path: Path, scale: str) -> Path:
     r"""PSNR of every cell against how long it trained."""
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     records = Records(scale)
-    plot, axes = subplots(1, 2, figsize=(12, 4.6))
-    for axis, task in zip(axes[0], TASKS, strict=True):
+    tasks = measured(records)
+    plot, axes = subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.6))
+    for axis, task in zip(axes[0], tasks, strict=True):
         known = [r for r in records.all if r["config"]["task"] == task and r["steps"]]
         for r in known:
             method, loss = r["config"]["method"], r["config"]["loss"]
             axis.plot(r["seconds"] / 60, value(r, "psnr"), MARKERS[method], color=COLOURS[loss])
         for method in dict.fromkeys(r["config"]["method"] for r in known):
             axis.plot([], [], MARKERS[method], color="0.4", label=METHODS[method].title)
-        for loss in dict.fromkeys(r["config"]["loss"] for r in known):
-            axis.plot([], [], "s", color=COLOURS[loss], label=LOSSES[loss].title)
+        handles = axis.get_legend_handles_labels()[0]
+        losses = dict.fromkeys(r["config"]["loss"] for r in known)
+        handles += [Patch(color=COLOURS[loss], label=LOSSES[loss].title) for loss in losses]
         axis.set(title=f"{task.upper()}, scale {scale}", xlabel="training time (minutes)", ylabel="PSNR (dB)")
         if known:
             axis.set_xscale("log")
-            axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+            axis.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.legend(handles=handles, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return save(plot, path)
 
 
 def _kind(trial: dict[str, Any]) -> str:
     r"""Which trainings of different bounds form one curve."""
-    return f"{trial['steps']} steps" + (f", saturation {trial['saturation']:g}" if trial["saturation"] else "")
+    return f"{trial['steps']} steps" + (
+        f", saturation {trial['saturation']:g}" if trial["saturation"] else ", no saturation"
+    )
 
 
 def bound_curve(path: Path, scale: str) -> Path:
@@ -143,24 +167,23 @@ def bound_curve(path: Path, scale: str) -> Path:
         for kind in sorted({_kind(r) for r in known if r["task"] == task}):
             points = sorted((r for r in known if (r["task"], _kind(r)) == (task, kind)), key=lambda r: r["bound"])
             x = [r["bound"] for r in points]
-            for key, style in (("start", "o--"), ("tenth", "o-"), ("zeros", "x:"), ("noise", "s:"), ("truth", "+:")):
-                y = [r["psnr"].get(key, float("nan")) for r in points]
-                column[0].plot(x, y, style, label=f"{kind}, {key}")
+            column[0].plot(x, [r["psnr"].get("tenth", float("nan")) for r in points], "o-", label=kind)
             column[1].plot(x, [r["spread_db"] for r in points], "o-", label=kind)
             column[2].plot(x, [r["evaluations"] for r in points], "o-", label=kind)
         column[0].set(title=task.upper(), ylabel="PSNR, validation (dB)")
         column[1].set(ylabel="largest spread (dB)")
         column[2].set(xlabel="bound of the penalty", ylabel="evaluations")
         if column[0].lines:
-            column[0].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+            column[0].legend(fontsize="small", loc="lower right")
     return save(plot, path)
 
 
 def curves(path: Path, scale: str) -> Path:
     r"""PSNR of the test images over training: whether a result is one of trainings that had ended."""
     records = Records(scale)
-    plot, axes = subplots(2, 2, figsize=(14, 8))
-    for line, task in zip(axes, TASKS, strict=True):
+    tasks = measured(records)
+    plot, axes = subplots(len(tasks), 2, figsize=(14, 4 * len(tasks)))
+    for line, task in zip(axes, tasks, strict=True):
         for axis, supervised in zip(line, (True, False), strict=True):
             for method in METHODS:
                 for loss in (
@@ -170,8 +193,8 @@ def curves(path: Path, scale: str) -> Path:
                     for k, course in enumerate(known):
                         share = [(i + 1) / len(course) for i in range(len(course))]
                         label = f"{METHODS[method].title}, {LOSSES[loss].title}" if k == 0 else None
-                        color = f"C{list(METHODS).index(method) % 10}" if supervised else COLOURS[loss]
-                        axis.plot(share, course, "-" if METHODS[method].is_deq else "--", color=color, label=label)
+                        color = f"C{list(METHODS).index(method) % 10}"
+                        axis.plot(share, course, ls=STYLES.get(loss, "-"), color=color, label=label)
             axis.set(title=f"{task.upper()}, {'supervised' if supervised else 'without ground truth'}")
             axis.set(xlabel="part of the training", ylabel="PSNR of the test images (dB)")
             if axis.lines:
@@ -182,8 +205,8 @@ def curves(path: Path, scale: str) -> Path:
 def plots(folder: Path, scale: str) -> list[Path]:
     r"""All plots of the records of a scale."""
     drawn = [draw(folder / f"{draw.__name__}.png", scale) for draw in (dots, gaps, times, curves)]
-    measured = any((HERE / "bound").glob(f"*_{scale}_*.json"))
-    return [*drawn, *([bound_curve(folder / "bound.png", scale)] if measured else [])]
+    bounds = any((HERE / "bound").glob(f"*_{scale}_*.json"))
+    return [*drawn, *([bound_curve(folder / "bound.png", scale)] if bounds else [])]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ and under others (more pixels, other numbers of views, other accelerations, othe
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -22,7 +23,7 @@ from typing import Any
 
 from data import DATA, FILES, HERE, make_task, metrics, start
 from evaluation import certified, plain_certificate, summary
-from records import SPREAD_DB, write
+from records import write
 
 from deepinv_deq import DEQReconstructor
 
@@ -71,18 +72,26 @@ def measure(condition: str, data: Path) -> dict[str, Any]:
 def render() -> str:
     r"""The table of the page."""
     lines = [
-        "| model | images and operator | linear | model | largest spread | largest radius | evaluations | converged |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | images and operator | tolerance | linear | model | largest spread | largest radius | evals | converged | certified |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for condition, r in json.loads(RECORD.read_text()).items() if RECORD.exists() else ():
         spread, radius = max(r["spread_db"]["all"]), max(r["spectral_radius"]["all"])
         mean = sum(r["evaluations"]) / len(r["evaluations"])
-        mark = "" if spread <= SPREAD_DB else " (not a fixed point)"
+        tolerance = f"{r['tol']:.0e}".replace("e-0", "e-") if "tol" in r else "–"
         lines.append(
-            f"| `{r['model']}` | {CONDITIONS[condition][2]} | {r['psnr_start']['mean']:.2f} | {r['psnr']['tenth']['mean']:.2f} | "
-            f"{spread:.3f}{mark} | {radius:.3f} | {mean:.0f} | {r['converged']} of {r['images']} |"
+            f"| `{r['model']}` | {CONDITIONS[condition][2]} | {tolerance} | {r['psnr_start']['mean']:.2f} | "
+            f"{r['psnr']['tenth']['mean']:.2f} | {spread:.3f} | {radius:.3f} | {mean:.0f} | "
+            f"{r['converged']} of {r['images']} | {_certified(r['outcome'])} |"
         )
     return "\n".join(lines)
+
+
+def _certified(outcome: str) -> str:
+    r"""How many samples the certificate found to have one fixed point, from its sentence."""
+    every = re.match(r"All (\d+) samples reached one fixed point", outcome)
+    some = re.match(r"(\d+ of \d+) samples reached one fixed point", outcome)
+    return f"{every[1]} of {every[1]}" if every else (some[1] if some else "–")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def memory(parts: dict[str, Any], task: str) -> Any:
     rows = [row for row in parts["memory"]["rows"] if row["task"] == task]
     rows = [row for row in rows if row.get("what", "peers") == "peers"]
     colour, peaks = colours(parts), [row["MB"] for row in rows]
-    figure, axis = new((5.4, 3), f"{TASKS[task]}: peak memory of an EI step")
+    figure, axis = new((5.4, 3), f"{TASKS[task]}: peak memory")
     bars = axis.barh([row["method"] for row in rows], peaks, color=[colour[row["method"]] for row in rows])
     axis.bar_label(bars, labels=[f"{peak:,.0f} MB" for peak in peaks], padding=3, fontsize="small")
     plain(axis, "x", [10 ** math.floor(math.log10(min(peaks))), 2 * max(peaks)])
@@ -117,12 +117,13 @@ def scatter(parts: dict[str, Any], part: str, task: str, title: str) -> Any:
 
 def faults(counts: dict[str, int]) -> Any:
     r"""Logarithmic bars of how often every fault was tried."""
-    figure, axis = new((5.4, 0.9 + 0.52 * len(counts)), "What was tried, and how often")
-    names = [textwrap.fill(name, 30) for name in counts]
+    figure, axis = new((5.4, 0.9 + 0.52 * len(counts)), "Number of tests per fault")
+    names = [textwrap.fill(name, 34) for name in counts]
     bars = axis.barh(names, list(counts.values()), color="C0")
     axis.bar_label(bars, labels=[f"{count:,}" for count in counts.values()], padding=3, fontsize="small")
     plain(axis, "x", [1, 3 * max(counts.values())])
     axis.set_xlim(left=1)
+    axis.set(xlabel="tests (logarithmic scale)")
     axis.tick_params(axis="y", labelsize="small")
     axis.invert_yaxis()
     return figure
