@@ -45,7 +45,7 @@ def figure_1(
     :param tuple tasks: one row each.
     :param tuple columns: method and loss of each column; the loss ``"best"`` is the best without ground truth.
     """
-    plot, axes = subplots(len(tasks), 2 + len(columns), figsize=(2 * (2 + len(columns)), 2.45 * len(tasks)))
+    plot, axes = subplots(len(tasks), 2 + len(columns), figsize=(2 * (2 + len(columns)), 2.6 * len(tasks)))
     for line, name in zip(axes, tasks, strict=True):
         task = make_task(name, scale, data)
         x, y = task.x[task.test][:1], task.y[task.test][:1]
