@@ -21,7 +21,7 @@ _STEPS = 3  # largest number of plain steps before the Jacobian is measured
 
 
 class ContractionLoss(Loss):
-    r"""Bounds the norm of the Jacobian that must be below one for the fixed point to be unique.
+    r"""Penalises the norm of the Jacobian, which must be below 1 for the fixed point to be unique.
 
     .. math::
 
@@ -30,10 +30,10 @@ class ContractionLoss(Loss):
     :math:`J` is the Jacobian of the contractive part of the iteration (:meth:`FixedPointIteration.contractive_part
     <deepinv_deq.FixedPointIteration.contractive_part>`): that of the denoiser with :math:`P \approx (\lambda A^\top A + I)^{-1}`
     for DE-Grad, that of the whole iteration with :math:`P = I` for the other iterations. The norm is estimated from below in the
-    Krylov subspace of a few vector-Jacobian products, only the last of which has a graph. Each call measures one random point of each
-    sample: a point between the reconstruction :math:`\hat x` and what up to three plain steps make of a usual start (zeros, the
-    linear reconstruction, noise). A solver reaches the same point from every start only if the bound holds wherever the solver goes.
-    The subspace begins with the way from :math:`\hat x` to that start, along which solves are slow, and noise.
+    Krylov subspace of a few vector-Jacobian products, only the last of which has a graph. Each call measures one random point per
+    sample, on the line between the reconstruction :math:`\hat x` and a second point. The second point is a usual start (zeros, the
+    linear reconstruction, noise) after zero to three iterations. A solver reaches the same fixed point from every start only if the
+    bound holds wherever the solver goes. The first search directions are this line and noise.
 
     Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The factor before the maximum,
     in which :math:`n` is the number of pixels, has the unit of a squared error of images, so one weight is right at any scale. It is
@@ -45,7 +45,7 @@ class ContractionLoss(Loss):
     :param int iterations: number of vector-Jacobian products.
     :param torch.Generator, None rng: random numbers of points and directions, on the CPU. Default: a generator with seed 0.
 
-    :raises ValueError: for a setting out of range; when called, for a model without a :class:`DEQReconstructor`.
+    :raises ValueError: for a setting out of range; when called, for a model without a :class:`~deepinv_deq.DEQReconstructor`.
 
     |sep|
 
@@ -87,7 +87,7 @@ class ContractionLoss(Loss):
         :param torch.Tensor x_net: reconstructions, of shape ``(B, C, H, W)``.
         :param torch.Tensor y: measurements.
         :param deepinv.physics.Physics physics: forward operator.
-        :param torch.nn.Module model: a :class:`DEQReconstructor`, or a model that wraps one.
+        :param torch.nn.Module model: a :class:`~deepinv_deq.DEQReconstructor`, or a model that wraps one.
         :param kwargs: ignored.
         :return: penalties, of shape ``(B,)``.
         """
