@@ -121,7 +121,8 @@ def surroundings(device: str) -> dict[str, Any]:
     r"""What a cell ran on."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = f"{platform.machine()}, {threads} thread{'s' * (threads != 1)}"
     if device == "cuda":
         memory, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "deepinv": dinv.__version__, "python": platform.python_version()}

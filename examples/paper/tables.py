@@ -176,7 +176,7 @@ def provenance(records: Records) -> str:
     if records.outdated:
         parts.append(f"{len(records.outdated)} more are *old*: DEQs from before fixed points were checked, left out")
     if records.all:
-        devices = sorted({r["device"] for r in records.all})
+        devices = sorted({r["device"].replace(" 1 threads", " 1 thread") for r in records.all})
         versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records.all})
         seconds, dates = [r["seconds"] for r in records.all], sorted({r["date"] for r in records.all})
         parts.append(f"on {'; '.join(devices)}; {'; '.join(versions)}; {dates[0]} to {dates[-1]}")
