@@ -80,26 +80,29 @@ class Replica:
 
     :param Iterable roots: modules or other objects.
     :param Mapping put: tensors to use in the place of others, by the identity of the others.
-    :param bool first: whether the roots are the user's, and not those of a replica.
+    :param Replica, None original: the replica whose roots these are. Default: they are the user's.
     """
 
-    def __init__(self, roots: Iterable[Any], put: Mapping[int, Tensor] | None = None, first: bool = True):
+    def __init__(self, roots: Iterable[Any], put: Mapping[int, Tensor] | None = None, original: Replica | None = None):
         self.found: dict[int, Found] = {}
         self.modules: list[list[nn.Module]] = []
-        self._put, self._first = put or {}, first
+        self._put, self._first = put or {}, original is None
         # the originals are kept until the end of the walk: another thread may drop one, and its address would be used again
         memo: dict[int, tuple[Any, Any]] = {}
-        self._memo, self._hooks = memo, list[OrderedDict[int, Any]]()
+        self._memo, self._hooks = memo, list[tuple[int, OrderedDict[int, Any]]]()  # with the root to which they belong
         self._referred: list[Any] = []  # what replicas refer to weakly
         twins = []
         for root in roots:
             self.modules.append([])
             twins.append(self._copy(root))
-        for hooks in self._hooks:
-            for hook in hooks.values():
-                for t in tensors_of_hook(hook, memo):
-                    self._tensor(t, "closure", None)
-        for hooks in self._hooks:  # a bound method of a module that was replicated acts on the replica
+        # replicas share hooks, so what these refer to is the same for all of them
+        self._of_hooks: list[tuple[int, Tensor]] = original._of_hooks if original else []
+        if self._first:
+            found = [(root, hook) for root, hooks in self._hooks for hook in hooks.values()]
+            self._of_hooks = [(root, t) for root, hook in found for t in tensors_of_hook(hook, memo)]
+        for root, t in self._of_hooks:
+            self._tensor(t, "closure", None, root)
+        for _, hooks in self._hooks:  # a bound method of a module that was replicated acts on the replica
             for key, hook in hooks.items():
                 if type(hook) is types.MethodType and id(hook.__self__) in memo:
                     hooks[key] = types.MethodType(hook.__func__, memo[id(hook.__self__)][1])
@@ -108,7 +111,7 @@ class Replica:
 
     def again(self, put: Mapping[int, Tensor] | None = None) -> Replica:
         r"""A replica of this one, with other tensors in some places."""
-        return Replica(self.roots, put, first=False)
+        return Replica(self.roots, put, original=self)
 
     def _copy(self, value: Any) -> Any:
         kind: Any = type(value)
@@ -161,8 +164,8 @@ class Replica:
         self._memo[id(value)] = (value, twin)
         return twin
 
-    def _tensor(self, t: Tensor, role: str, module: nn.Module | None) -> Tensor:
-        root, found = len(self.modules) - 1, self.found.get(id(t))
+    def _tensor(self, t: Tensor, role: str, module: nn.Module | None, root: int | None = None) -> Tensor:
+        root, found = len(self.modules) - 1 if root is None else root, self.found.get(id(t))
         if found is None:
             training = module is not None and module.training
             layer = module is not None and type(module).__module__.startswith("torch.nn.")
@@ -190,7 +193,7 @@ class Replica:
         for name in HOOKS & inside.keys():
             inside[name] = OrderedDict(inside[name])
             if inside[name]:
-                self._hooks.append(inside[name])
+                self._hooks.append((len(self.modules) - 1, inside[name]))
         computed = compute_weights(twin, normalised)
         unused = {name + suffix for name in computed for suffix in _SUFFIXES}
         for store, role in ((parameters, "parameter"), (buffers, "buffer")):

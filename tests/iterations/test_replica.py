@@ -91,6 +91,18 @@ def test_hooks_fire_on_replicas():
     assert len(seen) == count
 
 
+def test_what_a_hook_refers_to_belongs_to_the_root_of_its_module():
+    gain, adapter = torch.ones(1, dtype=F64), nn.Conv2d(1, 1, 1, dtype=F64)
+    denoiser, physics = SmallDenoiser(), Inpainting((1, 6, 6), mask=mask(1, 6, 6))
+    denoiser.register_forward_hook(lambda m, i, out: gain * adapter(out))
+    denoiser.register_forward_hook(lambda m, i, out: out if denoiser.training else None)  # refers to the model itself
+    replica = Replica([denoiser, physics])
+    of_weights = {id(t) for t in denoiser.parameters()}
+    for twin in (replica, replica.again(), replica.again().again()):
+        assert all(twin.found[id(t)].roots == {0} for t in (gain, adapter.weight, adapter.bias))
+        assert all(twin.found[key].roots == {0} and twin.found[key].role == "parameter" for key in of_weights)
+
+
 def test_shared_modules_stay_shared_and_cycles_are_safe():
     shared = nn.Conv2d(1, 1, 3, padding=1)
     tree = nn.Sequential(shared, nn.Sequential(shared))
