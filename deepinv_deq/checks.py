@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from deepinv_deq.iterations import BoundIteration, FixedPointIteration
-from deepinv_deq.iterations.terms import all_constants
+from deepinv_deq.iterations.capture import initialise
 from deepinv_deq.states import State, as_tuple
 
 Init = Tensor | tuple[Tensor, ...] | Callable[[Any, Any], Any]
@@ -122,8 +122,7 @@ def give_lazy_layers_their_shapes(iteration: FixedPointIteration, y: Any, physic
     :param deepinv.physics.Physics physics: forward operator.
     """
     if any(is_lazy(t) for t in (*iteration.parameters(), *iteration.buffers())):
-        with torch.no_grad():
-            iteration(iteration.init(y, physics), physics, *all_constants(iteration, y, physics))
+        initialise(iteration, physics, y)
 
 
 def _shapes(tensors: tuple[Tensor, ...]) -> str:

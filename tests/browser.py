@@ -78,7 +78,8 @@ NARROW = """() => {
     columns: [...document.querySelectorAll("article table")].filter((table) => shown(table) && !reachable(table)).length,
     cut: [...document.querySelectorAll("article h1, article h2, article h3, article p, article li, article dt")].filter(shown)
       .filter((node) => node.scrollWidth > node.clientWidth + 1 && node.clientWidth && !node.querySelector("table, pre, .math"))
-      .filter((node) => getComputedStyle(node).display !== "inline" && !["auto", "scroll"].includes(getComputedStyle(node).overflowX)).map((node) => node.textContent.trim().slice(0, 40)),
+      .filter((node) => getComputedStyle(node).display !== "inline")
+      .filter((node) => !(node.querySelector("img") && getComputedStyle(node).overflowX === "auto")).map((node) => node.textContent.trim().slice(0, 40)),
     clipped: [...document.querySelectorAll("header a, header button, header label")].filter(shown)
       .filter((node) => { const r = node.getBoundingClientRect(); return r.left < -1 || r.right > edge; })
       .map((node) => node.textContent.trim().slice(0, 20) || node.className),

@@ -36,7 +36,7 @@ from deepinv_deq.compat.modules import (
     weight_hooks,
     without,
 )
-from deepinv_deq.compat.operations import dispatch_mode, drawn, numbers
+from deepinv_deq.compat.operations import dispatch_mode, numbers, random_numbers
 
 __all__ = [
     "HOOKS",
@@ -46,7 +46,6 @@ __all__ = [
     "compile_again",
     "compiled_for_many_products",
     "dispatch_mode",
-    "drawn",
     "distributed_framework",
     "find",
     "forward_mode",
@@ -58,6 +57,7 @@ __all__ = [
     "numbers",
     "outside_of_compiled_graphs",
     "parts_of_script",
+    "random_numbers",
     "registered_solvers",
     "replica_of_script",
     "rotated_grid",

@@ -1,4 +1,4 @@
-r"""Private names with which operations are watched."""
+r"""How operations are watched, and random numbers and values inside of ``torch.func``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dispatch_mode(listed: Callable[[str, Any, Any], bool]) -> Any:
     return Watching()
 
 
-def drawn(rng: np.random.Generator, shape: Sequence[int], normal: bool = False) -> Tensor:
+def random_numbers(rng: np.random.Generator, shape: Sequence[int], normal: bool = False) -> Tensor:
     r"""Random numbers of NumPy: inside of ``torch.func.vmap``, and so of ``jacfwd``, PyTorch draws none.
 
     :param numpy.random.Generator rng: what draws them.

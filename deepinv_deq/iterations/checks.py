@@ -92,13 +92,12 @@ class OwnInput:
         self.settle()
         if self.writes is False:
             return None
-        before = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        kwargs = {name: a.clone() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
+        given = [*args, *kwargs.values()]
+        copies = [a.clone() if isinstance(a, Tensor) else a for a in given]
         if self.writes is None:
-            copies = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            self._given = [(a, version(a), b) for a, b in zip(copies, before, strict=True)]
-        return args, kwargs
+            pairs = zip(copies, given, strict=True)
+            self._given = [(copy, version(copy), a) for copy, a in pairs if isinstance(a, Tensor)]
+        return tuple(copies[: len(args)]), dict(zip(kwargs, copies[len(args) :], strict=True))
 
     def settle(self) -> None:
         r"""Conclude from the first evaluation."""

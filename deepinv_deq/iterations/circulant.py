@@ -18,7 +18,7 @@ import torch
 from deepinv.physics import Physics
 from torch import Tensor
 
-from deepinv_deq.compat import drawn, version
+from deepinv_deq.compat import random_numbers, version
 from deepinv_deq.iterations.objects import fingerprint
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import sample_tensors
@@ -136,7 +136,7 @@ def _probe(
 ) -> tuple[Tensor, Tensor]:
     r"""An image with a flat spectrum and random phases, the same for all samples, and what :math:`A^\top A` makes of it."""
     dims = tuple(range(2, len(shape)))
-    w = torch.fft.fftn(drawn(rng, (1, *shape[1:]), normal=True), dim=dims)
+    w = torch.fft.fftn(random_numbers(rng, (1, *shape[1:]), normal=True), dim=dims)
     w = torch.fft.ifftn(w / w.abs(), dim=dims).real.to(like.device, dtype).expand(shape).contiguous()
     return w, physics.A_adjoint_A(w.to(like.dtype)).to(dtype)
 

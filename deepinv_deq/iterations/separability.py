@@ -149,7 +149,7 @@ def _treats_samples_one_by_one(f: Capture, size: int) -> bool | None:
         turned[id(levels)] = _turned(put.get(id(levels), levels))
     # constants become random, too, but not negative: they may be counts
     constants = {id(c): c.detach() + _scale(c) * _noise(c.shape, c, rng) for c in f.constants if c.numel()}
-    state = [compat.drawn(rng, s, normal=True).to(device, dtype) for s, dtype, device in example]
+    state = [compat.random_numbers(rng, s, normal=True).to(device, dtype) for s, dtype, device in example]
     some = slice(batch - size, batch)
     try:
         with torch.no_grad():
@@ -188,7 +188,7 @@ def _scale(t: Tensor) -> float:
 
 
 def _noise(shape: torch.Size, like: Tensor, rng: np.random.Generator) -> Tensor:
-    return compat.drawn(rng, shape).to(like.device, like.dtype)
+    return compat.random_numbers(rng, shape).to(like.device, like.dtype)
 
 
 def _rounding(t: Tensor) -> float:
