@@ -26,7 +26,7 @@ _BOTH = {
     "context": True,
 }
 # Tolerances are relative errors in units of the image (while training, and in tests), and of the cotangent. "bound" is the largest norm of
-# the contractive part without a penalty, chosen on validation images (bound/): their solves must agree to 0.05 dB from all starts.
+# the contractive part without a penalty, chosen on validation images (bound/, search/): their solves must agree to 0.05 dB from all starts.
 # "contraction_weight" is the weight of that penalty, and "context" whether the network of a DEQ sees the linear reconstruction; for
 # "saturation" see EquilibriumUNet. Gradients are clipped to "grad_clip"; at 1e-6 all have the same norm.
 DEFAULTS: dict[str, dict[str, Any]] = {
