@@ -120,20 +120,26 @@ def make_task(
             y = physics.A(x)
     else:
         shape = (s["size"], s["size"])
-        rng = torch.Generator().manual_seed(0)  # mask and noise are the same for all cells
+        rng = torch.Generator().manual_seed(0)
         mask = mask_generator(s["size"], s["acceleration"], rng).step()["mask"]
-        noise = dinv.physics.GaussianNoise(NOISE, rng=torch.Generator(device).manual_seed(0))
-        physics = dinv.physics.MRI(mask=mask, img_size=(2, *shape), noise_model=noise, device=device)
-        sqnorm, x = 1.0, images.to(device)
-        x = x if x.shape[1] == 2 else torch.cat([x, torch.zeros_like(x)], dim=1)
+
+        def operator(on: str, seed: int) -> Any:
+            noise = dinv.physics.GaussianNoise(NOISE, rng=torch.Generator(on).manual_seed(seed))
+            return dinv.physics.MRI(mask=mask.to(on), img_size=(2, *shape), noise_model=noise, device=on)
+
+        # measured on the CPU: mask and noise are the same for all cells, whatever they are trained on
+        measured = operator("cpu", 0)
+        x = images if images.shape[1] == 2 else torch.cat([images, torch.zeros_like(images)], dim=1)
         with torch.no_grad():
-            y = physics(x)
+            x, y = x.to(device), measured(x).to(device)
+        sqnorm, physics = 1.0, measured if torch.device(device).type == "cpu" else operator(device, 1)
     return Task(name, physics, sqnorm, x, y, train, test, s)
 
 
 def mask_generator(size: int, acceleration: float, rng: torch.Generator) -> Any:
     r"""Random masks of MRI: full lines, the low frequencies more densely."""
-    return dinv.physics.generator.GaussianMaskGenerator((size, size), acceleration=acceleration, rng=rng)
+    shape = (size, size)
+    return dinv.physics.generator.GaussianMaskGenerator(shape, acceleration=acceleration, rng=rng, device=rng.device)
 
 
 def tomography(size: int, views: int, *, turn: float = 0.0, device: Any = "cpu") -> tuple[Any, float]:
@@ -142,11 +148,8 @@ def tomography(size: int, views: int, *, turn: float = 0.0, device: Any = "cpu")
     :param float turn: by how many degrees the views are turned.
     """
     angles = torch.arange(views) * (180 / views) + turn
-    original = dinv.physics.Tomography(
-        angles=angles, img_width=size, normalize=True, adjoint_via_backprop=True, device=device
-    )
-    on_cpu = torch.device(device).type == "cpu"
-    physics = SparseLinearPhysics.from_physics(original, (1, size, size)) if on_cpu else original
+    original = dinv.physics.Tomography(angles=angles, img_width=size, normalize=True, adjoint_via_backprop=True)
+    physics = SparseLinearPhysics.from_physics(original, (1, size, size)).to(device)
     return physics, float(original.operator_norm) ** 2
 
 

@@ -102,7 +102,7 @@ def _selfdeq(task: Task, s: dict[str, Any], seed: int) -> list[Any]:
         masks = HiddenViews(tuple(task.y.shape[1:]), task.y.shape[-1] // 2, _rng(task.x.device, seed))
         return [dinv.loss.SplittingLoss(_image_error(task), mask_generator=masks, eval_split_input=False)]
     size, rng = task.settings["size"], _rng(task.x.device, seed)
-    halves = MultiplicativeSplittingMaskGenerator(tuple(task.x.shape[1:]), mask_generator(size, 2, rng))
+    halves = MultiplicativeSplittingMaskGenerator(tuple(task.x.shape[1:]), mask_generator(size, 2, rng), task.x.device)
     measured = mask_generator(size, task.settings["acceleration"], _rng(task.x.device, seed))
     return [dinv.loss.mri.WeightedSplittingLoss(halves, measured)]
 

@@ -56,6 +56,7 @@ parser.add_argument(
 )
 parser.add_argument("--start", help="weights to start from")
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 parser.add_argument("--out", required=True, help="file for the weights")
 args = parser.parse_args()
 
@@ -142,13 +143,14 @@ if args.model == "unet":
 else:
     settings = {"in_channels": args.in_channels, "out_channels": args.in_channels, "depth": 10, "nf": 48}
     model = DnCNN(**settings, pretrained=None)
+model.to(args.device)
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
 start = time.time()
 for step in (bar := trange(args.steps)):
     x = batch()
-    noisy = x + args.sigma * draw((len(x), 1, 1, 1)) * torch.randn(x.shape, generator=rng)
-    loss = (model(noisy) - x).square().mean()
+    noisy = (x + args.sigma * draw((len(x), 1, 1, 1)) * torch.randn(x.shape, generator=rng)).to(args.device)
+    loss = (model(noisy) - x.to(args.device)).square().mean()
     if args.contraction and step >= args.steps - args.contraction_steps:
         part = noisy[:4, :, :32, :32]  # what is amplified is local
         norm = jacobian_norm(Denoise(), part, iterations=8, rng=rng)
@@ -163,7 +165,7 @@ for step in (bar := trange(args.steps)):
 # Held-out images, and the file
 # -----------------------------
 
-model.eval()
+model.eval().cpu()
 test, about = with_channels(test), {}
 for sigma in (0.02, 0.05, 0.1):
     noise = sigma * torch.randn(test.shape, generator=torch.Generator().manual_seed(1))

@@ -47,10 +47,12 @@ def run_cell(
     :raises settings.NotSearched: if nothing was searched for this cell.
     """
     quiet()
+    full_precision()
     torch.manual_seed(seed)
     task = make_task(task_name, scale, data, validate=validate, device=device)
     s = settings_of(task_name, method, loss, scale, found_settings(), defaults=defaults) | (override or {})
-    weights = str(denoiser) if denoiser else weights_of(task_name, METHODS[method].weights, data, tuple(s["channels"]))
+    kind = METHODS[method].weights
+    weights = str(denoiser) if denoiser else weights_of(task_name, kind, data, tuple(s["channels"]), device)
     model = make_model(task, method, s, weights).to(device)
     config = {"task": task_name, "method": method, "loss": loss, "scale": scale, "seed": seed, **s}
     config |= {"denoiser": denoiser.name} if denoiser else {}
@@ -80,6 +82,7 @@ def measure_again(record: dict[str, Any], weights: Path, *, data: Path, device: 
     :param Path weights: the ``model.pt`` that ``run.py`` left.
     """
     quiet()
+    full_precision()
     config = record["config"] | {"test_tol": DEFAULTS[record["config"]["task"]]["test_tol"]}
     task = make_task(config["task"], config["scale"], data, validate=record["validation"], device=device)
     kind = METHODS[config["method"]].weights
@@ -136,6 +139,11 @@ def train(
     trainer.train()
     curve = {"loss": trainer.loss_history, "psnr": trainer.eval_metrics_history}
     return plain(curve), s["epochs"] * len(loader)
+
+
+def full_precision() -> None:
+    r"""Let GPUs compute convolutions in float32: PyTorch allows them TF32, whose rounding is above the tolerances of a fixed point."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def quiet() -> None:

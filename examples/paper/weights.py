@@ -14,11 +14,14 @@ from data import CHANNELS, HERE
 SHIPPED = {1: "gray", 2: "complex"}  # denoisers of 16-32-64 feature maps
 
 
-def weights_of(task: str, kind: str | None, data: Path, channels: tuple[int, ...] = CHANNELS) -> str | None:
+def weights_of(
+    task: str, kind: str | None, data: Path, channels: tuple[int, ...] = CHANNELS, device: str = "cpu"
+) -> str | None:
     r"""Pretrained weights: shipped, or deepinv's, or else trained here once by ``pretrain_denoiser.py``.
 
     :param str kind: ``"unet"``, ``"dncnn"`` or ``None``, which needs none.
     :param tuple channels: feature maps of the U-Net.
+    :param str device: what it is trained on.
     """
     if kind is None:
         return None
@@ -33,6 +36,7 @@ def weights_of(task: str, kind: str | None, data: Path, channels: tuple[int, ...
         print(f"Training {path} once ...", file=sys.stderr)
         bsds = data / "bsds500_gray_256.npz"
         command = [sys.executable, str(HERE / "pretrain_denoiser.py"), "--out", str(path), "--in-channels", str(n)]
+        command += ["--device", device]
         command += ["--data", str(bsds)] if bsds.exists() else []
         # patches of twice the receptive field of ten layers: a larger one only costs
         command += ["--model", "dncnn", "--patch", "40"] if kind == "dncnn" else ["--channels", *map(str, channels)]
