@@ -2,16 +2,15 @@ r"""Norm and spectral radius of the part of a bound iteration that has to contra
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepinv_deq.states import State, as_tuple
+from deepinv_deq.states import Layout, State, as_tuple
 
-Tensors = tuple[Tensor, ...]
 _NOISE = 0.3  # relative to a direction that is given
+_PIVOT = 32.0  # roundings of a product: a direction that is shorter is noise
 
 
 def jacobian_norm(
@@ -30,27 +29,24 @@ def jacobian_norm(
         Default: noise alone.
     :return: norms, of shape ``(B,)``, with the graph of the last product.
     """
-    points, image, metric = _part(f, x, exact=False)
-    first = _directions(points, rng)
+    part = _Part(f, x, exact=False)
+    first = part.random(rng)
     if direction is not None:
         size = direction.abs().square().flatten(1).mean(dim=1).sqrt()
-        unit = _rows(torch.where(size > 0, 1 / size, 0.0), direction) * direction
-        first = (unit + _NOISE * first[0], *first[1:])
-    basis, h = _arnoldi(points, image, metric, first, iterations - 1)
-    u = basis[0]
+        along = Layout(direction, batched=True).pack(direction) * torch.where(size > 0, 1 / size, 0.0)[:, None]
+        image, others = first.split([along.shape[1], first.shape[1] - along.shape[1]], dim=1)
+        first = torch.cat([along.to(first.dtype) + _NOISE * image, others], dim=1)
+    basis, h = _arnoldi(part, first, iterations - 1)
+    u = basis[:, 0]
     if iterations > 1:
         # if a value is not finite, the last product is not finite either, for any direction
-        weights = torch.linalg.svd(torch.nan_to_num(h, 0.0, 0.0, 0.0), full_matrices=False).Vh[:, 0].T
-        u = tuple(
-            torch.stack([_rows(c, t) * t for c, t in zip(weights, ts, strict=False)]).sum(0)
-            for ts in zip(*basis, strict=True)
-        )
-    pu = metric(u)
+        weights = torch.linalg.svd(torch.nan_to_num(h, 0.0, 0.0, 0.0), full_matrices=False).Vh[:, 0]
+        u = torch.bmm(weights[:, None].to(u.dtype), basis[:, : iterations - 1])[:, 0]
+    pu = part.metric(u)
     norm = _length(u, pu)  # not exactly 1: in a small space the last directions of the basis are rounding errors
     with torch.enable_grad():
-        # F may ignore a variable of its state, as that of Douglas-Rachford splitting does
-        b = torch.autograd.grad(image, points, pu, create_graph=True, materialize_grads=True)
-        return _length(b, metric(b)) / norm
+        b = part.product(pu, create_graph=True)
+        return _length(b, part.metric(b)) / norm
 
 
 def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tensor]:
@@ -63,70 +59,96 @@ def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tenso
     :param int products: number of vector-Jacobian products.
     :return: spectral radius and norm, of shape ``(B,)``.
     """
-    points, image, metric = _part(f, state, exact=True)
-    start = _directions(points, torch.Generator().manual_seed(0))
-    h = _arnoldi(points, image, metric, start, products)[1]
+    part = _Part(f, state, exact=True)
+    start = part.random(torch.Generator().manual_seed(0))
+    h = _arnoldi(part, start, products)[1]
     square = torch.nan_to_num(h[:, :products], nan=torch.inf, posinf=torch.finfo(h.dtype).max)
     radius = torch.linalg.eigvals(square).abs().amax(dim=1)
-    return radius.to(points[0].real.dtype), torch.linalg.matrix_norm(square, 2).to(points[0].real.dtype)
+    dtype = start.dtype
+    return radius.to(dtype), torch.linalg.matrix_norm(square, 2).to(dtype)
 
 
-def _arnoldi(
-    points: Tensors, image: Tensors, metric: Callable[[Tensors], Tensors], w: Tensors, products: int
-) -> tuple[list[Tensors], Tensor]:
+def _arnoldi(part: _Part, w: Tensor, products: int) -> tuple[Tensor, Tensor]:
     r"""Arnoldi's method for vector-Jacobian products, for every sample.
 
     The basis is orthonormal in the inner product :math:`\langle b, P b \rangle`, in which the Jacobian of a denoiser is nearly
     symmetric, so few products give its largest eigenvalues.
 
-    :param tuple[torch.Tensor, ...] w: first direction.
+    :param torch.Tensor w: first direction, of shape ``(B, N)``.
     :param int products: number of vector-Jacobian products.
-    :return: the basis of ``products + 1`` directions, and the Hessenberg matrix of shape ``(B, products + 1, products)``.
+    :return: the basis, of shape ``(B, products + 1, N)``, and the Hessenberg matrix, of shape ``(B, products + 1, products)``.
     """
-    basis: list[Tensors] = []  # v_j
-    dual: list[Tensors] = []  # P v_j
-    h = torch.zeros(len(points[0]), products + 1, products, dtype=torch.float64, device=points[0].device)
+    basis = w.new_zeros(len(w), products + 1, w.shape[1])  # v_j
+    dual = basis if part.preconditioner is None else torch.zeros_like(basis)  # P v_j
+    h, eps = w.new_zeros(len(w), products + 1, products, dtype=torch.float64), torch.finfo(w.dtype).eps
+    known = h[:, 0, 0]  # square of the length that the new direction has along the others
     for j in range(products + 1):
-        pw = metric(w)
-        length = _dot(w, pw).clamp_min(0).sqrt()
-        scale = torch.where(length > 0, 1 / length, 0.0)
-        basis.append(tuple(_rows(scale, t) * t for t in w))
-        dual.append(tuple(_rows(scale, t) * t for t in pw))
+        pw = part.metric(w)
+        square = _dot(w, pw)
+        # what is left in a space that is exhausted is rounding, and not orthogonal to it
+        length = torch.where(square > (_PIVOT * eps) ** 2 * known, square, 0.0).sqrt()
+        scale = torch.where(length > 0, 1 / length, 0.0).to(w.dtype)[:, None]
+        basis[:, j] = scale * w
+        if dual is not basis:
+            dual[:, j] = scale * pw
         if j:
             h[:, j, j - 1] = length
         if j == products:
             break
-        w = torch.autograd.grad(image, points, dual[-1], retain_graph=True, materialize_grads=True)
-        for _ in range(2):  # once more, against rounding
-            for i, (v, pv) in enumerate(zip(basis, dual, strict=True)):
-                c = _dot(w, pv)
-                h[:, i, j] += c
-                w = tuple(t - _rows(c, t) * u for t, u in zip(w, v, strict=True))
+        w = part.product(dual[:, j])
+        for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
+            c = torch.bmm(dual[:, : j + 1], w[:, :, None])
+            w = torch.baddbmm(w[:, None], c.transpose(1, 2), basis[:, : j + 1], alpha=-1)[:, 0]
+            h[:, : j + 1, j] += c[..., 0]
+        known = h[:, : j + 1, j].square().sum(dim=1)
     return basis, h
 
 
-def _part(f: Any, x: State, exact: bool) -> tuple[Tensors, Tensors, Callable[[Tensors], Tensors]]:
-    r"""The point as leaves, the image of the contractive part with its graph, and :math:`P`."""
-    points, single = tuple(t.detach().requires_grad_() for t in as_tuple(x)), isinstance(x, Tensor)
-    with torch.enable_grad():
-        image, metric = f.contractive_part(points[0] if single else points, exact=exact)
-    apply = (lambda b: b) if metric is None else lambda b: as_tuple(metric(b[0] if single else b))
-    return points, as_tuple(image), apply
+class _Part:
+    r"""The part of a map that must contract, at a point: products with its Jacobian, and :math:`P`, of directions ``(B, N)``.
+
+    :param BoundIteration f: a map with a contractive part.
+    :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
+    :param bool exact: whether the exact :math:`P` is wanted, and not its estimate.
+    """
+
+    def __init__(self, f: Any, x: State, exact: bool):
+        self.points = tuple(t.detach().requires_grad_() for t in as_tuple(x))
+        self._layout = Layout(self.points[0] if isinstance(x, Tensor) else self.points, batched=True)
+        with torch.enable_grad():
+            image, self.preconditioner = f.contractive_part(
+                self.points[0] if isinstance(x, Tensor) else self.points, exact=exact
+            )
+        self._image = as_tuple(image)
+
+    def pack(self, state: State) -> Tensor:
+        r"""A state as directions."""
+        return self._layout.pack(state)
+
+    def metric(self, b: Tensor) -> Tensor:
+        r"""The product with :math:`P`."""
+        return b if self.preconditioner is None else self.pack(self.preconditioner(self._layout.unpack(b)))
+
+    def product(self, b: Tensor, create_graph: bool = False) -> Tensor:
+        r"""The vector-Jacobian product."""
+        # F may ignore a variable of its state, as that of Douglas-Rachford splitting does
+        cotangents = as_tuple(self._layout.unpack(b))
+        out = torch.autograd.grad(
+            self._image, self.points, cotangents, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        )
+        return self.pack(out)
+
+    def random(self, rng: torch.Generator) -> Tensor:
+        r"""Directions of independent normal numbers."""
+        drawn = (torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in self.points)
+        return self.pack(tuple(drawn))
 
 
-def _directions(points: Tensors, rng: torch.Generator) -> Tensors:
-    return tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in points)
-
-
-def _length(b: tuple[Tensor, ...], pb: tuple[Tensor, ...]) -> Tensor:
+def _length(b: Tensor, pb: Tensor) -> Tensor:
     r"""The norm of :math:`P^{1/2} b`, never zero."""
-    total = _dot(b, pb).to(b[0].real.dtype)
+    total = _dot(b, pb).to(b.dtype)
     return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
 
 
-def _dot(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack([(s.conj() * t).real.flatten(1).double().sum(dim=1) for s, t in zip(a, b, strict=True)]).sum(0)
-
-
-def _rows(scale: Tensor, like: Tensor) -> Tensor:
-    return scale.to(like.real.dtype).reshape(-1, *[1] * (like.ndim - 1))
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).double().sum(dim=1)

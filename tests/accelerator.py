@@ -26,6 +26,7 @@ class ThereTensor(Tensor):
 
     @staticmethod
     def __new__(cls, here: Tensor) -> ThereTensor:
+        here = here.resolve_conj().resolve_neg()  # the wrapper does not know these bits
         sparse = here.layout is torch.sparse_csr
         where = {} if sparse else {"strides": here.stride(), "storage_offset": here.storage_offset()}
         out = Tensor._make_wrapper_subclass(cls, here.size(), dtype=here.dtype, device=DEVICE, **where)
@@ -60,7 +61,9 @@ def _apply(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if there and name not in _ACROSS:
         for t in tensors:
             if t.ndim and not isinstance(t, ThereTensor):
-                raise RuntimeError(f"{name} was given a tensor of shape {tuple(t.shape)} on the CPU, and others on {DEVICE}.")
+                raise RuntimeError(
+                    f"{name} was given a tensor of shape {tuple(t.shape)} on the CPU, and others on {DEVICE}."
+                )
     if device is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     kwargs = kwargs | {"pin_memory": False} if "pin_memory" in kwargs else kwargs
@@ -113,6 +116,8 @@ def accelerator(monkeypatch: Any) -> Iterator[torch.device]:
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "autocast", no_autocast)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *on: enabled(*on) if on != (DEVICE.type,) else False)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda on: torch.float32 if on == DEVICE.type else autocast_type(on))
+    monkeypatch.setattr(
+        torch, "get_autocast_dtype", lambda on: torch.float32 if on == DEVICE.type else autocast_type(on)
+    )
     with _Mode():
         yield DEVICE

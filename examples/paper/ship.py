@@ -4,10 +4,9 @@ Put trained models into the package
 
 .. code-block:: bash
 
-    python examples/paper/ship.py --scale paper --tasks ct       # ct-ei, after its cell was run with run.py
-    python examples/paper/ship.py --tasks ct                     # ct-ei-small
-    python examples/paper/ship.py --tasks mri                    # mri-ei
-    python examples/paper/ship.py --tasks mri --bound 0.7        # the one of run.py --bound
+    python examples/paper/ship.py --scale paper                      # ct-ei and mri-ei, after their cells were run with run.py
+    python examples/paper/ship.py --tasks ct                         # ct-ei-small
+    python examples/paper/ship.py --tasks ct --scale paper --bound 0.7   # the one of run.py --bound
 
 Writes ``deepinv_deq/weights/models/ct-ei.pt`` and the others, which ``DEQReconstructor.from_pretrained("ct-ei")`` loads, from the
 models that ``run.py`` left in ``runs/``: the DEQs trained with exact gradients and without ground truth, of seed 0.
@@ -26,7 +25,7 @@ from weights import weights_of
 
 from deepinv_deq import Solver
 
-PLAIN = {"ct": "paper", "mri": "small"}  # scales whose models are ct-ei and mri-ei; others have the scale in their name
+PLAIN = "paper"  # the scale whose models are ct-ei and mri-ei; others have the scale in their name
 MODELS = ROOT / "deepinv_deq" / "weights" / "models"
 
 
@@ -59,7 +58,7 @@ def ship(
     model.hook.solver = Solver("gmres", max_iter=settings["max_iter"], tol=settings["backward_tol"])
     kept = ("task", "loss", "scale", "size", "seed", "epochs", "bound", "contraction_weight", "views", "acceleration")
     about = {key: settings[key] for key in kept if key in settings}
-    path = out / (f"{task_name}-ei.pt" if scale == PLAIN[task_name] else f"{task_name}-ei-{scale}.pt")
+    path = out / (f"{task_name}-ei.pt" if scale == PLAIN else f"{task_name}-ei-{scale}.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path, psnr=record["psnr"]["mean"], psnr_start=record["psnr_start"]["mean"], **about)
     return path

@@ -29,7 +29,7 @@ from deepinv_deq import DEQReconstructor
 
 RECORD = HERE / "shipped.json"
 PHOTOS = "bsds500_gray_256.npz"
-SCALE_OF = {"ct-ei": "paper", "ct-ei-small": "small", "mri-ei": "small"}  # of their training
+SCALE_OF = {"ct-ei": "paper", "ct-ei-small": "small", "mri-ei": "paper"}  # of their training
 #: What is different from the training, how many of the test images are certified, and how the table calls it.
 CONDITIONS: dict[str, tuple[dict[str, Any], int, str]] = {
     "ct-ei/own": ({}, 10, "128×128, 50 views, as trained"),
@@ -39,11 +39,11 @@ CONDITIONS: dict[str, tuple[dict[str, Any], int, str]] = {
     "ct-ei/hearts": ({"file": FILES["mri"]}, 3, "128×128, 50 views, MR slices of hearts"),
     "ct-ei/photos": ({"file": PHOTOS}, 3, "128×128, 50 views, photographs"),
     "ct-ei-small/own": ({}, 10, "64×64, 30 views, as trained"),
-    "mri-ei/own": ({}, 10, "96×96, 8×, as trained"),
-    "mri-ei/256": ({"size": 256}, 5, "256×256, 8×"),
-    "mri-ei/4x": ({"acceleration": 4}, 5, "96×96, 4×"),
-    "mri-ei/chests": ({"file": FILES["ct"]}, 5, "96×96, 8×, CT slices of chests"),
-    "mri-ei/photos": ({"file": PHOTOS}, 5, "96×96, 8×, photographs"),
+    "mri-ei/own": ({}, 10, "256×256, 8×, as trained"),
+    "mri-ei/4x": ({"acceleration": 4}, 5, "256×256, 4×"),
+    "mri-ei/96": ({"size": 96}, 5, "96×96, 8×"),
+    "mri-ei/chests": ({"file": FILES["ct"]}, 5, "256×256, 8×, CT slices of chests"),
+    "mri-ei/photos": ({"file": PHOTOS}, 5, "256×256, 8×, photographs"),
 }
 
 
