@@ -94,7 +94,7 @@ class DEQReconstructor(Reconstructor):
 
         :param str, os.PathLike name: a file written by :meth:`save_pretrained`, or a model that ships with the package and was
             trained without ground truth in ``examples/paper``. ``"ct-ei"`` is for sparse-view CT (128×128 pixels, 50 views),
-            ``"ct-ei-small"`` too (64×64 pixels, 30 views). ``"mri-ei"`` is for 8x accelerated MRI (96×96 pixels, noise 0.05 in k-space).
+            ``"ct-ei-small"`` too (64×64 pixels, 30 views). ``"mri-ei"`` is for 8x accelerated MRI (256×256 pixels, noise 0.05 in k-space).
         :param str, torch.device device: where to put it.
         :param settings: ``solver=``, ``hook=`` or ``warm_starts=`` in the place of the saved ones.
         :return: the model, in evaluation mode.

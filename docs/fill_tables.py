@@ -24,6 +24,7 @@ PAGES = [
 SOURCES = {  # block: the script and the function that render it
     "exactness": ("tests/benchmarks/exactness.py", "render"),
     "cost": ("tests/benchmarks/cost_tables.py", "render"),
+    "cost gpu": ("tests/benchmarks/cost_tables.py", "render_gpu"),
     "compare": ("tests/benchmarks/cost_tables.py", "compare"),
     "ct": ("examples/ct/records.py", "render"),
     "faults": ("tests/benchmarks/fault_table.py", "render"),

@@ -207,6 +207,14 @@ def _level() -> int:
     return max(level, 1)  # threads of the autograd engine do not count
 
 
+def rounds_convolutions(device: torch.device) -> bool:
+    r"""Whether convolutions in float32 may be computed in TF32 on a device, as PyTorch allows by default."""
+    try:
+        return device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # newer settings than this flag were used
+        return getattr(torch.backends.cudnn.conv, "fp32_precision", "ieee") == "tf32"
+
+
 # TorchDEQ and deepinv ------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,10 @@ _SINGULAR = (
     "eigenvalue of its Jacobian), so its fixed point is not unique and has no gradient. Use a contracting network "
     "(EquilibriumUNet, ContractionLoss), a larger data weight, or check that F depends on all of its state."
 )
+_TF32 = (
+    "On this GPU, PyTorch may compute convolutions in TF32, whose rounding limits the residual: set "
+    "torch.backends.cudnn.allow_tf32 = False."
+)
 _REMEDY = {
     "tolerance": "Raise max_iter or tol, lower damping, or make the map more contractive.",
     "non-finite": "The map or its constant (for a gradient: the cotangent) is NaN or Inf: check weights, input and loss.",
@@ -204,7 +208,10 @@ def report(
     worst = stat.residual.max().item()
     if on_failure == "warn" and cause in warned and not worst > _WORSE * warned[cause]:
         return
-    message = " ".join(filter(None, (stat.outcome, diagnose() if diagnose else "", _REMEDY[cause])))
+    rounded = cause in ("tolerance", "floor") and stat["precision"] == torch.float32
+    rounded = rounded and compat.rounds_convolutions(stat.residual.device)
+    said = stat.outcome, _TF32 if rounded else "", diagnose() if diagnose else "", _REMEDY[cause]
+    message = " ".join(filter(None, said))
     if on_failure == "raise":
         raise ConvergenceError(message, stat)
     warned[cause] = worst

@@ -2,9 +2,9 @@ r"""
 Accelerated MRI without ground truth
 ====================================
 
-The model ``"mri-ei"`` ships with the package. It was trained on noisy k-space of cardiac slices, eight times undersampled, without ground-truth MR images.
+The model ``"mri-ei"`` ships with the package. It was trained on noisy k-space of cardiac slices of 256×256 pixels, eight times undersampled, without ground-truth MR images.
 The losses were equivariant imaging and Stein's unbiased risk estimate (SURE). Its denoiser had been pretrained on natural images. Here it
-reconstructs a slice of a head.
+reconstructs a smaller slice of a head.
 """
 
 # %%

@@ -125,6 +125,7 @@ def gaps(path: Path, scale: str) -> Path:
 
 def times(path: Path, scale: str) -> Path:
     r"""PSNR of every cell against how long it trained."""
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -135,12 +136,15 @@ def times(path: Path, scale: str) -> Path:
         known = [r for r in records.all if r["config"]["task"] == task and r["steps"]]
         for r in known:
             method, loss = r["config"]["method"], r["config"]["loss"]
-            axis.plot(r["seconds"] / 60, value(r, "psnr"), MARKERS[method], color=COLOURS[loss])
+            inside = "none" if _on_gpu(r) else COLOURS[loss]
+            axis.plot(r["seconds"] / 60, value(r, "psnr"), MARKERS[method], color=COLOURS[loss], markerfacecolor=inside)
         for method in dict.fromkeys(r["config"]["method"] for r in known):
             axis.plot([], [], MARKERS[method], color="0.4", label=METHODS[method].title)
         handles = axis.get_legend_handles_labels()[0]
         losses = dict.fromkeys(r["config"]["loss"] for r in known)
         handles += [Patch(color=COLOURS[loss], label=LOSSES[loss].title) for loss in losses]
+        if any(_on_gpu(r) for r in known):
+            handles += [Line2D([], [], marker="o", ls="", color="0.4", markerfacecolor="none", label="on a shared GPU")]
         axis.set(title=f"{task.upper()}, scale {scale}", xlabel="training time (minutes)", ylabel="PSNR (dB)")
         if known:
             axis.set_xscale("log")
@@ -149,6 +153,10 @@ def times(path: Path, scale: str) -> Path:
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.legend(handles=handles, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return save(plot, path)
+
+
+def _on_gpu(record: dict[str, Any]) -> bool:
+    return "thread" not in record["device"]  # CPUs are named with their number of threads
 
 
 def _kind(trial: dict[str, Any]) -> str:

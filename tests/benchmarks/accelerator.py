@@ -1,4 +1,4 @@
-r"""What a GPU changes: the time of one evaluation and of one product, CUDA graphs, rare checks, and TF32."""
+r"""What a GPU changes: the time of one evaluation, eager and as a CUDA graph, rare checks, TF32, and the number of operations."""
 
 from __future__ import annotations
 
@@ -8,46 +8,67 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepinv_deq import Solver
-from tests.benchmarks.bench import BATCH, Bench, say, seconds
+from deepinv_deq import Solver, group_norm
+from tests.benchmarks.bench import BATCH, Bench, gradient, say, seconds
+from tests.benchmarks.peers import METHODS, Settings
 
 REPEATS = 20
+# launch nothing on a GPU
+VIEWS = set(
+    "view _unsafe_view _reshape_alias slice select expand t transpose permute as_strided detach alias unsqueeze squeeze split unbind "
+    "lift_fresh view_as_real view_as_complex _conj sparse_compressed_tensor promote_types scalar_tensor".split()
+)
 CHECKS = (1, 2, 4, 8, 16)  # evaluations between two checks of the host
 Row = dict[str, Any]
 
 
 def accelerator(bench: Bench) -> list[Row]:
-    r"""For each task: milliseconds, eager and as a CUDA graph; solves with rare checks; the floor with and without TF32."""
+    r"""For each task: milliseconds of an evaluation, eager and as a CUDA graph; solves with rare checks; the floor with and without TF32."""
     if bench.device != "cuda":
         say("  only on a GPU")
         return []
     return [row for name in BATCH for part in (_evaluations, _checks, _floors) for row in part(bench, name)]
 
 
+def operations(bench: Bench, iterations: int = 5) -> list[Row]:
+    r"""Operations of an EI step with 5 iterations in every solve, views left out, with PyTorch's own group norm, as on a GPU. Exact."""
+    rows, ours = [], group_norm._is_for
+    group_norm._is_for = lambda *args: False
+    try:
+        for name in BATCH:
+            task = bench.contracting(name)
+            for method, build in METHODS.items():
+                model = build(task, Settings().exactly(iterations))
+                gradient(task, model)  # the first pass measures the physics
+                with _Counting() as counted:
+                    gradient(task, model)
+                rows.append({"task": name, "method": method, "operations": counted.count})
+                say(f"  {rows[-1]}")
+    finally:
+        group_norm._is_for = ours
+    return rows
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
 def _evaluations(bench: Bench, name: str) -> list[Row]:
     task = bench.contracting(name)
-    f, x = task.iteration.bind(task.y, task.physics), torch.rand_like(task.x)
+    f, x = task.iteration.bind(task.y, task.physics), task.iteration.init(task.y, task.physics)
     with torch.no_grad():
-        rows = [_eager_and_graph("evaluation", name, lambda: f(x), bench.rounds)]
-    point = x.detach().requires_grad_()
-    image, b = f(point), torch.rand_like(x)
-    product: Callable[[], Tensor] = lambda: torch.autograd.grad(image, point, b, retain_graph=True)[0]  # noqa: E731
-    return [*rows, _eager_and_graph("product", name, product, bench.rounds)]
-
-
-def _eager_and_graph(what: str, task: str, work: Callable[[], Tensor], rounds: int) -> Row:
-    row: Row = {"what": what, "task": task, "eager ms": _milliseconds(work, rounds)}
-    try:
-        graph = _captured(work)
-    except RuntimeError as error:
-        return row | {"failed": str(error).splitlines()[0]}
-    finally:
-        torch.cuda.synchronize()
-    row["graph ms"] = _milliseconds(graph.replay, rounds)
+        row: Row = {"what": "evaluation", "task": name, "eager ms": _milliseconds(lambda: f(x), bench.rounds)}
+        row["graph ms"] = _milliseconds(_captured(lambda: f(x)).replay, bench.rounds)
     say(f"  {row}")
-    return row
+    return [row]
 
 
 def _captured(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:

@@ -27,7 +27,7 @@ from typing import Any
 import deepinv as dinv
 import torch
 
-from tests.benchmarks.accelerator import accelerator, tf32
+from tests.benchmarks.accelerator import accelerator, operations, tf32
 from tests.benchmarks.bench import BATCH, ROUNDS, Bench, say
 from tests.benchmarks.error import equal_error, equal_iterations, inference
 from tests.benchmarks.memory import memory, memory_cell, memory_growth
@@ -54,6 +54,7 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     **{f"options, {n}": lambda bench, n=n: options(bench, n) for n in BATCH},
     "warm starts": warm_starts,
     "accelerator": accelerator,
+    "operations": operations,
 }
 
 

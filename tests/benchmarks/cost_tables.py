@@ -28,6 +28,11 @@ def render(device: str = "cpu") -> str:
     return "\n\n".join(blocks)
 
 
+def render_gpu() -> str:
+    r"""Everything that was measured on a GPU, as Markdown."""
+    return render("cuda")
+
+
 def dropdown(title: str, text: str) -> str:
     r"""A table that opens on a click."""
     return f"````{{dropdown}} {title}\n\n{text}\n\n````"

@@ -155,6 +155,29 @@ def _warm(rows: list[Row]) -> str:
     return markdown([*header, "seconds", "PSNR on unseen images"], body)
 
 
+def _accelerator(rows: list[Row]) -> str:
+    body = []
+    for r in rows:
+        if r["what"] == "evaluation":
+            body.append([NAMES[r["task"]], "one evaluation", f"{r['eager ms']:.2f} ms"])
+            body.append([NAMES[r["task"]], "one evaluation, as a CUDA graph", f"{r['graph ms']:.2f} ms"])
+        elif r["what"] == "checks":
+            what = f"a solve to 1e-4, checked every {r['sync_every']} evaluations"
+            body.append([NAMES[r["task"]], what, f"{r['seconds']:.3f} s, {r['evaluations']:.0f} evaluations"])
+        else:
+            what = "convolutions in TF32" if r["tf32"] else "convolutions in float32"
+            body.append(
+                [NAMES[r["task"]], f"residual after {r['evaluations']:.0f} evaluations, {what}", f"{r['residual']:.1e}"]
+            )
+    return markdown(["task", "what", "measured"], body)
+
+
+def _operations(rows: list[Row]) -> str:
+    return markdown(
+        ["task", "method", "operations"], [[NAMES[r["task"]], r["method"], f"{r['operations']:,}"] for r in rows]
+    )
+
+
 TABLES = {
     "sparse": ("A sparse matrix in the place of Tomography (batch 4, 128×128, 50 views)", _sparse),
     "counts": ("Evaluations that are not the solver's", _counts),
@@ -174,5 +197,7 @@ TABLES = {
     ),
     "learned start": ("A start that a network predicts: CT 128×128", _learned_start),
     "options": ("What each saving is worth, and what can be added", _options),
+    "operations": ("Operations of an EI step with 5 iterations in every solve, one image", _operations),
+    "accelerator": ("Evaluations, checks and TF32, one image", _accelerator),
     "warm starts": ("Remembering the fixed points of 24 training images", _warm),
 }

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from deepinv_deq import ConvergenceError, ConvergenceWarning, Solver, SolverStat
+from deepinv_deq import ConvergenceError, ConvergenceWarning, Solver, SolverStat, compat
 from deepinv_deq.maps import AffineMap, Map
 from tests.problems import affine
 from tests.solvers import OURS, norm
@@ -32,6 +32,19 @@ def test_a_missed_tolerance_is_warned_of_again_when_it_is_ten_times_worse():
             residuals.append(float(solver(f(rate), torch.ones(1, 3))[1].residual))
         assert bool(caught) == warns, residuals
     assert residuals[1] < 10 * residuals[0] and residuals[2] > 10 * residuals[0]
+
+
+@pytest.mark.parametrize("dtype, named", [(torch.float32, True), (torch.float64, False)])
+def test_tf32_is_named_where_it_may_be_the_cause(monkeypatch, dtype, named):
+    monkeypatch.setattr(compat, "rounds_convolutions", lambda device: True)
+    with pytest.warns(ConvergenceWarning) as caught:
+        Solver("anderson", max_iter=3, tol=1e-7)(lambda x: x.cos(), torch.zeros(1, 4, dtype=dtype))
+    assert ("torch.backends.cudnn.allow_tf32 = False" in str(caught[0].message)) == named
+
+
+def test_no_convolution_is_rounded_on_the_cpu():
+    assert not compat.rounds_convolutions(torch.device("cpu"))
+    assert compat.rounds_convolutions(torch.device("cuda")) == torch.backends.cudnn.allow_tf32
 
 
 def test_raise_keeps_the_statistic():
