@@ -90,6 +90,7 @@ def test_autocast_gives_nearly_the_same_gradient(dtype, tolerance):
     assert relative_error(rough, exact) <= tolerance
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="PyTorch 2.4 compiles replicas anew in every pass")
 def test_compiled_graphs_survive_the_pass():
     model, physics, y = small_deq()
     compiled = []

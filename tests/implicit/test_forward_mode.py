@@ -98,7 +98,11 @@ def test_tangent_of_a_callable(complex_):
     v = direction(c, 2)
     exact = dual_tangent(lambda c: fixed_point(c, 200), (c, v))
     assert relative_error(dual_tangent(fixed_point, (c, v)), exact) <= 1e-10
-    assert relative_error(torch.func.jvp(fixed_point, (c,), (v,))[1], exact) <= 1e-10
+    if torch.__version__ < (2, 5):
+        with pytest.raises(RuntimeError, match="torch.func transforms don't yet support saved tensor hooks"):
+            torch.func.jvp(fixed_point, (c,), (v,))
+    else:
+        assert relative_error(torch.func.jvp(fixed_point, (c,), (v,))[1], exact) <= 1e-10
 
 
 def test_tangent_and_gradient_in_one_pass():
