@@ -5,7 +5,7 @@ Figure 1 of the paper
 .. code-block:: bash
 
     python examples/paper/figure_1.py runs/paper/figure1.png                         # of the first test image of each task
-    python examples/paper/figure_1.py docs/_static/figure1.png --slices --scale paper --tasks ct \
+    python examples/paper/figure_1.py docs/_static/figure1.png --slices --scale paper \
         --columns deq-id/sup deq-id/best unet/sup modl/sup                           # of an image that may be passed on
 
 Needs the trained models that ``run.py`` left in ``runs/``. DEQs are solved to the tolerance of tests.
