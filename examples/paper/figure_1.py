@@ -74,7 +74,7 @@ def figure_1(
             if title != "ground truth":
                 text = f"{psnr(image, x).item():.1f} dB"
                 axis.text(0.97, 0.03, text, color="yellow", ha="right", transform=axis.transAxes)
-    return save(plot, path, dpi=150)
+    return save(plot, path, dpi=100)
 
 
 def shipped_slice(task: str, like: torch.Tensor) -> torch.Tensor:
