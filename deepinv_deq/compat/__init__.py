@@ -212,7 +212,8 @@ def rounds_convolutions(device: torch.device) -> bool:
     try:
         return device.type == "cuda" and torch.backends.cudnn.allow_tf32
     except RuntimeError:  # newer settings than this flag were used
-        return getattr(torch.backends.cudnn.conv, "fp32_precision", "ieee") == "tf32"
+        settings = getattr(torch.backends.cudnn, "conv", None)
+        return getattr(settings, "fp32_precision", "ieee") == "tf32"
 
 
 # TorchDEQ and deepinv ------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ def subplots(rows: int, columns: int, *, figsize: tuple[float, float], **options
 def save(plot: Any, path: Path, dpi: int = 80) -> Path:
     r"""Write the file, and say so."""
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
     for axis in plot.axes:
@@ -56,6 +57,9 @@ def save(plot: Any, path: Path, dpi: int = 80) -> Path:
             axis.set(xticks=[], yticks=[])
     plot.savefig(path, dpi=dpi)
     plt.close(plot)
+    with Image.open(path) as image:
+        fewer = image.convert("RGB").quantize(256)  # colours: a third of the size
+    fewer.save(path, optimize=True)
     print(f"{path}", file=sys.stderr)
     return path
 
