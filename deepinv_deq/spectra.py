@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq.states import Layout, State, as_tuple
+from deepinv_deq.states import Layout, State, as_tuple, orthogonalised
 
 _NOISE = 0.3  # relative to a direction that is given
 _PIVOT = 32.0  # roundings of a product: a direction that is shorter is noise
@@ -96,11 +96,9 @@ def _arnoldi(part: _Part, w: Tensor, products: int) -> tuple[Tensor, Tensor]:
         if j == products:
             break
         w = part.product(dual[:, j])
-        for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
-            c = torch.bmm(dual[:, : j + 1], w[:, :, None])
-            w = torch.baddbmm(w[:, None], c.transpose(1, 2), basis[:, : j + 1], alpha=-1)[:, 0]
-            h[:, : j + 1, j] += c[..., 0]
-        known = h[:, : j + 1, j].square().sum(dim=1)
+        w, along = orthogonalised(w, basis[:, : j + 1], dual[:, : j + 1])
+        h[:, : j + 1, j] = along
+        known = along.square().sum(dim=1)
     return basis, h
 
 
@@ -114,11 +112,10 @@ class _Part:
 
     def __init__(self, f: Any, x: State, exact: bool):
         self.points = tuple(t.detach().requires_grad_() for t in as_tuple(x))
-        self._layout = Layout(self.points[0] if isinstance(x, Tensor) else self.points, batched=True)
+        state = self.points[0] if isinstance(x, Tensor) else self.points
+        self._layout = Layout(state, batched=True)
         with torch.enable_grad():
-            image, self.preconditioner = f.contractive_part(
-                self.points[0] if isinstance(x, Tensor) else self.points, exact=exact
-            )
+            image, self.preconditioner = f.contractive_part(state, exact=exact)
         self._image = as_tuple(image)
 
     def pack(self, state: State) -> Tensor:

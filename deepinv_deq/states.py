@@ -106,6 +106,22 @@ class Layout:
         return Layout(like[0] if self.single else like, batched=True)
 
 
+def orthogonalised(w: Tensor, basis: Tensor, dual: Tensor) -> tuple[Tensor, Tensor]:
+    r"""What is left of directions without their components along an orthonormal basis, by classical Gram-Schmidt.
+
+    :param torch.Tensor w: directions, of shape ``(B, N)``.
+    :param torch.Tensor basis: of shape ``(B, k, N)``.
+    :param torch.Tensor dual: the basis times the matrix of the inner product; ``basis`` itself for the Euclidean one.
+    :return: the rest, and the components in double precision, of shape ``(B, k)``.
+    """
+    components = w.new_zeros(basis.shape[:2], dtype=torch.float64)
+    for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
+        c = torch.bmm(dual, w[:, :, None])
+        w = torch.baddbmm(w[:, None], c.transpose(1, 2), basis, alpha=-1)[:, 0]
+        components = components + c[..., 0]
+    return w, components
+
+
 def norms(x: Tensor) -> Tensor:
     r"""Euclidean norm of each row, in double precision; right at any scale that the entries of ``x`` can have."""
     if x.dtype != torch.float64:

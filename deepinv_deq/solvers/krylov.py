@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepinv_deq.solvers.loop import STALL
 from deepinv_deq.solvers.problem import Evaluation, Linear, Problem
-from deepinv_deq.states import norms, where_rows
+from deepinv_deq.states import norms, orthogonalised, where_rows
 
 _PIVOT = 8.0  # roundings of a product: a pivot below is noise
 # Where the residual stops falling, the null space of a singular system makes ever larger solutions of it. So one that is
@@ -140,11 +140,8 @@ class _Basis:
         :return: the length of ``w`` beyond the others, 0 where that is less than ``noise``, and its components along them,
             of shape ``(B, count)``.
         """
-        known, column = self._v[:, : self._count], []
-        for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
-            h = torch.bmm(known, w[:, :, None])
-            w = torch.baddbmm(w[:, None], h.transpose(1, 2), known, alpha=-1)[:, 0]
-            column.append(h[..., 0].double())
+        known = self._v[:, : self._count]
+        w, column = orthogonalised(w, known, known)
         length = norms(w)
         length = torch.where(length > noise, length, 0.0)
         if self._count == self._v.shape[1]:  # grows, since few solves need all of their budget
@@ -154,7 +151,7 @@ class _Basis:
             self._z[:, self._count - 1] = direction
         self._v[:, self._count] = where_rows(length > 0, w / length[:, None].to(w.dtype), torch.zeros_like(w))
         self._count += 1
-        return length, column[0] + column[1]
+        return length, column
 
     def combine(self, y: Tensor) -> Tensor:
         r"""The solution's part in the space: ``Z y``."""
