@@ -130,6 +130,13 @@ def norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x / unit, dim=1) * unit[:, 0]
 
 
+def finite_rows(x: Tensor) -> Tensor:
+    r"""Whether all entries of each row are finite, of shape ``(B,)``; in two operations, which accelerators launch one by one."""
+    if not x.shape[1]:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return torch.linalg.vector_norm(x, torch.inf, dim=1) < torch.inf
+
+
 def unit_size(c: Tensor) -> Tensor:
     r"""A power of two of the size of each row, of shape ``(B, 1)``: dividing by it is exact. 1 for rows of zeros, NaN or Inf."""
     size = c.abs().amax(dim=1, keepdim=True) if c.shape[1] else c.new_ones(c.shape[0], 1)

@@ -52,7 +52,7 @@ class Anderson(Method):
 
     def _weights(self) -> Tensor:
         scale = torch.diagonal(self.gram, dim1=1, dim2=2).rsqrt()
-        scale = torch.where(self.valid & torch.isfinite(scale), scale, 0.0)
+        scale = torch.where(self.valid & (scale < torch.inf), scale, 0.0)
         unit = scale[:, :, None] * self.gram * scale[:, None, :]
         torch.diagonal(unit, dim1=1, dim2=2).add_(torch.where(scale > 0, self.lam, 1.0))
         scale = scale * (self.units.amin(dim=1, keepdim=True) / self.units)

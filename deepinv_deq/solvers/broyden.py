@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.solvers.loop import Method, Settings
-from deepinv_deq.states import unit_size, where_rows
+from deepinv_deq.states import finite_rows, unit_size, where_rows
 
 
 class Broyden(Method):
@@ -35,7 +35,7 @@ class Broyden(Method):
             vt = _apply(v, u, dx)
             vt = vt / unit_size(vt)
             new_u = (dx - _apply(u, v, dg)) / (vt * dg).sum(dim=1)[:, None]
-            usable = ~restart & torch.isfinite(new_u).all(dim=1) & (dx != 0).any(dim=1)
+            usable = ~restart & finite_rows(new_u) & (dx != 0).any(dim=1)
             u[:, -1] = where_rows(usable, new_u, torch.zeros_like(x))
             v[:, -1] = where_rows(usable, vt, torch.zeros_like(x))
             self.used += 1

@@ -39,7 +39,7 @@ class GMRES(Method):
         now = problem.measure(x, x + step, step)
         absolute, relative, plain, traces = now.absolute, now.relative, now.plain, ([now.absolute], [now.relative])
         nstep = torch.full_like(absolute, problem.evaluations)
-        active = torch.isfinite(absolute) & (relative > tol)
+        active = (absolute < torch.inf) & (relative > tol)
         at_floor, singular = torch.zeros_like(active).repeat(2, 1)
         check = 0 if problem.affine else 1  # only its true residual tells whether this map is affine
 
@@ -88,7 +88,7 @@ class GMRES(Method):
             singular = singular | (stuck & ~rounding & (cycle.size >= STALL))
             now = true
 
-        converged = torch.isfinite(relative) & (relative <= tol)
+        converged = (relative < torch.inf) & (relative <= tol)
         found = {"x": x, "absolute": absolute, "relative": relative, "plain": plain, "nstep": nstep}
         found |= {"converged": converged, "at_floor": at_floor & ~converged}
         found["singular"] = singular & ~converged & ~at_floor & torch.tensor(problem.affine, device=x.device)
@@ -107,5 +107,5 @@ class GMRES(Method):
             return product, x0, offset
         image, step = problem.image_and_step(x0)
         there, here = problem.measure(zero, offset, offset), problem.measure(x0, image, step)
-        worse = ~(here.absolute <= there.absolute) & torch.isfinite(there.absolute)
+        worse = ~(here.absolute <= there.absolute) & (there.absolute < torch.inf)
         return product, where_rows(worse, zero, x0), where_rows(worse, offset, step)

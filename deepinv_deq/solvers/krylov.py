@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepinv_deq.solvers.loop import STALL
 from deepinv_deq.solvers.problem import Evaluation, Linear, Problem
-from deepinv_deq.states import norms, orthogonalised, where_rows
+from deepinv_deq.states import finite_rows, norms, orthogonalised, where_rows
 
 _PIVOT = 8.0  # roundings of a product: a pivot below is noise
 # Where the residual stops falling, the null space of a singular system makes ever larger solutions of it. So one that is
@@ -34,6 +34,8 @@ class Cycle:
         self._least = _LeastSquares(self._beta, columns)
         self._weights = x.new_zeros(len(x), columns, dtype=torch.float64)
         self._rest = torch.nn.functional.pad(self._beta[:, None], (0, columns))
+        scale = problem.offset_norm if problem.affine else self._beta
+        self._scale = torch.where(scale > 0, scale, self._beta)  # of the residual of an affine map
         self._size = torch.zeros_like(self._beta)  # of the linear system, seen from its products
         self._terms = self._size  # whose rounding is that of the products
         self._cancels = problem.change is None  # a product is a difference to the direction
@@ -54,12 +56,12 @@ class Cycle:
             self._basis.last if self._problem.precondition is None else self._problem.precondition(self._basis.last)
         )
         w = self._product(direction)
-        go = self.active & torch.isfinite(w).all(dim=1)
+        go = self.active & finite_rows(w)
         w = where_rows(go, w, torch.zeros_like(w))
-        largest = torch.maximum(norms(w), norms(direction))
-        self._size = torch.where(go, torch.maximum(self._size, largest), self._size)
-        terms = largest if self._cancels else norms(w)
-        self._terms = torch.where(go, torch.maximum(self._terms, terms), self._terms)
+        length = norms(w)  # 0 where the sample does not go on
+        largest = torch.maximum(length, norms(direction) * go)
+        self._size = torch.maximum(self._size, largest)
+        self._terms = torch.maximum(self._terms, largest if self._cancels else length)
         noise = self._floating.eps * self._terms
         length, column = self._basis.append(w, direction, _PIVOT * noise)
         y, rho = self._least.append(column, length, _PIVOT * noise)
@@ -110,8 +112,7 @@ class Cycle:
     def _measure(self, left: Tensor, y: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
         r"""The residual in the units of the criterion, and what it is relative to."""
         if self._problem.affine:
-            scale = norms(self._problem.offset)
-            return left, torch.where(scale > 0, scale, self._beta)
+            return left, self._scale
         point, step = self._x + self._basis.combine(y), self._basis.residual(rho)
         absolute = norms(step if self._problem.natural is None else self._problem.natural(step))
         scale = norms(point)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.solvers.problem import Evaluation, Problem
-from deepinv_deq.states import where_rows
+from deepinv_deq.states import finite_rows, where_rows
 
 STALL = 10  # evaluations without a smaller residual, after which one of the size of rounding is taken for the floor
 FALL = 0.95  # what counts as smaller
@@ -114,7 +114,7 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
         done = (now.relative <= tol) | ((now.absolute <= floor) & (now.size <= floor))
         better = active & ((now.absolute < best.absolute) | done)
         accepted = now.absolute <= method.growth * 2**rejections * best.absolute
-        restart = active & ~better & ~(accepted & torch.isfinite(now.absolute))
+        restart = active & ~better & ~(accepted & (now.absolute < torch.inf))
         fell = better & (now.absolute < FALL * mark)
         age, mark = torch.where(fell, 0.0, age + 1), torch.where(fell, now.absolute, mark)
         halved = better & (now.absolute < 0.5 * half)
@@ -124,7 +124,7 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
         stalled = stalled | ((slow >= max(CREEP, k // 2)) & (best.relative <= CREEPING * now.rounding))
         stalled = active & ~done & stalled
         best.at_floor = best.at_floor | stalled
-        active = active & ~done & ~stalled & torch.isfinite(best.absolute)
+        active = active & ~done & ~stalled & (best.absolute < torch.inf)
         if k == max_iter:
             break
         as_they_are = False  # whether it is certain that no sample is done or rejected: then nothing needs selecting
@@ -150,7 +150,7 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
             fx = where_rows(rejected, best.x + best.step, fx)
         method.residual = step
         x_next = method.update(x, fx, restart)
-        x = where_rows(restart | ~torch.isfinite(x_next).all(dim=1), fallback, x_next)
+        x = where_rows(restart | ~finite_rows(x_next), fallback, x_next)
         x = x if as_they_are else where_rows(active, x, best.x)
 
     return best.result()

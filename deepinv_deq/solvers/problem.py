@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.maps import AffineMap, Map
-from deepinv_deq.states import WORTH, Layout, norms, unit_size
+from deepinv_deq.states import WORTH, Layout, finite_rows, norms, unit_size
 
 Linear = Callable[[Tensor], Tensor]
 _CANCELLED = 0.1  # roundings: where F(x) - x is enlarged by the change of units, a smaller value of it says nothing
@@ -63,10 +63,11 @@ class Problem:
             if f.change is not None:
                 self.change = _counting(f.change, layout, self._count)
             c = layout.pack(f.offset)
-            self.lost = ~torch.isfinite(c).all(dim=1)  # b = l(b) + NaN has the solution NaN
+            self.lost = ~finite_rows(c)  # b = l(b) + NaN has the solution NaN
             c = c.masked_fill(self.lost[:, None], 0.0)
             self.unit = unit_size(c)
             self.offset = c / self.unit
+            self.offset_norm = norms(self.offset)
         else:
             self._evaluate = _counting(f.step if self._steps else f, layout, self._count)
             units = offered if precondition and type(f).natural is Map.natural else f.natural(state)
@@ -134,9 +135,9 @@ class Problem:
         change = step if self.natural is None else self.natural(step)
         absolute, size = norms(change), norms(image)
         plain = absolute if change is step else norms(step)
-        scale = norms(self.offset if self.affine else x)
+        scale = self.offset_norm if self.affine else norms(x)
         scale = torch.where(scale > 0, scale, absolute)  # at x = 0 any step is a relative change of 1
-        finite = torch.isfinite(absolute) & torch.isfinite(size)
+        finite = absolute + size < torch.inf
         relative, plain = (torch.where(a == 0, a, a / s) for a, s in ((absolute, scale), (plain, size)))
         absolute, relative, plain = (torch.where(finite, t, torch.inf) for t in (absolute, relative, plain))
         if self._amplification is None:

@@ -183,7 +183,7 @@ TABLES = {
     "counts": ("Evaluations that are not the solver's", _counts),
     "memory": ("Peak memory over two EI steps, batch 4", _memory),
     "growth of memory": ("Bytes of tensors at their peak: ours on MRI, one step of two images", _memory_growth),
-    "equal error": ("An EI step at equal gradient error (1 % of float64)", _methods),
+    "equal error": ("An EI step at equal gradient error, against float64", _methods),
     "equal iterations": ("An EI step with 5 iterations in every solve", _methods),
     "inference": ("Reconstruction at equal true error (1e-3 of the fixed point in float64)", _methods),
     "over the limit": ("Evaluations and products over the limit, per image", _over_the_limit),

@@ -101,6 +101,7 @@ def scatter(parts: dict[str, Any], part: str, task: str, title: str) -> Any:
     rows, colour = parts[f"{part}, {task}"]["rows"], colours(parts)
     measure = next(measure for measure in MEASURES if measure in rows[0])
     label, goal = MEASURES[measure]
+    goal = rows[0].get("goal", goal)
     figure, axis = new((5.4, 4.2), f"{TASKS[task]}: {title}")
     for k, row in enumerate(rows):
         mark = {"marker": MARKERS[k % len(MARKERS)], "mec": colour[row["method"]], "ms": 9, "mew": 1.8, "ls": ""}
