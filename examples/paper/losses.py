@@ -26,6 +26,7 @@ class Loss:
     - ``build``: function of the task, the hyperparameters and the seed; ``None`` where nothing is trained.
     - ``defaults``: hyperparameters before any search that differ from those of the task.
     - ``weighted``: whether the search varies the weight ``alpha`` of a second term, and by which factors.
+    - ``of_measurements``: whether errors are those of measurements by an operator of norm 1, not brought to the scale of images.
     - ``excludes``: methods that the loss does not work with, and why.
     """
 
@@ -34,6 +35,7 @@ class Loss:
     tasks: tuple[str, ...] = TASKS
     defaults: dict[str, Any] = field(default_factory=dict)
     weighted: tuple[float, ...] = ()
+    of_measurements: bool = False
     excludes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -47,10 +49,15 @@ def make_losses(task: Task, method: str, loss: str, s: dict[str, Any], seed: int
     build = LOSSES[loss].build
     losses = [] if build is None else build(task, s, seed)
     if METHODS[method].is_deq and s["contraction_weight"]:
-        # the penalty must keep its share where an error of images has a large weight
-        weight = s["contraction_weight"] * (max(1.0, s["alpha"]) if LOSSES[loss].of_images else 1.0)
+        weight = s["contraction_weight"] * image_weight(task, loss, s)
         losses.append(ContractionLoss(s["bound"], weight=weight, rng=torch.Generator().manual_seed(seed)))
     return losses
+
+
+def image_weight(task: Task, loss: str, s: dict[str, Any]) -> float:
+    r"""The weight of an error of images in a loss. That of the penalty is proportional to it, so its share is the same in all losses."""
+    weight = max(1.0, s["alpha"]) if LOSSES[loss].of_images or LOSSES[loss].of_measurements else 1.0
+    return weight / task.sqnorm if LOSSES[loss].of_measurements else weight
 
 
 def _supervised(task: Task, s: dict[str, Any], seed: int) -> list[Any]:
@@ -183,10 +190,9 @@ class HiddenViews(dinv.physics.generator.PhysicsGenerator):
 _NEEDS_MASK = {"varnet": "VarNet reads the mask of the operator, and the rotated operator of this loss has none"}
 LOSSES = {
     "sup": Loss("supervised", _supervised),
-    "ei": Loss(
-        "EI", _ei, weighted=(0.3, 1.0, 3.0)
-    ),  # reconstructions that may follow the loss collapse at larger weights
-    "ei-sure": Loss("EI + SURE", _ei_sure, ("mri",), weighted=(0.3, 1.0, 3.0)),
+    # reconstructions that may follow the loss collapse at larger weights
+    "ei": Loss("EI", _ei, weighted=(0.3, 1.0, 3.0), of_measurements=True),
+    "ei-sure": Loss("EI + SURE", _ei_sure, ("mri",), weighted=(0.3, 1.0, 3.0), of_measurements=True),
     "ei-fixed": Loss("EI, fixed targets", _ei_fixed, defaults={"alpha": 1.0}, weighted=(1.0, 10.0)),
     "ei-turned": Loss("EI, turned operator", _ei_turned, ("ct",), {"alpha": 1.0}, (1.0, 10.0)),
     "moi": Loss("multi-operator imaging", _moi, ("ct",), {"alpha": 1.0}, (0.3, 1.0, 3.0)),

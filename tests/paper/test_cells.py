@@ -127,6 +127,15 @@ def test_views_of_each_sample_are_hidden_at_random(count):
     assert torch.equal(mask, again)
 
 
+@pytest.mark.parametrize("task, loss, alpha", [("ct", "ei", 30.0), ("ct", "ei-fixed", 10.0), ("mri", "ei-fixed", 10.0)])
+def test_the_penalty_weighs_what_an_error_of_images_does(tasks, task, loss, alpha):
+    s = settings.default_settings(task, "deq-id", loss, "small") | tasks[task].settings | {"alpha": alpha}
+    *_, of_images, penalty = losses.make_losses(tasks[task], "deq-id", loss, s, 0)
+    assert math.isclose(penalty.weight, s["contraction_weight"] * of_images.weight)
+    *_, penalty = losses.make_losses(tasks[task], "deq-id", "sup", s, 0)
+    assert penalty.weight == s["contraction_weight"]
+
+
 def test_errors_of_views_are_errors_of_images():
     physics = dinv.physics.Tomography(angles=48, img_width=32, normalize=True, adjoint_via_backprop=True)
     noise = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
