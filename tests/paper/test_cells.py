@@ -136,6 +136,13 @@ def test_the_penalty_weighs_what_an_error_of_images_does(tasks, task, loss, alph
     assert penalty.weight == s["contraction_weight"]
 
 
+@pytest.mark.parametrize("task", data.TASKS)
+def test_the_penalty_has_the_size_of_a_jacobian_free_gradient(tasks, task):
+    s = settings.default_settings(task, "deq-jfb", "sup", "small") | tasks[task].settings
+    exact, jfb = (losses.make_losses(tasks[task], method, "sup", s, 0)[-1] for method in ("deq-id", "deq-jfb"))
+    assert math.isclose(jfb.weight, exact.weight * s["stepsize"])
+
+
 def test_errors_of_views_are_errors_of_images():
     physics = dinv.physics.Tomography(angles=48, img_width=32, normalize=True, adjoint_via_backprop=True)
     noise = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
