@@ -36,9 +36,10 @@ class ContractionLoss(Loss):
     bound holds wherever the solver goes. The first search directions are this line and noise.
 
     Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The factor before the maximum,
-    in which :math:`n` is the number of pixels, has the unit of a squared error of images, so one weight is right at any scale. It is
-    larger at a point far from the reconstruction, because contracting there costs the reconstruction little. A smaller bound gives
-    a fixed point that takes fewer evaluations, and a less expressive model.
+    in which :math:`n` is the number of pixels, has the unit of a squared error of images, so one weight is right at any scale. Multiply
+    it with the weight of such an error in the other losses, which may be small in losses of measurements, and for Jacobian-free gradients
+    with the stepsize. The factor is larger far from the reconstruction, because contracting there costs the reconstruction little. A
+    smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
 
     :param float bound: largest norm without a penalty, in :math:`(0, 1)`.
     :param float weight: weight :math:`w > 0`, no unit.
@@ -62,12 +63,7 @@ class ContractionLoss(Loss):
     """
 
     def __init__(
-        self,
-        bound: float = 0.85,
-        *,
-        weight: float = 0.1,
-        iterations: int = 6,
-        rng: torch.Generator | None = None,
+        self, bound: float = 0.85, *, weight: float = 0.1, iterations: int = 6, rng: torch.Generator | None = None
     ):
         super().__init__()
         if not 0 < bound < 1:

@@ -26,7 +26,6 @@ SOURCES = {  # block: the script and the function that render it
     "cost": ("tests/benchmarks/cost_tables.py", "render"),
     "cost gpu": ("tests/benchmarks/cost_tables.py", "render_gpu"),
     "compare": ("tests/benchmarks/cost_tables.py", "compare"),
-    "ct": ("examples/ct/records.py", "render"),
     "faults": ("tests/benchmarks/fault_table.py", "render"),
     "findings": ("examples/paper/tables.py", "findings"),
     "results": ("examples/paper/tables.py", "render"),

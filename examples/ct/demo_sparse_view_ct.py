@@ -130,16 +130,17 @@ print(f"Before training: {psnr_untrained.mean():.2f} dB; {untrained.forward_stat
 #
 # Measurement consistency trains the components that the views measure. Equivariance to 360 rotations trains the others. A contraction loss keeps
 # the fixed point unique. The paper's weight :math:`\alpha = 100` belongs to measurements that are not normalised, whose squared error is
-# :math:`\|A\|^2` times ours.
+# :math:`\|A\|^2` times ours. The weight of the contraction loss belongs to errors of images, and is multiplied with the weight that these have here.
 
 rotations = dinv.transform.Rotate(
     limits=360, multiples=1, positive=True, interpolation_mode="bilinear", rng=torch.Generator().manual_seed(args.seed)
 )
 if supervised:
-    losses = [dinv.loss.SupLoss()]
+    of_images, losses = 1.0, [dinv.loss.SupLoss()]
 else:
-    losses = [dinv.loss.MCLoss(), dinv.loss.EILoss(rotations, weight=args.alpha / sqnorm)]
-losses.append(ContractionLoss(bound=0.85))
+    of_images = args.alpha / sqnorm
+    losses = [dinv.loss.MCLoss(), dinv.loss.EILoss(rotations, weight=of_images)]
+losses.append(ContractionLoss(bound=0.85, weight=0.1 * of_images))
 
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 trainer = ResumableTrainer(
