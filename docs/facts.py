@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from tests.benchmarks.part_tables import best_peer, goal
+
 RECORDS = Path(__file__).parents[1] / "tests" / "benchmarks" / "records"
 
 
@@ -26,10 +28,8 @@ def render() -> str:
 def _speed(parts: dict, task: str) -> str:
     """What a training step costs with the others, at the error of the gradient that was asked for."""
     part, name = parts[f"equal error, {task}"], {"ct": "ct-ei", "mri": "mri-ei"}[task]
-    others = [row for row in part["rows"] if not row["method"].startswith("deepinv-deq")]
-    exact = [row["ratio"] for row in others if row["exact enough"]]
-    goal = f"a gradient within {100 * part['rows'][0].get('goal', 0.01):.0f} % (record of {part['date']})"
-    if exact:
-        return f"With ``{name}`` and {goal}, a training step of the fastest other implementation takes {min(exact):.2f} times as long."
-    least = min(row["ratio"] for row in others)
-    return f"With ``{name}``, the other implementations miss {goal}, though their training steps take at least {least:.1f} times as long as ours."
+    ratio, reached = best_peer(part["rows"])
+    aim = f"a gradient within {100 * goal(part['rows']):.0f} % (record of {part['date']})"
+    if reached:
+        return f"With ``{name}`` and {aim}, a training step of the fastest other implementation takes {ratio:.2f} times as long."
+    return f"With ``{name}``, the other implementations miss {aim}, though their training steps take at least {ratio:.1f} times as long as ours."

@@ -58,10 +58,10 @@ class Cycle:
         w = self._product(direction)
         go = self.active & finite_rows(w)
         w = where_rows(go, w, torch.zeros_like(w))
-        length = norms(w)  # 0 where the sample does not go on
-        largest = torch.maximum(length, norms(direction) * go)
+        size = norms(w)  # 0 where the sample does not go on
+        largest = torch.maximum(size, torch.where(go, norms(direction), 0.0))
         self._size = torch.maximum(self._size, largest)
-        self._terms = torch.maximum(self._terms, largest if self._cancels else length)
+        self._terms = torch.maximum(self._terms, largest if self._cancels else size)
         noise = self._floating.eps * self._terms
         length, column = self._basis.append(w, direction, _PIVOT * noise)
         y, rho = self._least.append(column, length, _PIVOT * noise)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.limits import ADJOINT
-from tests.benchmarks.part_tables import NAMES, OURS, TABLES, markdown
+from tests.benchmarks.part_tables import NAMES, OURS, TABLES, best_peer, goal, markdown
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -68,8 +68,8 @@ def compare(device: str = "cpu") -> str:
 
 
 def _goals(parts: dict[str, Any]) -> str:
-    goals = [parts[f"equal error, {task}"]["rows"][0].get("goal", 0.01) for task in NAMES]
-    return ", ".join(f"{100 * goal:.0f} %" for goal in dict.fromkeys(goals))
+    goals = [goal(parts[f"equal error, {task}"]["rows"]) for task in NAMES]
+    return ", ".join(f"{100 * each:.0f} %" for each in goals)
 
 
 def _compared_at(rows: list[dict[str, Any]]) -> str:
@@ -120,10 +120,8 @@ def _targets(parts: dict[str, Any]) -> str:
         ("inference", f"inference at equal true {known}, best peer / ours", (5.0, 2.0)),
     ):
         for task, wanted in zip(NAMES, target, strict=True):
-            others = [r for r in rows.get(f"{part}, {task}", []) if not r["method"].startswith(OURS)]
-            exact = [r for r in others if r.get("exact enough", True)]
-            if others:
-                best = min(r["ratio"] for r in exact or others)
+            if f"{part}, {task}" in rows:
+                best, exact = best_peer(rows[f"{part}, {task}"])
                 note = "" if exact else "; no peer is exact enough"
                 add(f"{what} ({NAMES[task]}{note})", f"≥ {wanted}", [best], best >= wanted)
     for task in NAMES:

@@ -11,6 +11,18 @@ OURS = "deepinv-deq"
 Row = dict[str, Any]
 
 
+def goal(rows: list[Row]) -> float:
+    r"""Error of the gradient at which EI steps are compared; it was the same in all records that do not name it."""
+    return rows[0].get("goal", 1e-2)
+
+
+def best_peer(rows: list[Row]) -> tuple[float, bool]:
+    r"""Time of the fastest of the other methods that are exact enough, over ours; where none is, of the fastest, and ``False``."""
+    others = [row for row in rows if not row["method"].startswith(OURS)]
+    exact = [row for row in others if row.get("exact enough", True)]
+    return min(row["ratio"] for row in exact or others), bool(exact)
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
