@@ -56,27 +56,23 @@ def claims(records: Records) -> Iterator[Claim]:
             yield Claim(f"Table {number}: EI > supervised", (t, "deq-id", "ei"), (t, "deq-id", "sup"), what=what)
 
 
-def rows(records: Records) -> list[list[str]]:
-    r"""One line for each claim with records: the cells, the difference, the paper's, and the verdict."""
-    out = []
+def rows(records: Records) -> tuple[list[list[str]], str]:
+    r"""One line for each claim with records: the cells, the difference, the paper's, and the verdict; and how many claims lack a
+    record, in a sentence that is empty if none does."""
+    out, missing = [], 0
     for claim in claims(records):
         found = difference(records, claim.first, claim.second, claim.what)
         cells = f"{claim.first[0].upper()}: {name(claim.first)} − {name(claim.second)}"
         theirs = paper(claim)
         if found is None:
+            missing += 1
             continue
         count = f"{found.images} images, {_seeds(*found.seeds)}"
         measured = f"{found.mean:+.2f} ± {found.error:.2f} dB ({count})"
         sound = all(is_fixed_point(r) for cell in (claim.first, claim.second) for r in records.of(*cell) if is_deq(r))
         verdict = found.verdict(claim.threshold) + ("" if sound else ", but **not a fixed point**")
         out.append([claim.text, cells, measured, theirs, verdict])
-    return out
-
-
-def unmeasured(records: Records) -> str:
-    r"""How many claims lack a record; empty if none does."""
-    count = sum(difference(records, c.first, c.second, c.what) is None for c in claims(records))
-    return f"{count} claim{'s have' if count != 1 else ' has'} no record yet." if count else ""
+    return out, f"{missing} claim{'s have' if missing != 1 else ' has'} no record yet." if missing else ""
 
 
 def findings(records: Records) -> str:

@@ -88,6 +88,7 @@ def plain_certificate(certificate: Certificate) -> dict[str, Any]:
         "error": certificate.error.tolist(),
         "residual": certificate.residual.tolist(),
         "converged": int(certificate.converged.sum()),
+        "certified": int(certificate.unique.sum()),
         "evaluations": certificate.evaluations.tolist(),
     }
 

@@ -32,6 +32,7 @@ class Method:
     - ``weights``: the pretrained network it starts from: ``"unet"``, ``"dncnn"`` or ``None``.
     - ``tried``: the hyperparameter of its own that the search varies, and the values.
     - ``seeds``: number of trainings at scale ``"small"`` and ``"paper"``.
+    - ``jacobian_free``: whether its gradient is that of one step.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Method:
     weights: str | None = "unet"
     tried: tuple[str, tuple[float, ...]] | None = None
     seeds: dict[str, int] = field(default_factory=lambda: {"small": 1, "paper": 1})
+    jacobian_free: bool = False
 
     @property
     def is_deq(self) -> bool:
@@ -224,7 +226,7 @@ _WEIGHT = ("data_weight", (0.5, 1.0, 2.0))  # factors of the default
 _RIVAL = {"small": 1, "paper": 3}
 METHODS = {
     "deq-id": Method("DEQ, ID", partial(_deq, mode="implicit"), "deq-id", tried=_WEIGHT, **_DEQ),
-    "deq-jfb": Method("DEQ, JFB", partial(_deq, mode="jfb"), "deq-jfb", tried=_WEIGHT, **_DEQ),
+    "deq-jfb": Method("DEQ, JFB", partial(_deq, mode="jfb"), "deq-jfb", tried=_WEIGHT, jacobian_free=True, **_DEQ),
     "unet": Method("U-Net", _refinement, "unet", "unet"),
     **{
         f"unrolled-{n}": Method(f"unrolled {n}", partial(_unrolled, layers=n), "unrolled", "unrolled", tried=_STEP)

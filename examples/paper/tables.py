@@ -95,10 +95,10 @@ def fixed_points(records: Records) -> str:
                 f"{spread:.3f}",
             ]
             + [f"{max(f['spectral_radius']['all']):.3f}", f"{sum(evaluations) / len(evaluations):.0f}"]
-            + [f"{f['converged']} of {r['images']}"]
+            + [f"{f[count]} of {r['images']}" for count in ("converged", "certified")]
         )
     header = ["task", "method", "training", "starts agree", "seed", "PSNR at tolerance", "at a tenth"]
-    header += ["largest spread, dB", "largest spectral radius", "evals", "converged"]
+    header += ["largest spread, dB", "largest spectral radius", "evals", "converged", "certified"]
     return table(header, body) if body else "No DEQ has a valid record."
 
 
@@ -228,7 +228,8 @@ def render() -> str:
             continue
         blocks += [f"## Scale {scale}", provenance(records)]
         header = ["claim", "cells", "measured", "*paper, dB*", ""]
-        blocks.append(dropdown("All claims", table(header, claims.rows(records)), claims.unmeasured(records)))
+        rows, missing = claims.rows(records)
+        blocks.append(dropdown("All claims", table(header, rows), missing))
         for task in TASKS:
             blocks.append(dropdown(f"Table 1, {task.upper()}: PSNR of the test images in dB", table_1(records, task)))
             blocks.append(dropdown(f"SSIM, {task.upper()}", table_1(records, task, "ssim", 3)))

@@ -46,8 +46,7 @@ def run_cell(
     :param Path out: folder for checkpoints.
     :raises settings.NotSearched: if nothing was searched for this cell.
     """
-    quiet()
-    full_precision()
+    set_up()
     torch.manual_seed(seed)
     task = make_task(task_name, scale, data, validate=validate, device=device)
     s = settings_of(task_name, method, loss, scale, found_settings(), defaults=defaults) | (override or {})
@@ -81,8 +80,7 @@ def measure_again(record: dict[str, Any], weights: Path, *, data: Path, device: 
 
     :param Path weights: the ``model.pt`` that ``run.py`` left.
     """
-    quiet()
-    full_precision()
+    set_up()
     config = record["config"] | {"test_tol": DEFAULTS[record["config"]["task"]]["test_tol"]}
     task = make_task(config["task"], config["scale"], data, validate=record["validation"], device=device)
     kind = METHODS[config["method"]].weights
@@ -141,13 +139,12 @@ def train(
     return plain(curve), s["epochs"] * len(loader)
 
 
-def full_precision() -> None:
-    r"""Let GPUs compute convolutions in float32: PyTorch allows them TF32, whose rounding is above the tolerances of a fixed point."""
+def set_up() -> None:
+    r"""Let GPUs compute convolutions in float32, and silence notes of deepinv and PyTorch about defaults that are not used here.
+
+    PyTorch allows GPUs to use TF32, whose rounding is above the tolerances of a fixed point.
+    """
     torch.backends.cudnn.allow_tf32 = False
-
-
-def quiet() -> None:
-    r"""Silence notes of deepinv and PyTorch about defaults that are not used here."""
     for noise in (
         "progress bar frequency",
         "meshgrid",

@@ -44,7 +44,7 @@ def tasks(tmp_path_factory):
 def test_every_method_takes_a_step_with_every_loss(tasks, monkeypatch, task, method, loss):
     average = dinv.physics.generator.PhysicsGenerator.average  # 2000 masks take seconds
     monkeypatch.setattr(dinv.physics.generator.PhysicsGenerator, "average", lambda self, **k: average(self, 20, **k))
-    training.quiet()
+    training.set_up()
     torch.manual_seed(0)
     s = settings.default_settings(task, method, loss, "small")
     s |= tasks[task].settings | {"epochs": 1, "max_iter": 8, "batch": 2}

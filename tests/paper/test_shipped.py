@@ -22,4 +22,8 @@ def test_a_condition_is_measured_and_rendered(tmp_path, monkeypatch, lab):
         assert spread == pytest.approx(max(values) - min(values), abs=2e-3)
     shipped.RECORD.write_text(json.dumps({"mri-ei/own": measured}))
     row = shipped.render().splitlines()[-1]
-    assert "`mri-ei`" in row and "16×16, CT slices" in row and f"{measured['converged']} of 1" in row
+    assert (
+        "`mri-ei`" in row
+        and "16×16, CT slices" in row
+        and f"| {measured['converged']} of 1 | {measured['certified']} of 1 |" in row
+    )
