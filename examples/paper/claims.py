@@ -13,6 +13,7 @@ from losses import BEST, LOSSES
 from models import METHODS
 from paired import Difference, difference
 from records import SPREAD_DB, Cell, Records, is_deq, is_fixed_point
+from settings import is_borrowed
 
 BOTH = ("mri", "ct")
 
@@ -70,21 +71,27 @@ def rows(records: Records) -> tuple[list[list[str]], str]:
         count = f"{found.images} images, {_seeds(*found.seeds)}"
         measured = f"{found.mean:+.2f} ± {found.error:.2f} dB ({count})"
         sound = all(is_fixed_point(r) for cell in (claim.first, claim.second) for r in records.of(*cell) if is_deq(r))
-        verdict = found.verdict(claim.threshold) + ("" if sound else ", but **not a fixed point**")
-        out.append([claim.text, cells, measured, theirs, verdict])
+        verdict = found.verdict(claim.threshold) + found.caution + ("" if sound else ", but **not a fixed point**")
+        out.append([claim.text, cells, measured, theirs, _borrowed(records, claim), verdict])
     return out, f"{missing} claim{'s have' if missing != 1 else ' has'} no record yet." if missing else ""
+
+
+def _borrowed(records: Records, claim: Claim) -> str:
+    r"""Which of the two methods took the settings of another search."""
+    borrowed = [any(is_borrowed(r["config"]) for r in records.of(*cell)) for cell in (claim.first, claim.second)]
+    return "both" if all(borrowed) else ", ".join(t for t, b in zip(("first", "second"), borrowed, strict=True) if b)
 
 
 def findings(records: Records) -> str:
     r"""Five sentences: both tasks against the best rival, both against supervised training, and the fixed points."""
     out = []
     for task in ("ct", "mri"):
-        best = next((m for m in records.rivals(task, "sup") if m != "denoiser"), None)
-        if best is None:
+        rivals = records.rivals(task, "sup", learned=True)
+        if not rivals:
             out.append(f"{task.upper()}, supervised, the DEQ against its rivals: not measured yet.")
             continue
-        found = difference(records, (task, "deq-id", "sup"), (task, best, "sup"))
-        ahead = f"the DEQ against {METHODS[best].title}, the best rival"
+        found = difference(records, (task, "deq-id", "sup"), (task, rivals[0], "sup"))
+        ahead = f"the DEQ against {METHODS[rivals[0]].title}, the best of {len(rivals)} rivals"
         out.append(
             _sentence(f"{task.upper()}, supervised, {ahead}", found, 0.0, "ahead by more than two standard errors")
         )
@@ -94,14 +101,10 @@ def findings(records: Records) -> str:
         out.append(_sentence(about, found, -0.5, "within 0.5 dB"))
     deqs = [r for r in records.all if is_deq(r)]
     sound = sum(map(is_fixed_point, deqs))
-    expanding = sum(max(r["fixed_point"]["spectral_radius"]["all"]) >= 1 for r in deqs)
+    certified = sum(r["fixed_point"]["certified"] == r["images"] for r in deqs)
     out.append(
         f"In {sound} of {len(deqs)} trained DEQs, the PSNR from all starts agrees to {SPREAD_DB} dB on every test image. "
-        + (
-            f"This does not prove one fixed point: in {expanding} of {len(deqs)} the spectral radius is 1 or more on some image."
-            if expanding
-            else "All spectral radii are below 1."
-        )
+        f"The certificate is stricter: in {certified} of {len(deqs)} it holds for every image."
     )
     return "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(out, 1))
 
@@ -109,7 +112,7 @@ def findings(records: Records) -> str:
 def _sentence(about: str, found: Difference | None, threshold: float, claim: str) -> str:
     if found is None:
         return f"{about}: not measured yet."
-    verdict = found.verdict(threshold).capitalize()
+    verdict = found.verdict(threshold).capitalize() + found.caution
     return f"{about}: {found.mean:+.2f} ± {found.error:.2f} dB. Claim: {claim}. **{verdict}.**"
 
 

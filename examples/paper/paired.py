@@ -31,6 +31,11 @@ class Difference:
             return "undecided"
         return "holds" if above > 0 else "fails"
 
+    @property
+    def caution(self) -> str:
+        r"""What the verdict leaves out, as an addition to it: a cell of one seed says nothing about other seeds."""
+        return ", on one seed" if min(self.seeds) == 1 else ""
+
 
 def difference(records: Records, first: Cell, second: Cell, what: str = "psnr") -> Difference | None:
     r"""The difference of two cells; ``None`` if one of them has no valid record.

@@ -141,9 +141,10 @@ class Records:
         r"""Values of every test image, one list for each seed."""
         return [values(record, what) for record in self.of(task, method, loss) if has(record, what)]
 
-    def rivals(self, task: str, loss: str) -> list[str]:
-        r"""The methods with records that are no DEQs, the best first."""
-        known = {m: self.mean(task, m, "none" if m == "denoiser" else loss) for m in METHODS if not METHODS[m].is_deq}
+    def rivals(self, task: str, loss: str, *, learned: bool = False) -> list[str]:
+        r"""The methods with records that are no DEQs, the best first; ``learned`` leaves out those that are not trained for the task."""
+        others = [m for m in METHODS if not METHODS[m].is_deq and not (learned and METHODS[m].epochs is None)]
+        known = {m: self.mean(task, m, "none" if METHODS[m].epochs is None else loss) for m in others}
         return sorted((m for m, v in known.items() if v is not None), key=lambda m: -(known[m] or 0.0))
 
 

@@ -22,7 +22,7 @@ import torch
 from commands import arguments, parsed, run_each
 from data import CHANNELS
 from records import folder_of, is_outdated, matrix, path_of, read_record, variant_of, write
-from settings import NotSearched
+from settings import NotSearched, found_settings, outdated_settings
 from training import measure_again, run_cell
 
 
@@ -51,6 +51,8 @@ def main() -> None:
     args.channels = tuple(args.channels)
     if args.denoiser and (args.all or not args.denoiser.exists()):
         sys.exit(f"error: --denoiser is for one cell and takes a file of pretrain_denoiser.py, got {args.denoiser}.")
+    if args.all and args.again:
+        sys.exit("error: --again is for one cell: give --task, --method and --loss.")
     if args.bound is not None and not 0 < args.bound < 1:
         sys.exit(f"error: --bound must be in (0, 1), got {args.bound:g}.")
     variant = variant_of(args.denoiser, args.channels, args.bound)
@@ -75,7 +77,12 @@ def main() -> None:
         return
     known = None if args.force else finished(path)
     if known is not None:
-        print(f"{path} is there ({known['psnr']['mean']:.2f} dB); --force runs it again.")
+        changed = {} if variant else outdated_settings(known["config"], found_settings())
+        other = ", ".join(f"{name} {then} instead of {now}" for name, (then, now) in changed.items())
+        print(
+            f"{path} is there ({known['psnr']['mean']:.2f} dB{f', made with other settings: {other}' if other else ''}); "
+            "--force runs it again."
+        )
         return
     folder = folder_of(path)
     if args.force:

@@ -29,7 +29,7 @@ from commands import arguments, parsed, run_each
 from data import HERE
 from losses import LOSSES
 from models import METHODS
-from records import matrix, write
+from records import SPREAD_DB, matrix, write
 from settings import default_settings, found_settings
 from training import run_cell
 
@@ -62,8 +62,8 @@ def complete(task: str, method: str, trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def worth(trial: dict[str, Any]) -> tuple[bool, float]:
-    r"""What a trial is judged by: PSNR, but first of all whether every solve reached a fixed point."""
-    return not trial.get("missed"), trial["psnr"]
+    r"""What a trial is judged by: PSNR, but first of all whether every solve reached a fixed point, and from all starts the same."""
+    return not trial.get("missed") and trial.get("spread_db", 0.0) <= SPREAD_DB, trial["psnr"]
 
 
 def search(task: str, method: str, loss: str, scale: str, data: Path, share: float, seeds: int = 1) -> None:
@@ -75,9 +75,10 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
     chosen: dict[str, Any] = {}
 
     def once(trial: dict[str, Any], seed: int) -> dict[str, Any]:
-        how = {"trial": trial, "share": share, "seed": seed}
+        # trials of other defaults, say of another penalty, are not comparable
+        how = {"trial": trial, "share": share, "seed": seed, "default": json.loads(json.dumps(default))}
         for known in trials:
-            if {"share": 0.5, "seed": 0} | known == known | how:
+            if how.items() <= known.items():
                 return known
         short = (
             {} if method == "denoiser" else {"epochs": max(1, round(share * trial.get("epochs", default["epochs"])))}
@@ -90,7 +91,7 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
         trials.append({**how, "psnr": record["psnr"]["mean"], "seconds": record["seconds"]})
         if "fixed_point" in record:
             trials[-1]["missed"] = record["images"] - record["fixed_point"]["converged"]
-            trials[-1]["spread_db"] = record["fixed_point"]["spread_db"]["mean"]
+            trials[-1]["spread_db"] = max(record["fixed_point"]["spread_db"]["all"])
         write(path, json.dumps(trials, indent=1) + "\n")
         print(
             f"{task} {representative} {loss} {trial} {seed}: {trials[-1]['psnr']:.2f} dB, {record['seconds']} s",

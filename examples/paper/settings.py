@@ -55,6 +55,16 @@ RELATED_LOSSES = {
     "selfdeq": ("split", "ei-fixed", "ei"),
     "split": ("ei",),
 }
+_OF_DEQS = (
+    "max_iter",
+    "backward_tol",
+    "forward_tol",
+    "test_tol",
+    "bound",
+    "contraction_weight",
+    "context",
+    "saturation",
+)
 _SHARED = ("lr", "grad_clip")  # what the settings of another method or loss say about this one
 _RELATED_SCALES = {"paper": ("small",)}
 
@@ -108,6 +118,27 @@ def sources(scale: str, family: str, loss: str) -> Iterator[tuple[str, str, str]
 def found_settings() -> dict[str, Any]:
     r"""What ``search.py`` found on validation images."""
     return json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
+
+
+def outdated_settings(config: dict[str, Any], found: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    r"""What a record was made with that today's settings have otherwise: its own value and today's, by name.
+
+    :param dict config: the ``config`` of a record.
+    :param dict found: what :func:`found_settings` read.
+    """
+    method = METHODS[config["method"]]
+    today = settings_of(config["task"], config["method"], config["loss"], config["scale"], found, defaults=True)
+    ignored = {"settings_from", *(() if method.is_deq else _OF_DEQS)}
+    pairs = {
+        k: (config[k], list(v) if isinstance(v, tuple) else v) for k, v in today.items() if k in config.keys() - ignored
+    }
+    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def is_borrowed(config: dict[str, Any]) -> bool:
+    r"""Whether the settings of a record come from the search of another method, loss or scale."""
+    own = f"{config['scale']}/{config['task']}/{METHODS[config['method']].family}/{config['loss']}"
+    return config.get("settings_from", own) != own
 
 
 def check_name(what: str, name: str, valid: Iterable[str]) -> None:

@@ -74,12 +74,17 @@ def render() -> str:
         "| model | images and operator | tolerance | linear | model | largest spread | largest radius | evals | converged | certified |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for condition, r in json.loads(RECORD.read_text()).items() if RECORD.exists() else ():
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    for condition, (_, _, title) in CONDITIONS.items():
+        if condition not in known:
+            lines.append(f"| `{condition.split('/')[0]}` | {title} |" + 7 * " |" + " *missing* |")
+            continue
+        r = known[condition]
         spread, radius = max(r["spread_db"]["all"]), max(r["spectral_radius"]["all"])
         mean = sum(r["evaluations"]) / len(r["evaluations"])
         tolerance = f"{r['tol']:.0e}".replace("e-0", "e-") if "tol" in r else "–"
         lines.append(
-            f"| `{r['model']}` | {CONDITIONS[condition][2]} | {tolerance} | {r['psnr_start']['mean']:.2f} | "
+            f"| `{r['model']}` | {title} | {tolerance} | {r['psnr_start']['mean']:.2f} | "
             f"{r['psnr']['tenth']['mean']:.2f} | {spread:.3f} | {radius:.3f} | {mean:.0f} | "
             f"{r['converged']} of {r['images']} | {r['certified']} of {r['images']} |"
         )

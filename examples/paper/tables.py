@@ -15,15 +15,15 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import claims
 import published
-from data import HERE, SCALES, TASKS
+from data import HERE, SCALES, TASKS, TWINS
 from losses import LOSSES
 from models import METHODS
-from records import Records, has, is_deq, is_fixed_point, losses_of, matrix, mean_and_spread, value
+from provenance import provenance, searches, training_times
+from records import Records, has, is_deq, is_fixed_point, losses_of, mean_and_spread, value
 
 NO_FIXED_POINT = " **not a fixed point**"
 MARKS = {"outdated": "*old*", "missing": "*missing*", "none": "–"}
@@ -63,9 +63,10 @@ def table_1(records: Records, task: str, what: str = "psnr", digits: int = 2) ->
     plug = cell(records, task, "denoiser", "none", what, digits)
     theirs = f" (*paper: {published.TABLE_1[task, 'denoiser', 'none']:.2f}*)" if what == "psnr" else ""
     name = "RED" if task == "ct" else "PnP"
+    twins = " Means are over ten images, two of which are one image; claims count it once." if task in TWINS else ""
     return (
         table(header, body)
-        + f"\n\n{name} with a DnCNN, not trained for the task: {plug}{theirs}. {_start(records, task, what, digits)}"
+        + f"\n\n{name} with a DnCNN, not trained for the task: {plug}{theirs}. {_start(records, task, what, digits)}{twins}"
     )
 
 
@@ -166,31 +167,6 @@ def bounds() -> str:
     return table([*header, "largest spread, dB", "largest spectral radius", "evaluations"], body) if body else ""
 
 
-def provenance(records: Records) -> str:
-    r"""What was run where, and what was not."""
-    wanted, done = (
-        matrix(records.scale),
-        {(c["task"], c["method"], c["loss"], c["seed"]) for c in (r["config"] for r in records.all)},
-    )
-    parts = [f"{len(done & set(wanted))} of {len(wanted)} cells at scale *{records.scale}* have a valid record"]
-    if records.outdated:
-        parts.append(f"{len(records.outdated)} more are *old*: DEQs from before fixed points were checked, left out")
-    if records.all:
-        devices = sorted({r["device"].replace(" 1 threads", " 1 thread") for r in records.all})
-        versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records.all})
-        seconds, dates = [r["seconds"] for r in records.all], sorted({r["date"] for r in records.all})
-        parts.append(f"on {'; '.join(devices)}; {'; '.join(versions)}; {dates[0]} to {dates[-1]}")
-        parts.append(f"{max(seconds):.0f} s for the longest cell, {sum(seconds) / 3600:.1f} hours in all")
-    borrowed = sorted({r["config"]["settings_from"] for r in records.all if _is_borrowed(r["config"])})
-    parts += [f"settings taken from other searches: {', '.join(borrowed)}"] if borrowed else []
-    return ". ".join(p[0].upper() + p[1:] for p in parts) + "."
-
-
-def _is_borrowed(config: dict[str, Any]) -> bool:
-    own = f"{config['scale']}/{config['task']}/{METHODS[config['method']].family}/{config['loss']}"
-    return config.get("settings_from", own) != own
-
-
 def summary() -> str:
     r"""Table 1 in short, for the README: what DEQs have records of, against the best of the methods that are none."""
     body = []
@@ -200,11 +176,16 @@ def summary() -> str:
             for loss in losses_of(task, "deq-id"):
                 if not any(records.of(task, method, loss) for method in ("deq-id", "deq-jfb")):
                     continue
-                rivals = [m for m in records.rivals(task, loss) if m != "denoiser"]
-                rival = f"{records.mean(task, rivals[0], loss):.2f} ({METHODS[rivals[0]].title})" if rivals else "–"
+                rivals = records.rivals(task, loss, learned=True)
+                count = f"best of {len(rivals)}" if len(rivals) > 1 else "the only one on record"
+                rival = (
+                    f"{records.mean(task, rivals[0], loss):.2f} ({METHODS[rivals[0]].title}, {count})"
+                    if rivals
+                    else "–"
+                )
                 deqs = (cell(records, task, m, loss) for m in ("deq-id", "deq-jfb"))
                 body.append([scale, task.upper(), LOSSES[loss].title, *deqs, rival])
-    return table(["PSNR in dB, scale", "task", "training", "DEQ, ID", "DEQ, JFB", "best rival"], body)
+    return table(["PSNR in dB, scale", "task", "training", "DEQ, ID", "DEQ, JFB", "rival"], body)
 
 
 def findings() -> str:
@@ -227,7 +208,7 @@ def render() -> str:
             blocks.append(f"Nothing was run at scale *{scale}*.")
             continue
         blocks += [f"## Scale {scale}", provenance(records)]
-        header = ["claim", "cells", "measured", "*paper, dB*", ""]
+        header = ["claim", "cells", "measured", "*paper, dB*", "borrowed settings", ""]
         rows, missing = claims.rows(records)
         blocks.append(dropdown("All claims", table(header, rows), missing))
         for task in TASKS:
@@ -237,6 +218,8 @@ def render() -> str:
         blocks.append(dropdown("Table 2: equivariance of the pipeline in dB", table_2(records)))
         blocks.append(dropdown("Table 3: equivariance of the learned operator in dB", table_3(records)))
         blocks.append(dropdown("What EI minimises, and the PSNR", objectives(records)))
+        blocks.append(dropdown("Training time in units of the DEQ's", table(*training_times(records))))
+        blocks.append(dropdown("Trials of the searches", table(*searches(scale))))
         blocks += (
             [dropdown("PSNR against the bound of the penalty, on validation images", bounds())]
             if scale == "small" and bounds()

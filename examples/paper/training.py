@@ -89,7 +89,7 @@ def measure_again(record: dict[str, Any], weights: Path, *, data: Path, device: 
     )
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     measured = evaluate(task, model.to(device), config)
-    return record | measured | {"config": config}
+    return record | measured | {"config": config, "measured_again": surroundings(device)}
 
 
 def train(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import records
 import run
+import settings
 import ship
 import tables
 import torch
@@ -63,7 +64,11 @@ def test_a_finished_cell_is_not_run_again_unless_forced(lab, monkeypatch, capsys
     path = lab / "results" / "small" / "ct_unet_sup_0.json"
     before = path.stat().st_mtime_ns
     command(monkeypatch, lab, *cell())
-    assert path.stat().st_mtime_ns == before and "--force" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert path.stat().st_mtime_ns == before and "--force" in said and "other settings" not in said
+    monkeypatch.setitem(settings.DEFAULTS["ct"], "lr", 0.5)
+    command(monkeypatch, lab, *cell())
+    assert "made with other settings: lr 0.0003 instead of 0.5); --force" in capsys.readouterr().out
     command(monkeypatch, lab, *cell(), "--force")
     assert path.stat().st_mtime_ns > before
 
@@ -226,4 +231,9 @@ def test_a_trained_model_is_measured_again(lab, monkeypatch):
     broken = {key: whole["ssim"] for key in ("psnr", "pipeline_equivariance")}
     records.write(path, json.dumps(whole | broken | {"exact_equivariance": False}))
     command(monkeypatch, lab, *cell("ct", "lpd"), "--again")
-    assert records.read_record(path) == whole
+    again = records.read_record(path)
+    assert again.pop("measured_again")["date"] and again.keys() == whole.keys()
+    for name in ("psnr", "ssim", "pipeline_equivariance"):
+        assert again[name]["mean"] == pytest.approx(whole[name]["mean"], rel=1e-5)
+    with pytest.raises(SystemExit, match="--again is for one cell"):
+        command(monkeypatch, lab, "--all", "--again")

@@ -46,6 +46,9 @@ def test_several_seeds_decide_by_their_mean_and_a_known_trial_is_not_run_again(l
         assert settings.found_settings()["small"]["ct"]["unet"]["sup"] == {} and len(ran) == 4
     search.search(*arguments, share=1.0)
     assert len(ran) == 6
+    monkeypatch.setitem(settings.DEFAULTS["ct"], "n_trans", 2)  # trials of other defaults do not count
+    search.search(*arguments, share=1.0)
+    assert len(ran) == 8
 
 
 def test_every_learned_method_gets_the_same_questions():
@@ -64,7 +67,8 @@ def test_every_learned_method_gets_the_same_questions():
 
 def test_settings_whose_solves_fail_lose():
     trials = [{"psnr": 30.0, "missed": 1}, {"psnr": 29.0, "missed": 0}, {"psnr": 28.0}]
-    assert sorted(trials, key=search.worth, reverse=True) == [trials[1], trials[2], trials[0]]
+    trials += [{"psnr": 29.5, "missed": 0, "spread_db": 0.06}]
+    assert sorted(trials, key=search.worth, reverse=True) == [trials[1], trials[2], trials[0], trials[3]]
 
 
 def test_cells_without_searched_settings_are_not_trained_in_silence(lab, monkeypatch):

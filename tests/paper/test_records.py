@@ -97,6 +97,24 @@ def test_old_records_of_deqs_are_left_out_and_marked(lab):
     assert "1 more are *old*" in tables.provenance(known)
 
 
+def test_a_claim_says_what_it_rests_on(lab):
+    for seed in (0, 1):
+        record("ct", "deq-id", "sup", seed, psnr=[30.0 + seed, 31.0 + seed] * 5, fixed_point=0.0)
+    path = record("ct", "deq-jfb", "sup", psnr=[25.0, 26.5] * 5, fixed_point=0.0)
+    borrowed = records.read_record(path)
+    borrowed["config"] |= {"settings_from": "small/ct/deq-id/sup", "lr": 0.5}
+    records.write(path, json.dumps(borrowed))
+    known = records.Records("small")
+    row = next(row for row in claims.rows(known)[0] if row[0] == "ID > JFB")
+    assert row[-2:] == ["second", "holds, on one seed"] and "2 and 1 seeds" in row[2]
+    said = tables.provenance(known)
+    assert "CT DEQ, JFB (supervised), seed 0, was made with other settings than today's: lr 0.5 instead of" in said
+    assert "small/ct/deq-id/sup" in said
+    header, body = tables.training_times(known)
+    assert body == [["CT", "supervised", "x", "60", *("1.00" if title == "DEQ, JFB" else "" for title in header[4:])]]
+    assert "In 3 of 3" in claims.findings(known) and "in 0 of 3 it holds for every image" in claims.findings(known)
+
+
 def test_cells_that_are_no_fixed_points_are_flagged(lab):
     record("ct", "deq-id", "sup", fixed_point=0.06)
     record("ct", "deq-id", "ei", fixed_point=0.04)
@@ -106,7 +124,8 @@ def test_cells_that_are_no_fixed_points_are_flagged(lab):
     assert tables.cell(known, "ct", "deq-id", "ei") == "30.00"
     rows = {tuple(row[:2]): row for row in claims.rows(known)[0]}
     assert (
-        rows["ID > JFB", "CT: DEQ, ID (supervised) − DEQ, JFB (supervised)"][-1] == "holds, but **not a fixed point**"
+        rows["ID > JFB", "CT: DEQ, ID (supervised) − DEQ, JFB (supervised)"][-1]
+        == "holds, on one seed, but **not a fixed point**"
     )
     assert "| 0.060 |" in tables.fixed_points(known) and "| 10 of 10 | 9 of 10 |" in tables.fixed_points(known)
 
@@ -135,7 +154,7 @@ def test_tables_and_plots_of_the_committed_records(tmp_path):
     text = tables.render()
     unet = json.loads((records.RESULTS / "small" / "ct_unet_sup_0.json").read_text())["psnr"]["mean"]
     assert "## Scale small" in text and f"{unet:.2f}" in text and "*36.77*" in text
-    assert "best rival" in tables.summary()
+    assert "(U-Net, best of " in tables.summary()
     drawn = figures.plots(tmp_path, "small")
     assert len(drawn) == 5 and all(path.stat().st_size > 5_000 for path in drawn)
 

@@ -21,9 +21,5 @@ def test_a_condition_is_measured_and_rendered(tmp_path, monkeypatch, lab):
         values = [v["all"][i] for v in measured["psnr"].values()]
         assert spread == pytest.approx(max(values) - min(values), abs=2e-3)
     shipped.RECORD.write_text(json.dumps({"mri-ei/own": measured}))
-    row = shipped.render().splitlines()[-1]
-    assert (
-        "`mri-ei`" in row
-        and "16×16, CT slices" in row
-        and f"| {measured['converged']} of 1 | {measured['certified']} of 1 |" in row
-    )
+    row = next(line for line in shipped.render().splitlines() if "16×16, CT slices" in line)
+    assert "`mri-ei`" in row and f"| {measured['converged']} of 1 | {measured['certified']} of 1 |" in row
