@@ -26,6 +26,7 @@ class Loss:
     - ``build``: function of the task, the hyperparameters and the seed; ``None`` where nothing is trained.
     - ``defaults``: hyperparameters before any search that differ from those of the task.
     - ``weighted``: whether the search varies the weight ``alpha`` of a second term, and by which factors.
+    - ``of_images``: whether ``alpha`` weighs an error of images.
     - ``of_measurements``: whether errors are those of measurements by an operator of norm 1, not brought to the scale of images.
     - ``excludes``: methods that the loss does not work with, and why.
     """
@@ -35,13 +36,9 @@ class Loss:
     tasks: tuple[str, ...] = TASKS
     defaults: dict[str, Any] = field(default_factory=dict)
     weighted: tuple[float, ...] = ()
+    of_images: bool = False
     of_measurements: bool = False
     excludes: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def of_images(self) -> bool:
-        r"""Whether ``alpha`` weighs an error of images; if so its default is 1."""
-        return self.defaults.get("alpha") == 1.0
 
 
 def make_losses(task: Task, method: str, loss: str, s: dict[str, Any], seed: int) -> list[Any]:
@@ -195,9 +192,9 @@ LOSSES = {
     # reconstructions that may follow the loss collapse at larger weights
     "ei": Loss("EI", _ei, weighted=(0.3, 1.0, 3.0), of_measurements=True),
     "ei-sure": Loss("EI + SURE", _ei_sure, ("mri",), weighted=(0.3, 1.0, 3.0), of_measurements=True),
-    "ei-fixed": Loss("EI, fixed targets", _ei_fixed, defaults={"alpha": 1.0}, weighted=(1.0, 10.0)),
-    "ei-turned": Loss("EI, turned operator", _ei_turned, ("ct",), {"alpha": 1.0}, (1.0, 10.0)),
-    "moi": Loss("multi-operator imaging", _moi, ("ct",), {"alpha": 1.0}, (0.3, 1.0, 3.0)),
+    "ei-fixed": Loss("EI, fixed targets", _ei_fixed, defaults={"alpha": 1.0}, weighted=(1.0, 10.0), of_images=True),
+    "ei-turned": Loss("EI, turned operator", _ei_turned, ("ct",), {"alpha": 1.0}, (1.0, 10.0), of_images=True),
+    "moi": Loss("multi-operator imaging", _moi, ("ct",), {"alpha": 1.0}, (0.3, 1.0, 3.0), of_images=True),
     # one hidden view measures an image noisily, so most gradients are clipped
     "split": Loss("hidden views", _hidden_views, ("ct",), {"grad_clip": 3e-3}),
     "es": Loss("equivariant splitting", _equivariant_splitting, excludes=_NEEDS_MASK),

@@ -68,6 +68,11 @@ def path_of(scale: str, task: str, method: str, loss: str, seed: int, variant: s
     return RESULTS / scale / variant / f"{task}_{method}_{loss}_{seed}.json"
 
 
+def variants_of(scale: str) -> list[str]:
+    r"""The folders of cells with another denoiser, number of feature maps, or bound."""
+    return sorted(path.name for path in (RESULTS / scale).glob("*") if path.is_dir())
+
+
 def folder_of(record: Path) -> Path:
     r"""Where a cell leaves its checkpoints and its model, by the path of its record."""
     return Path("runs") / "paper" / record.relative_to(RESULTS).with_suffix("")
@@ -107,6 +112,14 @@ def is_deq(record: Row) -> bool:
 def is_fixed_point(record: Row) -> bool:
     r"""Whether all solves of a DEQ, from other starts and to a tenth of the tolerance, agree in PSNR on every test image."""
     return max(record["fixed_point"]["spread_db"]["all"]) <= SPREAD_DB
+
+
+def certificate_cells(point: Row, images: int) -> list[str]:
+    r"""A certificate in cells of a table: largest spread in dB, largest spectral radius, mean number of evaluations, and how many
+    images converged and are certified."""
+    largest = [f"{max(point[name]['all']):.3f}" for name in ("spread_db", "spectral_radius")]
+    counts = [f"{point[name]} of {images}" for name in ("converged", "certified")]
+    return [*largest, f"{statistics.mean(point['evaluations']):.0f}", *counts]
 
 
 class Records:

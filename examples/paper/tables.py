@@ -23,7 +23,7 @@ from data import HERE, SCALES, TASKS, TWINS
 from losses import LOSSES
 from models import METHODS
 from provenance import provenance, searches, training_times
-from records import Records, has, is_deq, is_fixed_point, losses_of, mean_and_spread, value
+from records import Records, certificate_cells, has, is_deq, is_fixed_point, losses_of, mean_and_spread, value
 
 NO_FIXED_POINT = " **not a fixed point**"
 MARKS = {"outdated": "*old*", "missing": "*missing*", "none": "–"}
@@ -84,23 +84,25 @@ def fixed_points(records: Records) -> str:
     for r in filter(is_deq, records.all):
         c, f = r["config"], r["fixed_point"]
         psnr = [f"{f['psnr'][k]['mean']:.2f}" if k in f["psnr"] else "" for k in ("start", "tenth")]
-        spread, evaluations = max(f["spread_db"]["all"]), f["evaluations"]
-        body.append(
-            [
-                c["task"].upper(),
-                METHODS[c["method"]].title,
-                LOSSES[c["loss"]].title,
-                "yes" if is_fixed_point(r) else "**no**",
-                str(c["seed"]),
-                *psnr,
-                f"{spread:.3f}",
-            ]
-            + [f"{max(f['spectral_radius']['all']):.3f}", f"{sum(evaluations) / len(evaluations):.0f}"]
-            + [f"{f[count]} of {r['images']}" for count in ("converged", "certified")]
-        )
+        names = [c["task"].upper(), METHODS[c["method"]].title, LOSSES[c["loss"]].title]
+        agree = "yes" if is_fixed_point(r) else "**no**"
+        body.append([*names, agree, str(c["seed"]), *psnr, *certificate_cells(f, r["images"])])
     header = ["task", "method", "training", "starts agree", "seed", "PSNR at tolerance", "at a tenth"]
     header += ["largest spread, dB", "largest spectral radius", "evals", "converged", "certified"]
     return table(header, body) if body else "No DEQ has a valid record."
+
+
+def variants(scale: str) -> str:
+    r"""The records of other bounds, numbers of feature maps or penalties than the cells', which have folders of their own."""
+    body = []
+    for variant in variants_of(scale):
+        for r in Records(scale, variant).all:
+            c, point = r["config"], r.get("fixed_point")
+            cells = certificate_cells(point, r["images"]) if point else [""] * 5
+            names = [variant, c["task"].upper(), METHODS[c["method"]].title, LOSSES[c["loss"]].title]
+            body.append([*names, f"{value(r, 'psnr'):.2f}", *cells])
+    header = ["variant", "task", "method", "training", "PSNR", "largest spread, dB", "largest spectral radius"]
+    return table([*header, "evals", "converged", "certified"], body) if body else ""
 
 
 def table_2(records: Records) -> str:
@@ -215,6 +217,8 @@ def render() -> str:
             blocks.append(dropdown(f"Table 1, {task.upper()}: PSNR of the test images in dB", table_1(records, task)))
             blocks.append(dropdown(f"SSIM, {task.upper()}", table_1(records, task, "ssim", 3)))
         blocks.append(dropdown("Fixed points of the DEQs", fixed_points(records)))
+        if other := variants(scale):
+            blocks.append(dropdown("Other bounds, penalties and numbers of feature maps", other))
         blocks.append(dropdown("Table 2: equivariance of the pipeline in dB", table_2(records)))
         blocks.append(dropdown("Table 3: equivariance of the learned operator in dB", table_3(records)))
         blocks.append(dropdown("What EI minimises, and the PSNR", objectives(records)))
