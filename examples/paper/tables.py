@@ -23,7 +23,17 @@ from data import HERE, SCALES, TASKS, TWINS
 from losses import LOSSES
 from models import METHODS
 from provenance import provenance, searches, training_times
-from records import Records, certificate_cells, has, is_deq, is_fixed_point, losses_of, mean_and_spread, value
+from records import (
+    Records,
+    certificate_cells,
+    has,
+    is_deq,
+    is_fixed_point,
+    losses_of,
+    mean_and_spread,
+    value,
+    variants_of,
+)
 
 NO_FIXED_POINT = " **not a fixed point**"
 MARKS = {"outdated": "*old*", "missing": "*missing*", "none": "–"}
