@@ -8,6 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from deepinv_deq.autocast import Autocast
+
 State = Tensor | tuple[Tensor, ...]
 Rows = Tensor | slice
 WORTH = 2**15  # numbers: below this size call overhead dominates, and dropping samples does not pay
@@ -115,10 +117,11 @@ def orthogonalised(w: Tensor, basis: Tensor, dual: Tensor) -> tuple[Tensor, Tens
     :return: the rest, and the components in double precision, of shape ``(B, k)``.
     """
     components = w.new_zeros(basis.shape[:2], dtype=torch.float64)
-    for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
-        c = torch.bmm(dual, w[:, :, None])
-        w = torch.baddbmm(w[:, None], c.transpose(1, 2), basis, alpha=-1)[:, 0]
-        components = components + c[..., 0]
+    with Autocast(w.device.type).off():
+        for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
+            c = torch.bmm(dual, w[:, :, None])
+            w = torch.baddbmm(w[:, None], c.transpose(1, 2), basis, alpha=-1)[:, 0]
+            components = components + c[..., 0]
     return w, components
 
 
@@ -170,10 +173,8 @@ def powers_of_two(*tensors: Tensor, usual: bool = False) -> Tensor:
     return unit.clamp_min(2.0**-120).expand(batch)  # whose inverse is a number in single precision, too
 
 
-_ROOM = {
-    torch.float32: 10,
-    torch.float64: 30,
-}  # more in single precision would cost cotangents of small images their precision
+# A larger factor loses digits of small cotangents in float32.
+_ROOM = {torch.float32: 10, torch.float64: 30}
 
 
 def times(unit: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "deepinv_deq"
 # from the bottom to the top, along the data flow: states, maps, solvers, implicit, iterations, models, their certificate, training
 LAYERS = [
-    {"_versions", "compat", "states", "_digest"},
+    {"_versions", "compat", "autocast", "states", "_digest"},
     {"maps", "files", "group_norm", "datasets", "_sparse_matrices", "_sparse_parts", "_sparse_products", "physics"},
     {"solvers"},
     {"implicit"},

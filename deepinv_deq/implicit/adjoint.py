@@ -2,7 +2,7 @@ r"""The adjoint equation :math:`b = b \, \partial F / \partial x + g` of a fixed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,21 +219,27 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _refuse_hidden_leaves(image: Tensors, known: Tensors) -> None:
-    r"""Raise if the map depends on a trainable tensor that is none of its inputs: its gradient would be lost."""
-    known_ids, seen = {id(t) for t in known}, set[Any]()
-    nodes: list[Any] = [t.grad_fn for t in image]
+def leaves(outputs: Tensors) -> Iterator[Tensor]:
+    r"""The tensors that require a gradient and at which the graph of ``outputs`` ends, each once."""
+    seen, nodes = set[Any](), [t.grad_fn for t in outputs]
     while nodes:
-        node = nodes.pop()
+        node: Any = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known_ids:
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes.extend(parent for parent, _ in node.next_functions)
+
+
+def _refuse_hidden_leaves(image: Tensors, known: Tensors) -> None:
+    r"""Raise if the map depends on a trainable tensor that is none of its inputs: its gradient would be lost."""
+    known_ids = {id(t) for t in known}
+    for leaf in leaves(image):
+        if id(leaf) not in known_ids:
             raise RuntimeError(
                 f"The iteration depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and was none of "
                 "its inputs in the forward pass, so its gradient would be lost. If it was frozen then, unfreeze it before "
                 "the forward pass, and run that again. If it is no parameter, buffer or attribute of the iteration or the "
                 "physics, make it an attribute of one of them, or detach it."
             )
-        nodes.extend(parent for parent, _ in node.next_functions)

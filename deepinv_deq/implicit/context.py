@@ -10,21 +10,11 @@ import torch
 from torch import Tensor
 
 from deepinv_deq import compat
-
-Autocast = list[tuple[str, bool, torch.dtype]]
-
-
-def autocast_settings(device: str) -> Autocast:
-    r"""The autocast settings in force.
-
-    :param str device: type of the device of the state.
-    :return: for it and for the CPU: device type, whether autocast is enabled, its dtype.
-    """
-    return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted({"cpu", device})]
+from deepinv_deq.autocast import Setting
 
 
 @contextmanager
-def as_in_forward(settings: Autocast) -> Iterator[None]:
+def as_in_forward(settings: Setting) -> Iterator[None]:
     r"""Evaluate a map in a backward pass as in the forward pass.
 
     A Trainer runs the backward pass outside of its autocast region. Under ``torch.inference_mode`` no graph can be built, so

@@ -10,8 +10,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from deepinv_deq import compat
+from deepinv_deq.autocast import autocast_settings
 from deepinv_deq.implicit.adjoint import Adjoint, Gradients, Tensors, as_state
-from deepinv_deq.implicit.context import as_in_forward, autocast_settings, usable
+from deepinv_deq.implicit.context import as_in_forward, usable
 from deepinv_deq.implicit.mapped import VMAP, Mapped
 from deepinv_deq.maps import Map
 from deepinv_deq.states import as_tuple

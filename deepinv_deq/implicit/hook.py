@@ -20,7 +20,8 @@ from deepinv_deq.solvers import Solver, SolverStat
 from deepinv_deq.states import as_tuple
 
 _MODES = ("implicit", "jfb")
-OnSolve = Callable[[str, SolverStat], None]
+#: A function that is called after every solve, as ``on_solve(which, stat)``.
+OnSolve = Callable[[str, SolverStat], Any]
 
 
 @runtime_checkable
@@ -57,8 +58,8 @@ class ModularIDHook:
 
     ``f`` may be any callable. If it is a :class:`DifferentiableMap`, as the maps of
     :meth:`FixedPointIteration.bind <deepinv_deq.FixedPointIteration.bind>` are, a pass costs one evaluation of ``f`` with a
-    graph, in the backward pass. For any other callable, whose dependencies cannot be seen, it costs two more
-    evaluations: a checkpointed one now and its recomputation in the backward pass.
+    graph, in the backward pass. Any other callable costs two more evaluations, one forward and one backward, because its inputs are
+    unknown.
 
     :param Solver, None solver: solver of the adjoint equation; default ``Solver("gmres", max_iter=50, tol=1e-3)``. The
         cotangent is brought to unit size before and scaled back after, so the gradient is linear in the loss.

@@ -57,7 +57,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class Mapped:
-    r"""Mapped tensors like given ones. Use :meth:`of`.
+    r"""Converts between vmapped tensors and ordinary tensors with one extra dimension. Use :meth:`of`.
 
     :param tuple[torch.Tensor, ...] like: mapped tensors, of the shapes that ``vmap`` shows.
     :param bool functional: whether :func:`torch.vmap` maps, else the older one inside of :mod:`torch.autograd`.

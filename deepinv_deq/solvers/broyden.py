@@ -18,7 +18,7 @@ class Broyden(Method):
 
     def __init__(self, x0: Tensor, settings: Settings):
         super().__init__(x0, settings)
-        self.u, self.v = x0.new_zeros(2, x0.shape[0], self.depth, x0.shape[1])
+        self.u, self.v = x0.new_zeros(2, x0.shape[0], min(self.depth, 8), x0.shape[1])
         self.used = 0
         self.previous: tuple[Tensor, Tensor] | None = None
 
@@ -28,8 +28,11 @@ class Broyden(Method):
         if self.used == self.depth:
             self.u.zero_(), self.v.zero_()
             self.used, self.previous = 0, None
+        if self.used == self.u.shape[1]:  # grows, since few solves need all of their budget
+            more = min(self.used, self.depth - self.used)
+            self.u, self.v = (torch.cat([t, torch.zeros_like(t[:, :more])], dim=1) for t in (self.u, self.v))
         u, v = self.u[:, : self.used + 1], self.v[:, : self.used + 1]
-        v.masked_fill_(restart[:, None, None], 0.0)  # with its right half gone, a term is gone
+        v.masked_fill_(restart[:, None, None], 0.0)  # Zeroing v_i removes the term u_i v_i^T.
         if self.previous is not None:
             dx, dg = x - self.previous[0], g - self.previous[1]
             vt = _apply(v, u, dx)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq.solvers.krylov import Cycle
+from deepinv_deq.solvers.krylov import LOST, Cycle
 from deepinv_deq.solvers.loop import ROUNDING, STALL, Method, Settings, information
 from deepinv_deq.solvers.problem import Linear, Problem
 from deepinv_deq.states import unit_size, where_rows
@@ -25,6 +25,7 @@ class GMRES(Method):
     """
 
     history = 30
+    directions = True
 
     def solve(self, problem: Problem, x0: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
         r"""Solve from ``x0``.
@@ -40,7 +41,7 @@ class GMRES(Method):
         absolute, relative, plain, traces = now.absolute, now.relative, now.plain, ([now.absolute], [now.relative])
         nstep = torch.full_like(absolute, problem.evaluations)
         active = (absolute < torch.inf) & (relative > tol)
-        at_floor, singular = torch.zeros_like(active).repeat(2, 1)
+        at_floor, singular, ill = torch.zeros_like(active).repeat(3, 1)
         check = 0 if problem.affine else 1  # only its true residual tells whether this map is affine
 
         while bool(active.any()) and problem.evaluations + check < max_iter:
@@ -54,13 +55,14 @@ class GMRES(Method):
                     break
             cycle.settle()
             nstep = nstep + cycle.used
-            at_floor = at_floor | cycle.at_floor
+            at_floor, ill = at_floor | cycle.at_floor, ill | cycle.ill
             again = cycle.active if problem.affine else tried
             claimed = tried & ~again
             spent = problem.evaluations >= max_iter
             if spent or not bool(again.any()):
                 claimed = tried
-                singular = singular | (cycle.active & cycle.stagnates())
+                crawls = cycle.crawls(ill, len(traces[0]) - 1 - cycle.size)
+                singular = singular | (cycle.active & (cycle.stagnates() | crawls))
             singular = singular | cycle.singular
             new, left = cycle.solution()
             x = where_rows(claimed, new, x)
@@ -84,8 +86,9 @@ class GMRES(Method):
             active = fell & ~cycle.at_floor & ~cycle.singular & (relative > tol)
             stuck = again & ~fell & ~(relative <= tol)
             rounding = stuck & (relative <= ROUNDING * true.rounding)
-            at_floor = at_floor | rounding
-            singular = singular | (stuck & ~rounding & (cycle.size >= STALL))
+            lost = rounding & (relative > (LOST if problem.affine else torch.inf))
+            at_floor = at_floor | (rounding & ~lost)
+            singular = singular | lost | (stuck & ~rounding & (cycle.size >= STALL))
             now = true
 
         converged = (relative < torch.inf) & (relative <= tol)
@@ -95,7 +98,7 @@ class GMRES(Method):
         return x, information(found, traces)
 
     def _start(self, problem: Problem, x0: Tensor) -> tuple[Linear, Tensor, Tensor]:
-        r"""The product with :math:`I - \ell`, the better one of ``x0`` and zero, and its residual."""
+        r"""The product with :math:`I - \ell`, the start (x0 or zero, whichever has the smaller residual) and its residual."""
         zero = torch.zeros_like(x0)
         offset = problem.offset if problem.affine else problem(zero)
         if problem.affine:

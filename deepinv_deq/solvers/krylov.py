@@ -10,10 +10,11 @@ from deepinv_deq.solvers.problem import Evaluation, Linear, Problem
 from deepinv_deq.states import finite_rows, norms, orthogonalised, where_rows
 
 _PIVOT = 8.0  # roundings of a product: a pivot below is noise
-# Where the residual stops falling, the null space of a singular system makes ever larger solutions of it. So one that is
-# neither accurate nor still improving must be worth its size: this much of that counts as residual.
+# Where the residual stops falling, the null space of a singular system makes ever larger solutions of it.
+# Such a solution is accepted only if the residual falls by more than `_SIZE` times the norm of the solution.
 _SIZE = 1e-3
 _CONDITION = 1e4  # of a system whose residual stopped falling: such a map does not contract
+LOST = 0.1  # relative residual of an affine map above which rounding is not what keeps it from its solution
 
 
 class Cycle:
@@ -22,6 +23,8 @@ class Cycle:
     ``absolute`` and ``relative`` measure the solution found so far, by the recurrence; ``active`` marks the samples that want
     more products, ``used`` counts those they had. ``at_floor`` marks samples whose residual is below what rounding lets one
     know of it, ``singular`` those where the space is exhausted, or where the residual stopped falling while the solution grew.
+    A large residual below its rounding means that the solution grew without an end, so the sample is singular, too.
+    ``ill`` marks samples whose solution proves a large condition number.
     """
 
     def __init__(
@@ -36,14 +39,16 @@ class Cycle:
         self._rest = torch.nn.functional.pad(self._beta[:, None], (0, columns))
         scale = problem.offset_norm if problem.affine else self._beta
         self._scale = torch.where(scale > 0, scale, self._beta)  # of the residual of an affine map
-        self._size = torch.zeros_like(self._beta)  # of the linear system, seen from its products
+        # Norm of the linear system, seen from its products. The size includes the directions, from which products are differences.
+        self._gain = self._size = torch.zeros_like(self._beta)
         self._terms = self._size  # whose rounding is that of the products
         self._cancels = problem.change is None  # a product is a difference to the direction
         self._lefts: list[Tensor] = []
         self.absolute, self.relative = now.absolute, now.relative
         self._worth = self._first = now.absolute
         self.active, self.used = active, torch.zeros_like(self._beta)
-        self.at_floor, self.singular = torch.zeros_like(active).repeat(2, 1)
+        self.at_floor, self.singular, self.ill = torch.zeros_like(active).repeat(3, 1)
+        self._most = LOST if problem.affine else torch.inf
 
     @property
     def size(self) -> int:
@@ -60,7 +65,7 @@ class Cycle:
         w = where_rows(go, w, torch.zeros_like(w))
         size = norms(w)  # 0 where the sample does not go on
         largest = torch.maximum(size, torch.where(go, norms(direction), 0.0))
-        self._size = torch.maximum(self._size, largest)
+        self._gain, self._size = torch.maximum(self._gain, size), torch.maximum(self._size, largest)
         self._terms = torch.maximum(self._terms, largest if self._cancels else size)
         noise = self._floating.eps * self._terms
         length, column = self._basis.append(w, direction, _PIVOT * noise)
@@ -78,9 +83,12 @@ class Cycle:
         self._take(done | (go & (worth < self._worth)))
         self.used = self.used + self.active
         self._lefts.append(left)
+        reached = (self._beta.square() - left.square()).clamp_min((0.01 * self._beta).square()).sqrt()
+        self.ill = self._gain * grown > _CONDITION * reached  # |A| |y| > 1e4 |A y|
         hopeless = (length == 0) | (self.stagnates() & (self._size * grown > _CONDITION * self._beta))
-        self.at_floor = self.at_floor | at_floor
-        self.singular = self.singular | (go & hopeless & ~done & ~at_floor)
+        lost = at_floor & (absolute > self._most * scale)  # the rounding of a solution that is as large as its residual
+        self.at_floor = self.at_floor | (at_floor & ~lost)
+        self.singular = self.singular | lost | (go & hopeless & ~done & ~at_floor)
         self.active = go & ~done & ~at_floor & ~self.singular
 
     def _take(self, rows: Tensor) -> None:
@@ -104,6 +112,17 @@ class Cycle:
         if self.size <= STALL:
             return torch.zeros_like(self.active)
         return self._lefts[-1] > 0.99 * self._lefts[-1 - STALL]
+
+    def crawls(self, ill: Tensor, earlier: int) -> Tensor:
+        r"""Whether a residual is still large and has nearly stopped falling.
+
+        :param torch.Tensor ill: samples of large condition numbers: for these, products that do not halve the residual are enough.
+        :param int earlier: number of products of earlier cycles.
+        """
+        part = min(self.size / STALL, 1.0)
+        fell = self._lefts[-1] / (self._beta if self.size <= STALL else self._lefts[-1 - STALL])
+        least = torch.inf if self.size + earlier <= STALL else 0.95**part
+        return (self.relative > self._most) & ((ill & (fell > 0.5)) | (fell > least))
 
     def solution(self) -> tuple[Tensor, Tensor]:
         r"""The point found, and its residual by the recurrence."""
@@ -188,8 +207,8 @@ class _LeastSquares:
         rotated = torch.bmm(q[:, :, :j], above[:, :, None])[..., 0]
         a, b = rotated[:, j - 1], below  # the new row of Q is still that of the identity
         length = torch.hypot(a, b)
-        # a column of noise (a frozen sample, a singular map) reaches nothing: an infinite pivot gives it the weight zero,
-        # and the swap of two rows hands what is left to reach to the next column
+        # A column of noise (a frozen sample, a singular map) is not used. An infinite pivot sets the weight of this column to zero.
+        # The row swap moves its part of the right-hand side to the next column.
         usable = length > noise
         c, s = torch.where(usable, a / length, 0.0), torch.where(usable, b / length, 1.0)
         upper, lower = q[:, j - 1].clone(), q[:, j].clone()
@@ -199,4 +218,4 @@ class _LeastSquares:
         r[:, j - 1, j - 1] = torch.where(usable, length, torch.inf)
         rhs = self.beta[:, None] * q[:, :, 0]
         y = torch.linalg.solve_triangular(r, rhs[:, :j, None], upper=True)[..., 0].nan_to_num(0.0)
-        return y, rhs[:, j, None] * q[:, j]  # what no column reaches: the last direction of Q
+        return y, rhs[:, j, None] * q[:, j]  # The residual lies along the last row of Q.

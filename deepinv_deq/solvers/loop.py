@@ -14,8 +14,8 @@ from torch import Tensor
 from deepinv_deq.solvers.problem import Evaluation, Problem
 from deepinv_deq.states import finite_rows, where_rows
 
-STALL = 10  # evaluations without a smaller residual, after which one of the size of rounding is taken for the floor
-FALL = 0.95  # what counts as smaller
+STALL = 10  # After this many evaluations without progress, a residual of rounding size counts as the floor.
+FALL = 0.95  # A residual counts as smaller below this fraction of the last mark.
 ROUNDING = 16.0  # largest residual at the floor, in units of the estimated rounding of one evaluation
 # Near the floor a residual may creep down for hundreds of evaluations. One that has not halved in half of a long solve is there, too: at any
 # linear rate it would have halved. The terms inside of a map can be larger than its image, and so can their rounding.
@@ -24,7 +24,7 @@ CREEP, CREEPING = 60, 40.0
 
 @dataclass(frozen=True)
 class Settings:
-    r"""What a method is told of the settings of a :class:`Solver <deepinv_deq.Solver>`.
+    r"""Solver settings passed to a method, see :class:`Solver <deepinv_deq.Solver>`.
 
     :param int max_iter: largest number of evaluations.
     :param float tol: relative error to reach.
@@ -55,6 +55,8 @@ class Method:
     growth: float = 10.0
     #: Whether the method may be given ``x + P(F(x) - x)`` in the place of ``F(x)``, where the map has a preconditioner ``P``.
     preconditioned: bool = True
+    #: Whether the method evaluates the map at other points than its iterates, as Krylov methods do.
+    directions: bool = False
     #: Number of past points kept by default; ``None`` is as many as there are evaluations.
     history: int | None = None
 

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deepinv_deq.autocast import FINER, Autocast
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.states import WORTH, Layout, finite_rows, norms, unit_size
 
 Linear = Callable[[Tensor], Tensor]
-_CANCELLED = 0.1  # roundings: where F(x) - x is enlarged by the change of units, a smaller value of it says nothing
+_CANCELLED = 0.1  # Residuals below this many roundings are noise, because N amplifies cancellation.
 
 
 class Evaluation(NamedTuple):
@@ -44,24 +45,37 @@ class Problem:
     :param Layout layout: how states lie in matrices.
     :param torch.Tensor x: the first point, of shape ``(B, N)``.
     :param bool precondition: whether to use the preconditioner of ``f``.
+    :param list[int], None count: numbers of evaluations, to be added to.
+    :param Autocast, None autocast: setting in which ``f`` is evaluated; default: the setting in force.
     """
 
-    def __init__(self, f: Map, layout: Layout, x: Tensor, precondition: bool, count: list[int] | None = None):
+    def __init__(
+        self,
+        f: Map,
+        layout: Layout,
+        x: Tensor,
+        precondition: bool,
+        count: list[int] | None = None,
+        autocast: Autocast | None = None,
+    ):
         self._f, self._layout, self._precondition = f, layout, precondition
         self._count = [0, 0] if count is None else count
+        self._autocast = Autocast(x.device.type) if autocast is None else autocast
+        self._finer = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # samples that autocast does not limit
+        around = self._autocast.around
         self.affine = isinstance(f, AffineMap)
-        self._steps = type(f).step is not Map.step  # the map has a better way to its residual than a difference
+        self._steps = not self.affine and f.has_own_step  # the map has a better way to its residual than a difference
         self._amplification: Tensor | None = None
         # closures without self: a reference cycle would keep the graph that f holds alive until the garbage collector runs
         state = layout.unpack(x)
-        offered = f.preconditioner(state) if precondition else None
-        self.precondition = _of_matrices(offered, layout)
+        offered = around(f.preconditioner)(state) if precondition else None
+        self.precondition = _of_matrices(offered, layout, around)
         self.natural: Linear | None = None
         self.change: Linear | None = None  # of an affine map that knows it better than by a difference
         if isinstance(f, AffineMap):
-            self.linear = _counting(f.linear, layout, self._count)
+            self.linear = _counting(around(f.linear), layout, self._count)
             if f.change is not None:
-                self.change = _counting(f.change, layout, self._count)
+                self.change = _counting(around(f.change), layout, self._count)
             c = layout.pack(f.offset)
             self.lost = ~finite_rows(c)  # b = l(b) + NaN has the solution NaN
             c = c.masked_fill(self.lost[:, None], 0.0)
@@ -69,9 +83,10 @@ class Problem:
             self.offset = c / self.unit
             self.offset_norm = norms(self.offset)
         else:
-            self._evaluate = _counting(f.step if self._steps else f, layout, self._count)
-            units = offered if precondition and type(f).natural is Map.natural else f.natural(state)
-            self.natural = self.precondition if units is offered and precondition else _of_matrices(units, layout)
+            self._evaluate = _counting(around(f.step if self._steps else f), layout, self._count)
+            units = offered if precondition and type(f).natural is Map.natural else around(f.natural)(state)
+            same = units is offered and precondition
+            self.natural = self.precondition if same else _of_matrices(units, layout, around)
 
     @property
     def evaluations(self) -> int:
@@ -86,11 +101,12 @@ class Problem:
     @property
     def precision(self) -> torch.dtype:
         r"""The coarsest floating-point type that the map computes in."""
-        types = [t.real.dtype if t.is_complex() else t.dtype for t in self._layout.like]
-        device = self._layout.like[0].device.type
-        if torch.is_autocast_enabled(device):
-            types.append(torch.get_autocast_dtype(device))
-        return max(types, key=lambda dtype: torch.finfo(dtype).eps)
+        return max(self.precision_of_state, self._autocast.dtype or self.precision_of_state, key=_roundings)
+
+    @property
+    def precision_of_state(self) -> torch.dtype:
+        r"""The coarsest floating-point type of the state."""
+        return max([t.real.dtype if t.is_complex() else t.dtype for t in self._layout.like], key=_roundings)
 
     def __call__(self, x: Tensor, tau: float = 1.0) -> Tensor:
         r"""The image of ``x``. TorchDEQ's plain iteration passes a damping factor ``tau``."""
@@ -102,7 +118,7 @@ class Problem:
         return x / self.unit if self.affine else x
 
     def leave(self, x: Tensor, info: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        r"""The solution, and what is told of it, in the units of the map. NaN for samples whose constant is not finite."""
+        r"""The solution and its statistics, in the units of the map. NaN for samples whose constant is not finite."""
         info.setdefault("singular", torch.zeros_like(info["converged"]))
         if self.affine:
             x = (x * self.unit).masked_fill(self.lost[:, None], torch.nan)
@@ -141,10 +157,14 @@ class Problem:
         relative, plain = (torch.where(a == 0, a, a / s) for a, s in ((absolute, scale), (plain, size)))
         absolute, relative, plain = (torch.where(finite, t, torch.inf) for t in (absolute, relative, plain))
         if self._amplification is None:
-            gain = self._amplify(image)
+            gain = _amplification(self.natural, image)
             # without a difference that cancels digits, rounding is that of the terms of the step, of the size of the first one
             self._amplification = torch.minimum(gain, relative.clamp_min(1.0)) if self._steps else gain
         rounding = torch.finfo(self.precision).eps * self._amplification * size / scale
+        if self._autocast.dtype is not None:  # the map may switch autocast off
+            self._finer = self._finer | (relative < FINER * rounding)
+            of_state = torch.finfo(self.precision_of_state).eps / torch.finfo(self.precision).eps
+            rounding = torch.where(self._finer, of_state * rounding, rounding)
         if self.natural is not None and not self._steps:
             relative = torch.maximum(relative, _CANCELLED * rounding)
         if self.precondition is not None:
@@ -156,27 +176,36 @@ class Problem:
         r"""The problem of some samples, or ``None`` where that is not possible or not worth it; ``x`` is a point of all."""
         if self.affine or x.numel() < WORTH or self._layout.batch == 1:
             return None
-        part = self._f.select(rows)
+        part = self._autocast.around(self._f.select)(rows)
         if part is None:
             return None
-        problem = Problem(part, self._layout.select(rows), x[rows], self._precondition, self._count)
+        problem = Problem(part, self._layout.select(rows), x[rows], self._precondition, self._count, self._autocast)
         if self._amplification is not None:
             problem._amplification = self._amplification[rows]
+        problem._finer = self._finer[rows]
         return problem
 
-    def _amplify(self, image: Tensor) -> Tensor:
-        r"""By how much the change of units enlarges noise, such as rounding, that has the size of the image everywhere."""
-        one = torch.ones(image.shape[0], dtype=torch.float64, device=image.device)
-        if self.natural is None or not image.shape[1]:
-            return one
-        n = torch.arange(image.shape[1], device=image.device, dtype=torch.float64)
-        noise = image * torch.cos(0.7 * n * n).to(image.dtype)  # a chirp has a flat spectrum, and needs no generator
-        gain = norms(self.natural(noise)) / norms(noise)
-        return torch.where(torch.isfinite(gain), gain, one)
+
+def _amplification(natural: Linear | None, image: Tensor) -> Tensor:
+    r"""By how much the change of units enlarges noise, such as rounding, that has the size of the image everywhere."""
+    one = torch.ones(image.shape[0], dtype=torch.float64, device=image.device)
+    if natural is None or not image.shape[1]:
+        return one
+    n = torch.arange(image.shape[1], device=image.device, dtype=torch.float64)
+    noise = image * torch.cos(0.7 * n * n).to(image.dtype)  # a chirp has a flat spectrum, and needs no generator
+    gain = norms(natural(noise)) / norms(noise)
+    return torch.where(torch.isfinite(gain), gain, one)
 
 
-def _of_matrices(linear: Callable[[Any], Any] | None, layout: Layout) -> Linear | None:
-    return None if linear is None else lambda r: layout.pack(linear(layout.unpack(r)))
+def _roundings(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _of_matrices(linear: Callable[[Any], Any] | None, layout: Layout, around: Callable[[Any], Any]) -> Linear | None:
+    if linear is None:
+        return None
+    inside = around(linear)
+    return lambda r: layout.pack(inside(layout.unpack(r)))
 
 
 def _counting(f: Callable[[Any], Any], layout: Layout, count: list[int]) -> Linear:

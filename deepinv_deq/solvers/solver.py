@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deepinv_deq.autocast import FINER, Autocast
 from deepinv_deq.maps import Map, as_map
 from deepinv_deq.solvers.loop import Settings
 from deepinv_deq.solvers.methods import METHODS, available_methods, foreign
@@ -43,11 +44,11 @@ class Solver:
 
         \|N (f(x) - x)\|_2 / \|x\|_2 \leq \mathrm{tol},
 
-    where the map may offer a linear :math:`N` (:meth:`Map.natural <deepinv_deq.maps.Map.natural>`) that turns a residual into
-    a change of the state: so a tolerance means the same for any stepsize. Without it, this is the plain residual. For an affine map
+    where :math:`N` is the map's preconditioner, or 1/stepsize (:meth:`Map.natural <deepinv_deq.maps.Map.natural>`). It makes the
+    tolerance independent of the stepsize. Without :math:`N`, this is the plain residual. For an affine map
     :math:`b \mapsto \ell(b) + c`, such as the adjoint equation, the criterion is :math:`\|\ell(b) + c - b\|_2 / \|c\|_2`, as is usual
-    for GMRES. A fixed point at zero has no relative error: it is reached at the rounding of the first image. The point returned is
-    the best one evaluated, with its residual in the statistic. A state with at most one dimension is one sample.
+    for GMRES. If the fixed point is zero, the solve stops at the rounding of :math:`f(x_0)`. The point returned is the best one
+    evaluated, with its residual in the statistic. A state with at most one dimension is one sample.
 
     :param str method: ``"anderson"`` (:footcite:t:`walker2011anderson`), ``"broyden"`` (:footcite:t:`broyden1965class`),
         ``"fixed_point_iter"`` (Picard), ``"gmres"`` (:footcite:t:`saad1986gmres`, for affine maps such as eq. 10 of the
@@ -67,7 +68,8 @@ class Solver:
         keeps an accelerator busy, at the cost of up to ``sync_every - 1`` unnecessary evaluations. ``None`` is 4 on
         accelerators, 1 on CPU.
     :param bool precondition: whether to use the preconditioner that a map may offer, as :class:`DEGrad` does where the
-        physics is nearly a filter: fewer evaluations, the same solution and the same criterion.
+        physics is nearly a filter: fewer evaluations, the same solution and the same criterion. ``False`` does not save the
+        measurement of the filter, which the criterion uses.
     :param dict options: further keyword arguments for a function in TorchDEQ's registry.
 
     :raises ValueError: at construction, for an unknown method or a setting out of range.
@@ -119,16 +121,6 @@ class Solver:
         self.report(stat, whole.diagnose)
         return join([x for x, _ in solved]), stat
 
-    def chunks(self, f: Callable[[Any], Any], x: Any) -> list[slice] | None:
-        r"""Which samples are solved together.
-
-        :param Callable f: the map.
-        :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
-        :return: slices of the batch; ``None`` for all samples at once, as where the map cannot be restricted to some.
-        """
-        rows = [rows for rows, _ in parts_of(self, as_map(f), x)]
-        return [some for some in rows if some is not None] or None
-
     def joined(self, stats: Sequence[SolverStat]) -> SolverStat:
         r"""One statistic for the chunks of a batch.
 
@@ -163,18 +155,26 @@ class Solver:
 
     def _solve(self, f: Map, x0: State) -> tuple[State, SolverStat]:
         layout, method = Layout(x0, self.batched), METHODS.get(self.method)
+        if f.records and method is not None and method.directions:
+            raise ValueError(
+                f"The PSNR of the iterates cannot be recorded with {self.method!r}, which evaluates the map at directions: use "
+                "another method, or compute_metrics=True without x_gt."
+            )
         start = layout.pack(x0)
         precondition = self.precondition and self.batched and method is not None and method.preconditioned
-        problem = Problem(f, layout, start, precondition)
-        start = problem.enter(start)
-        if method is None:
-            x, info = _run_foreign(self, problem, start)
-        else:
-            sync_every = self.sync_every or (1 if start.device.type == "cpu" else _SYNC_EVERY)
-            settings = Settings(self.max_iter, self.tol, self.history, self.damping, sync_every)
-            x, info = method(start, settings).solve(problem, start, settings)
-        x, info = problem.leave(x, info)
-        stat = SolverStat(**info, precision=problem.precision)
+        autocast = Autocast(start.device.type)
+        with autocast.off():  # the problem evaluates the map in the caller's setting
+            problem = Problem(f, layout, start, precondition, autocast=autocast)
+            start = problem.enter(start)
+            if method is None:
+                x, info = _run_foreign(self, problem, start)
+            else:
+                sync_every = self.sync_every or (1 if start.device.type == "cpu" else _SYNC_EVERY)
+                settings = Settings(self.max_iter, self.tol, self.history, self.damping, sync_every)
+                x, info = method(start, settings).solve(problem, start, settings)
+            x, info = problem.leave(x, info)
+        precisions = {"precision": problem.precision, "precision_of_state": problem.precision_of_state}
+        stat = SolverStat(**info, **precisions)
         stat["evaluations"], stat["work"] = problem.evaluations, problem.samples / max(1, len(x))
         stat.judge(self.method, self.tol)
         return layout.unpack(x), stat
@@ -200,9 +200,9 @@ def parts_of(solver: Solver, f: Map, x: State) -> list[tuple[slice | None, Map]]
 
 def _contradicted(solver: Solver, worst: float, device: str) -> str:
     cause = "the map is not deterministic, or couples the samples of the batch (then use Solver(..., batched=False))."
-    if torch.is_autocast_enabled(device):
-        precision = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
-        cause = f"products in {precision} cannot reach {solver.tol:.1e}."
+    dtype = Autocast(device).dtype
+    if dtype is not None and worst >= FINER * torch.finfo(dtype).eps:
+        cause = f"products in {str(dtype).removeprefix('torch.')} cannot reach {solver.tol:.1e}."
     return f"{solver.method} reported convergence, but the measured residual is {worst:.1e}: {cause}"
 
 
@@ -226,6 +226,10 @@ def _check(solver: Solver) -> None:
         raise ValueError(f"Unknown solver method {solver.method!r}: must be one of {', '.join(available_methods())}.")
     if not solver.tol > 0:
         raise ValueError(f"tol is a relative error and must be positive, got {solver.tol}.")
+    for name in ("max_iter", "history", "chunk_size", "sync_every"):
+        value = getattr(solver, name)
+        if value is not None and not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be an integer, got {value!r}.")
     if solver.max_iter < 1:
         raise ValueError(f"max_iter counts evaluations of f and must be at least 1, got {solver.max_iter}.")
     if solver.history is not None and solver.history < 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchdeq.solver.stat import SolverStat as _TorchDEQStat
 
 from deepinv_deq import compat
+from deepinv_deq.autocast import FINER
 from deepinv_deq.states import Layout, State, norms
 
 _DRIFT = 100.0  # roundings by which the recurrence of a Krylov method may differ from the measured residual
@@ -17,8 +18,9 @@ _WORSE = 10.0  # a missed tolerance is warned of again if the residual is this m
 _PER_SAMPLE = ("abs_lowest", "rel_lowest", "plain_residual", "nstep", "converged", "at_floor", "singular")
 _SINGULAR = (
     "The linear equation is singular or nearly so in {n} of {of} samples: F does not contract along some direction (1 is an "
-    "eigenvalue of its Jacobian), so its fixed point is not unique and has no gradient. Use a contracting network "
-    "(EquilibriumUNet, ContractionLoss), a larger data weight, or check that F depends on all of its state."
+    "eigenvalue of its Jacobian, or nearly so). Its fixed point is not unique or hardly determined, and the gradient must not be "
+    "trusted. Train with ContractionLoss, use a contracting network (EquilibriumUNet with contraction below 1) or a larger data "
+    "weight, or check that F depends on all of its state."
 )
 _TF32 = (
     "On this GPU, PyTorch may compute convolutions in TF32, whose rounding limits the residual: set "
@@ -56,7 +58,7 @@ class SolverStat(_TorchDEQStat):
 
     - ``evaluations`` (``int``): how often the map was evaluated; for a batch that was solved in chunks, for the chunk that
       took most.
-    - ``work`` (``float``): how many evaluations of the whole batch that was in all. It is less than ``evaluations`` where
+    - ``work`` (``float``): total evaluations of single samples, divided by the batch size. It is less than ``evaluations`` where
       finished samples were dropped.
     - ``converged`` (``bool`` tensor of shape ``(B,)``): whether the sample met its tolerance.
     - ``plain_residual`` (tensor of shape ``(B,)``): :math:`\|F(x) - x\| / \|F(x)\|` of the point that was returned.
@@ -121,7 +123,7 @@ class SolverStat(_TorchDEQStat):
         for key in ("abs_trace", "rel_trace"):
             traces = [stat[key] for stat in stats]
             joint[key] = torch.cat([torch.cat([t, t[:, -1:].expand(-1, length - t.shape[1])], dim=1) for t in traces])
-        stat = cls(**joint, precision=stats[0]["precision"])
+        stat = cls(**joint, **{key: stats[0][key] for key in ("precision", "precision_of_state")})
         stat["evaluations"] = max(s.evaluations for s in stats)
         stat["work"] = sum(s.work * size for s, size in zip(stats, sizes, strict=True)) / sum(sizes)
         stat.judge(method, tol)
@@ -143,7 +145,9 @@ class SolverStat(_TorchDEQStat):
             f"{self.evaluations} evaluations (largest residual {worst:.1e})."
         ]
         if at_floor:
-            precision = str(self["precision"]).removeprefix("torch.")
+            dtype = self["precision"]
+            dtype = self["precision_of_state"] if floor < FINER * torch.finfo(dtype).eps else dtype
+            precision = str(dtype).removeprefix("torch.")
             finer = "use a larger tol" if precision == "float64" else "use float64 or a larger tol"
             said.append(f"{precision} cannot reach {tol:.1e} (floor about {floor:.1e}): {finer}.")
         if singular:

@@ -7,10 +7,21 @@ import weakref
 
 import pytest
 import torch
-from deepinv.physics import BlurFFT, Inpainting
+from deepinv.physics import Blur, BlurFFT, Downsampling, Inpainting, MultiCoilMRI
 from torch import nn
 
-from deepinv_deq import ConvergenceError, ConvergenceWarning, DEGrad, DEProx, DEQReconstructor, ModularIDHook, Solver
+from deepinv_deq import (
+    DEADMM,
+    DEHQS,
+    ConvergenceError,
+    ConvergenceWarning,
+    DEGrad,
+    DEProx,
+    DEQReconstructor,
+    EquilibriumUNet,
+    ModularIDHook,
+    Solver,
+)
 from tests.implicit.common import ei_loss, gradients
 from tests.problems import (
     F64,
@@ -170,3 +181,38 @@ def test_hidden_trainable_tensor_is_an_error_not_a_lost_gradient():
     model = DEQReconstructor(DEProx(nn.Sequential(SmallDenoiser().to(F64), Global()), stepsize=0.5))
     with pytest.raises(RuntimeError, match="gradient would be lost"):
         model(y, physics).sum().backward()
+
+
+def untrained(template, physics, channels, dtype):
+    r"""An adjoint solve of a network that starts as the identity, so that nothing contracts where the physics is blind."""
+    torch.manual_seed(0)
+    network = EquilibriumUNet(channels, channels=(4, 8), contraction=1.0)
+    hook = ModularIDHook(Solver("gmres", max_iter=50, tol=1e-3, on_failure="ignore"))
+    model = DEQReconstructor(template(network, stepsize=0.5), solver=Solver(on_failure="ignore"), hook=hook).to(dtype)
+    x, physics = torch.rand(2, channels, 8, 8, dtype=dtype), physics.to(dtype)
+    (model(physics.A(x), physics) - x).square().mean().backward()
+    sizes = [p.grad.abs().max().item() for p in model.parameters() if p.grad is not None]
+    return hook.stat, max(sizes, default=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("template", [DEGrad, DEProx, DEHQS, DEADMM])
+@pytest.mark.parametrize("problem", ["super-resolution", "multi-coil MRI", "blur"])
+def test_an_adjoint_that_is_singular_is_not_blamed_on_the_precision(problem, template, dtype):
+    bell = torch.exp(-(torch.arange(-4.0, 5.0) ** 2) / 2)
+    physics, channels = {
+        "super-resolution": (lambda: Downsampling(img_size=(1, 8, 8), factor=2, filter="gaussian"), 1),
+        "multi-coil MRI": (
+            lambda: MultiCoilMRI(
+                mask=(torch.arange(8) % 3 != 0).float().expand(1, 2, 8, 8),
+                coil_maps=torch.full((1, 2, 8, 8), 0.5**0.5, dtype=torch.complex64),
+                img_size=(2, 8, 8),
+            ),
+            2,
+        ),
+        "blur": (lambda: Blur(filter=(bell[:, None] * bell)[None, None] / bell.sum() ** 2, padding="reflect"), 1),
+    }[problem]
+    stat, size = untrained(template, physics(), channels, dtype)
+    assert stat["singular"].all() and not stat["at_floor"].any() and stat.cause() == "singular"
+    assert "is singular or nearly so in 2 of 2" in stat.outcome and "cannot reach" not in stat.outcome
+    assert "ContractionLoss" in stat.outcome and "contraction below 1" in stat.outcome and size <= 1e4

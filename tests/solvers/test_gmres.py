@@ -164,6 +164,20 @@ def test_slow_contractions_are_not_called_singular():
         assert stat.converged.all() and not stat["singular"].any() and relative_error(b, c / (1 - rates)) <= 1e-1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("max_iter", [3, 12, 35])
+def test_a_solve_that_ends_early_names_what_hardly_contracts_and_nothing_else(dtype, max_iter):
+    solver = Solver("gmres", max_iter=max_iter, tol=1e-6, on_failure="ignore")
+    c = torch.ones(1, 200, dtype=dtype)
+    for step in (1.0, 1e-3):
+        for smallest, nearly in ((1e-3, False), (1e-6, True)):
+            rates = 1 - step * torch.logspace(0, -3, 200, dtype=F64).to(dtype)
+            rates[::2] = 1 - step * smallest
+            _, stat = solver(AffineMap(lambda b: b * rates, c), torch.zeros_like(c))  # noqa: B023
+            assert not stat.converged.any() and not stat["at_floor"].any() and (not nearly or stat.residual > 0.1)
+            assert bool(stat["singular"].all()) == (nearly and max_iter == 35)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_map_that_is_not_affine_never_gets_worse_than_the_start(seed, dtype):

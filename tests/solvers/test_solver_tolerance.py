@@ -85,3 +85,69 @@ def test_a_step_without_cancellation_is_used():
     assert stat.converged.all() and relative_error(x, exact) <= 2e-5
     x, stat = solver(WithoutStep(f.hessian, f.c, f.eta, True), x0)  # F(x) - x is all rounding
     assert not stat.converged.any() and stat["at_floor"].all() and relative_error(x, exact) > 1e-5
+
+
+class Plain:
+    r"""The same map, which is no :class:`Map`, with its methods."""
+
+    has_own_step = True
+
+    def __init__(self, f):
+        self.f = f
+
+    def __call__(self, x):
+        return self.f(x)
+
+    def step(self, x):
+        return self.f.step(x)
+
+    def natural(self, x):
+        return self.f.natural(x)
+
+
+class Named(Plain):
+    r"""Its method ``step`` is the map itself."""
+
+    has_own_step = False
+
+    def step(self, x):
+        return self(x)
+
+
+def test_step_and_natural_of_a_plain_object_are_used():
+    problem, exact, x0 = descent(torch.float32)
+    f = problem(1e-3)
+    solver = Solver("anderson", max_iter=600, tol=1e-4, on_failure="ignore")
+    expected, _ = solver(f, x0)
+    x, stat = solver(Plain(f), x0)
+    assert torch.equal(x, expected) and stat.converged.all() and relative_error(x, exact) <= 1e-3
+    x, stat = solver(Named(problem(0.5)), x0)
+    assert stat.converged.all() and relative_error(x, exact) <= 1e-3
+
+
+class OnlyPreconditioned:
+    r"""A plain object with a preconditioner, which is applied once per evaluation."""
+
+    def __init__(self, f):
+        self.f, self.made, self.applied = f, 0, 0
+
+    def __call__(self, x):
+        return self.f(x)
+
+    def preconditioner(self, x):
+        self.made += 1
+        inverse = self.f.preconditioner(x)
+
+        def apply(r):
+            self.applied += 1
+            return inverse(r)
+
+        return apply
+
+
+def test_a_preconditioner_of_a_plain_object_is_applied_once_per_evaluation():
+    problem, exact, x0 = descent(preconditioned=True)
+    f = OnlyPreconditioned(problem(0.5))
+    x, stat = Solver("anderson", max_iter=200, tol=1e-6)(f, x0)
+    assert stat.converged.all() and relative_error(x, exact) <= 1e-5
+    assert f.made == 1 and f.applied == stat.evaluations + 1  # and once to estimate how it enlarges rounding
