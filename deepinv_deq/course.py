@@ -30,6 +30,10 @@ class Course(Map):
         self._rows = torch.arange(len(self._samples))
 
     @property
+    def records(self) -> bool:  # type: ignore[override]
+        return self._x_gt is not None
+
+    @property
     def inputs(self) -> Any:  # type: ignore[override]
         return self._f.inputs
 
@@ -40,6 +44,10 @@ class Course(Map):
     def step(self, x: State) -> State:
         self._record(x)
         return self._f.step(x)
+
+    @property
+    def has_own_step(self) -> bool:
+        return self._f.has_own_step
 
     def natural(self, x: State) -> Callable[[Any], Any] | None:
         return self._f.natural(x)
@@ -78,6 +86,11 @@ class Course(Map):
     def _record(self, x: State) -> None:
         if self._x_gt is None:
             return
-        values = PSNR()(self._output(x), self._x_gt).tolist()
+        image = self._output(x)
+        if image.shape != self._x_gt.shape:
+            raise ValueError(
+                f"x_gt must have the shape of the reconstruction, {tuple(image.shape)}, got {tuple(self._x_gt.shape)}."
+            )
+        values = PSNR()(image, self._x_gt).tolist()
         for row, value in zip(self._rows.tolist(), values, strict=True):
             self._samples[row].append(value)

@@ -21,6 +21,8 @@ class Map:
 
     #: Every tensor that requires a gradient and on which the map depends besides its argument. ``None``: not known.
     inputs: Tensors | None = None
+    #: Whether the map records the points at which it is evaluated, so that they must be iterates of the solve.
+    records: bool = False
 
     def __call__(self, x: Any) -> Any:
         r"""Evaluate :math:`F(x)`.
@@ -100,6 +102,14 @@ class _Wrapped(Map):
     def __call__(self, x: Any) -> Any:
         return self._f(x)
 
+    def step(self, x: Any) -> Any:
+        return self._f.step(x) if self.has_own_step else super().step(x)  # type: ignore[attr-defined]
+
+    @property
+    def has_own_step(self) -> bool:
+        # a method of that name alone may mean another thing, such as F(x) itself
+        return self._offers("step") and bool(getattr(self._f, "has_own_step", False))
+
     def rebind(self, inputs: Sequence[Tensor]) -> Map:
         return as_map(self._f.rebind(inputs))  # type: ignore[attr-defined]
 
@@ -117,13 +127,23 @@ class _Wrapped(Map):
         return self._f.diagnose() if self._offers("diagnose") else ""  # type: ignore[attr-defined]
 
 
+class _WithNatural(_Wrapped):
+    r"""A class of its own, because a solver applies the preconditioner once per evaluation where ``natural`` is the default."""
+
+    def natural(self, x: Any) -> Callable[[Any], Any] | None:
+        return self._f.natural(x)  # type: ignore[attr-defined]
+
+
 def as_map(f: Callable[[Any], Any]) -> Map:
     r"""The one place where a user's callable becomes a :class:`Map`.
 
-    :param Callable f: a map, an object with some of its methods, or any function of a state.
+    :param Callable f: a map, an object with some of its methods, or any function of a state. The method ``step`` of such an object is
+        used if its attribute ``has_own_step`` is true.
     :return: ``f`` itself if it is a :class:`Map`.
     """
-    return f if isinstance(f, Map) else _Wrapped(f)
+    if isinstance(f, Map):
+        return f
+    return _WithNatural(f) if callable(getattr(type(f), "natural", None)) else _Wrapped(f)
 
 
 class AffineMap(Map):

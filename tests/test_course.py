@@ -55,7 +55,18 @@ def test_record_is_that_of_each_sample():
 
 def test_every_method_of_a_map_is_handed_on():
     offered = {name for name in vars(Map) if not name.startswith("_") and callable(getattr(Map, name))}
-    assert offered <= set(vars(Course)) and "inputs" in vars(Course)
+    assert offered | {"inputs", "has_own_step"} <= set(vars(Course))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_record_leaves_the_choice_between_step_and_difference(hooked):
+    model, physics, x, y = imaging(DEGrad)
+    if hooked:
+        model.iteration.register_forward_hook(lambda *_: None)
+    model.solver = Solver(tol=1e-4, max_iter=60)
+    plain, stat = model(y, physics), model.forward_stat
+    recorded, _ = model(y, physics, compute_metrics=True, x_gt=x)
+    assert torch.equal(recorded, plain) and torch.equal(model.forward_stat["rel_trace"], stat["rel_trace"])
 
 
 def test_metrics_come_with_a_gradient():
@@ -64,3 +75,19 @@ def test_metrics_come_with_a_gradient():
     (found,) = torch.autograd.grad(x_hat.sin().sum(), y)
     (exact,) = torch.autograd.grad(model(y, physics).sin().sum(), y)
     assert torch.equal(found, exact) and metrics["psnr"]
+
+
+def test_what_cannot_be_recorded_is_refused():
+    model, physics, x, y = imaging(DEProx, batch=3)
+    for other in (x[:1], x[:, :, 1:], x.expand(3, 2, 4, 4)):
+        for chunk_size in (None, 1):
+            model.solver = Solver(chunk_size=chunk_size)
+            with pytest.raises(
+                ValueError, match=r"x_gt must have the shape of the reconstruction, \([13], 1, 4, 4\), got"
+            ):
+                model(y, physics, compute_metrics=True, x_gt=other)
+    model.solver = Solver("gmres", on_failure="ignore")
+    with pytest.raises(ValueError, match="'gmres', which evaluates the map at directions: use another method"):
+        model(y, physics, compute_metrics=True, x_gt=x)
+    x_hat, metrics = model(y, physics, compute_metrics=True)
+    assert torch.equal(x_hat, model(y, physics)) and set(metrics) == {"residual"}

@@ -22,6 +22,8 @@ from deepinv_deq.states import State, minus, plus
 
 __all__ = ["FixedPointIteration", "linear_reconstruction", "measurement"]
 
+_DIFFERENCE = "_is_difference"  # attribute of a step that is F(x) - x
+
 
 class FixedPointIteration(Terms):
     r"""Base class of iterations :math:`x \mapsto F_\theta(x; y)` whose fixed point is the reconstruction (eq. 4).
@@ -32,7 +34,7 @@ class FixedPointIteration(Terms):
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module
         that maps images of shape ``(B, C, H, W)`` to the same shape.
     :param float, torch.Tensor stepsize: step :math:`\eta > 0` along the gradient of the data term: one number, or one per channel
-        of shape ``(C, 1, 1)``. The factor 2 of :math:`\nabla \|Ax - y\|^2` is in it (eq. 6).
+        of shape ``(C, 1, 1)``, for volumes ``(1, C, 1, 1, 1)``. The factor 2 of :math:`\nabla \|Ax - y\|^2` is in it (eq. 6).
     :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image. A
         :class:`torch.nn.Parameter` is trained.
     :param bool learn_stepsize: whether :math:`\eta` is trained. The stepsize is the absolute value of the trained number, so it stays
@@ -40,9 +42,9 @@ class FixedPointIteration(Terms):
     :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
         :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
         normalised and the data are precise.
-    :param bool context: whether the denoiser also gets the linear reconstruction (:meth:`init`), as ``context=``. An
-        :class:`EquilibriumUNet` with ``context_channels`` always gets it. The Jacobian over :math:`x` must be a contraction, that
-        over the context need not: such a network reconstructs more at the same contraction.
+    :param bool context: whether the denoiser also gets the linear reconstruction (``physics.fbp`` where there is one, else
+        :math:`A^\top y`, also if :meth:`init` is overridden), as ``context=``. An :class:`EquilibriumUNet` with ``context_channels``
+        always gets it. Only the Jacobian over :math:`x` must contract. A network with context can therefore be more expressive.
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
@@ -57,8 +59,8 @@ class FixedPointIteration(Terms):
     >>> from deepinv.physics import Inpainting
     >>> from deepinv_deq import DEQReconstructor, DEProx
     >>> class Relaxed(DEProx):
-    ...     def forward(self, x, physics, aty):
-    ...         return 1.5 * super().forward(x, physics, aty) - 0.5 * x
+    ...     def forward(self, x, physics, *constants):
+    ...         return 1.5 * super().forward(x, physics, *constants) - 0.5 * x
     >>> physics = Inpainting((1, 8, 8), mask=torch.ones(1, 8, 8))
     >>> model = DEQReconstructor(Relaxed(torch.nn.Identity()))
     >>> model(physics(torch.ones(1, 1, 8, 8)), physics).shape
@@ -72,19 +74,17 @@ class FixedPointIteration(Terms):
         super().__init_subclass__(**kwargs)
         order = {name: next(i for i, c in enumerate(cls.__mro__) if name in c.__dict__) for name in ("forward", "step")}
         if order["forward"] < order["step"]:
-            cls.step = FixedPointIteration.step  # type: ignore[method-assign]
-        elif order["step"] < order["forward"] and cls.step is not FixedPointIteration.step:
-            cls.forward = FixedPointIteration._forward_by_step  # type: ignore[method-assign]
-
-    def _forward_by_step(self, x: Any, physics: Physics, *constants: Tensor) -> Any:
-        return plus(x, self.step(x, physics, *constants))
+            cls.step = _step_of(cls)  # type: ignore[method-assign]
+        elif order["step"] < order["forward"] and not hasattr(cls.step, _DIFFERENCE):
+            cls.forward = _forward_of(cls)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
         r"""Evaluate :math:`F_\theta(x; y)`.
 
         :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: forward operator.
-        :param torch.Tensor constants: what :meth:`constants` returned for this measurement.
+        :param torch.Tensor constants: what :meth:`constants` returned for this measurement. With ``context`` the linear
+            reconstruction comes last: ``own, context = self.split(constants)`` and ``self.denoise(x, *context)`` work for both.
         :return: image of the same shape as ``x``.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward(x, physics, *constants).")
@@ -94,6 +94,8 @@ class FixedPointIteration(Terms):
 
         Override it where the difference cancels digits, as for small stepsizes. A subclass that overrides :meth:`forward` but
         not ``step`` gets this default, and one that overrides only ``step`` gets :math:`x +` ``step`` as its :meth:`forward`.
+        An iteration with hooks is evaluated by this default, too, because hooks see and may change :meth:`forward` only. With small
+        stepsizes a solve then takes more evaluations: put hooks on the denoiser.
 
         :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
         :param deepinv.physics.Physics physics: forward operator.
@@ -105,7 +107,7 @@ class FixedPointIteration(Terms):
     @property
     def has_own_step(self) -> bool:
         r"""Whether ``step`` has more digits than the difference :math:`F_\theta(x; y) - x`."""
-        return type(self).step is not FixedPointIteration.step
+        return not hasattr(type(self).step, _DIFFERENCE)
 
     def contractive_part(
         self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
@@ -173,3 +175,24 @@ class FixedPointIteration(Terms):
         refuse_zero(self.stepsize)
         capture = Capture(self, physics, y, noise_levels(sigma, y))
         return BoundIteration(capture, capture.first, capture.constants)
+
+
+setattr(FixedPointIteration.step, _DIFFERENCE, True)
+
+
+# Each names the method of one class: with self.forward and self.step, a subclass that calls super().step would recurse for ever.
+def _step_of(cls: type[FixedPointIteration]) -> Callable[..., Any]:
+    def step(self: FixedPointIteration, x: Any, physics: Physics, *constants: Tensor) -> Any:
+        return minus(cls.forward(self, x, physics, *constants), x)
+
+    setattr(step, _DIFFERENCE, True)
+    step.__doc__ = FixedPointIteration.step.__doc__
+    return step
+
+
+def _forward_of(cls: type[FixedPointIteration]) -> Callable[..., Any]:
+    def forward(self: FixedPointIteration, x: Any, physics: Physics, *constants: Tensor) -> Any:
+        return plus(x, cls.step(self, x, physics, *constants))
+
+    forward.__doc__ = FixedPointIteration.forward.__doc__
+    return forward

@@ -15,6 +15,11 @@ from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.maps import Map
 from deepinv_deq.states import Rows, State, as_tuple
 
+_HOOKED = (
+    "The iteration has hooks or another forward, so its residual is a difference, which loses digits for small stepsizes: put "
+    "hooks on the denoiser instead. "
+)
+
 
 class BoundIteration(Map):
     r"""The map :math:`x \mapsto F_\theta(x; y)` of one measurement: what a solver iterates and a hook differentiates.
@@ -59,7 +64,6 @@ class BoundIteration(Map):
 
         :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
         :return: a state of the same shapes.
-        :raises RuntimeError: if the iteration writes to its argument in place.
         """
         if self._is_hooked():
             return super().step(x)  # which calls the iteration with its hooks
@@ -161,8 +165,9 @@ class BoundIteration(Map):
 
     def contractive_part(self, x: State, exact: bool = False) -> tuple[State, Callable[[State], State] | None]:
         r"""See :meth:`FixedPointIteration.contractive_part`."""
+        self._remember(x)
         return self._iteration.contractive_part(x, self._physics, *self._constants, exact=exact)
 
     def diagnose(self) -> str:
         r"""Why a solve of this map may have failed, see :func:`diagnose`."""
-        return diagnose(self._capture)
+        return (_HOOKED if self._is_hooked() and self._iteration.has_own_step else "") + diagnose(self._capture)

@@ -6,13 +6,15 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from deepinv_deq.compat import STORES
-from deepinv_deq.iterations.checks import Watch, fits, shape
+from deepinv_deq.compat import STORES, random_numbers
+from deepinv_deq.implicit.adjoint import leaves
+from deepinv_deq.iterations.checks import Watch, fits, refuse_other_dimension, shape
 from deepinv_deq.iterations.circulant import Origin
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import Samples, sample_tensors
@@ -35,7 +37,7 @@ class Capture:
     :param float, torch.Tensor, None sigma: a noise level in the place of the iteration's, with one row per sample if it has rows.
     :raises ValueError: if ``y`` does not fit ``physics``.
 
-    ``pristine`` is a replica that is never evaluated: what evaluations cache must not reach :meth:`replicate`.
+    ``pristine`` is never evaluated. Evaluations may store caches on modules; replicas are made from this clean copy.
     """
 
     def __init__(self, iteration: FixedPointIteration, physics: Physics, y: Any, sigma: float | Tensor | None = None):
@@ -72,9 +74,8 @@ class Capture:
         if rows is not None:
             samples = self.samples()
             places |= {id(t): places.get(id(t), t)[rows] for t in (() if samples is None else samples.rows)}
-            constants = cast(
-                Any, constants_of_rows(self.iteration, constants, rows)
-            )  # certain, or nothing is restricted
+            # Never None: `separable` was checked before.
+            constants = cast(Any, constants_of_rows(self.iteration, constants, rows))
         replica = self.pristine.again(places)
         replica.roots[1].__dict__["_origin"] = self.physics.__dict__["_origin"].of(rows)
         return replica, constants
@@ -91,8 +92,12 @@ class Capture:
         return None if state is None else _with(self, sample_tensors(self.physics, self.batch, len(state[0][0])))
 
     def remember(self, x: State) -> None:
-        r"""Note the shapes of a state of all samples."""
+        r"""Note the shapes of a state of all samples.
+
+        :raises ValueError: if a stepsize per channel is none for such states.
+        """
         if self._shapes is None:
+            refuse_other_dimension(self.iteration.stepsize, as_tuple(x)[0])
             self._shapes = [(t.shape, t.dtype, t.device) for t in as_tuple(x)]
 
     def example(self) -> list[tuple[torch.Size, torch.dtype, torch.device]] | None:
@@ -113,7 +118,6 @@ class Capture:
     def _compute_constants(self, user_physics: Physics, y: Any) -> tuple[Tensor, ...]:
         iteration, physics = self.first.roots
         try:
-            constants = all_constants(iteration, y, physics)
             if isinstance(physics, LinearPhysics):
                 fits.check(y, user_physics, physics, self.pristine.found.values())
         except torch.cuda.OutOfMemoryError:  # a RuntimeError, but the measurements are not to blame
@@ -123,6 +127,9 @@ class Capture:
                 f"Measurements of shape {shape(y)} do not fit {type(physics).__name__}: {error}. Check that y comes "
                 "from this physics, at its image size, angles, coils or mask, and is on its device."
             ) from error
+        constants = all_constants(
+            iteration, y, physics
+        )  # outside of the block above: a user's code may be wrong itself
         if torch.is_inference_mode_enabled():
             return constants
         return tuple(c.clone() if c.is_inference() else c for c in constants)
@@ -140,19 +147,12 @@ class Capture:
         r"""Which tensors are left over from an earlier evaluation, as activations that a module keeps: the graph of one evaluation
         shows which of them the map depends on."""
         with torch.enable_grad():
-            leaves = {id(t): t.detach().requires_grad_() for t in doubtful}
-            replica = self.replicate(leaves)[0]
+            put = {id(t): t.detach().requires_grad_() for t in doubtful}
+            replica = self.replicate(put)[0]
             iteration, physics = replica.roots
             image = iteration(iteration.init(y, physics), physics, *(c.detach() for c in self.constants))
-        used, todo, seen = set[int](), [t.grad_fn for t in as_tuple(image)], set[Any]()
-        while todo:
-            node = todo.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            used.add(id(getattr(node, "variable", None)))
-            todo.extend(parent for parent, _ in node.next_functions)
-        return {key for key, leaf in leaves.items() if id(leaf) not in used}
+        used = {id(leaf) for leaf in leaves(as_tuple(image))}
+        return {key for key, leaf in put.items() if id(leaf) not in used}
 
 
 def _with(capture: Capture, known: Samples | None) -> Samples | None:
@@ -194,10 +194,7 @@ def diagnose(capture: Capture) -> str:
     iteration, physics = replica.roots
     eta = float(iteration.stepsize.detach().max())
     try:
-        # the power method draws its start: not from the generators that a resumed run must find as they were
-        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
-            image = physics.A_adjoint(capture._y())
-            sqnorm = float(physics.compute_sqnorm(image, verbose=False))
+        sqnorm = _squared_norm(physics, physics.A_adjoint(capture._y()))
     except Exception:  # whatever is wrong with this operator, the message of the solve matters more
         return ""
     safe = iteration.safe_stepsize(sqnorm)
@@ -207,3 +204,17 @@ def diagnose(capture: Capture) -> str:
         f"The stepsize {eta:.3g} diverges for this operator, whose squared norm is {sqnorm:.3g} "
         f"(physics.compute_sqnorm): use stepsize={safe:.2g}."
     )
+
+
+@torch.no_grad()
+def _squared_norm(physics: Any, like: Tensor) -> float:
+    r"""The squared norm of an operator by the power method, with a start of its own: ``physics.compute_sqnorm`` draws one from the
+    global random generators, which other threads use at the same time."""
+    x = random_numbers(np.random.default_rng(0), like.shape, normal=True).to(like.device, like.dtype)
+    size = old = torch.linalg.vector_norm(x)
+    for _ in range(100):
+        x = physics.A_adjoint_A(x / size)
+        size, old = torch.linalg.vector_norm(x), size
+        if not bool((size - old).abs() > 1e-3 * old):
+            break
+    return float(size)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deepinv_deq import compat
 from deepinv_deq.compat import version
 from deepinv_deq.iterations.replica import Found
+from deepinv_deq.states import as_tuple
 
 _LIMIT = 64  # measurement shapes remembered per physics
 
@@ -123,7 +124,7 @@ class Fits:
         :param Iterable found: tensors of the replica.
         :raises RuntimeError: if the shapes do not fit.
         """
-        key = shape(y), tuple(f.tensor.shape for f in found if 1 in f.roots)
+        key = _kind(as_tuple(y)), _kind(f.tensor for f in found if 1 in f.roots)
         with self._lock:
             if key in self._known.get(of, ()):
                 return
@@ -140,6 +141,10 @@ class Fits:
 
 
 fits = Fits()
+
+
+def _kind(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    return tuple((t.shape, t.dtype, t.device) for t in tensors)
 
 
 def shape(y: Any) -> Any:
@@ -160,6 +165,23 @@ def refuse_zero(stepsize: Tensor) -> None:
         )
 
 
+def refuse_other_dimension(stepsize: Tensor, x: Tensor) -> None:
+    r"""Refuse a stepsize per channel that would broadcast over another dimension of the state, such as the depth of a volume.
+
+    :param torch.Tensor stepsize: the stepsize.
+    :param torch.Tensor x: a state.
+    :raises ValueError: if its numbers are not those of the channels.
+    """
+    if stepsize.numel() == 1:
+        return
+    shape = (x.shape[1], *[1] * (x.ndim - 2)) if x.ndim > 1 else ()
+    if tuple(stepsize.shape) not in (shape, (1, *shape)):
+        raise ValueError(
+            f"The stepsize has the shape {tuple(stepsize.shape)}, which is not one number per channel of a state of shape "
+            f"{tuple(x.shape)}: give one number, or one per channel with shape {(1, *shape)}."
+        )
+
+
 def positive(name: str, value: Any, for_all: str = "") -> Tensor:
     r"""A setting as a tensor: one number, or one number per channel of shape ``(C, 1, ...)``.
 
@@ -167,6 +189,7 @@ def positive(name: str, value: Any, for_all: str = "") -> Tensor:
     :raises ValueError: if it is not positive, or has another shape.
     """
     t = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value))
+    t = t if t.is_floating_point() else t.to(torch.get_default_dtype())  # integers have no gradient
     if not bool((t > 0).all()):
         raise ValueError(f"{name} must be positive, got {value}.")
     per_channel = (t.ndim == 3 and t.shape[1:].numel() == 1) or (t.ndim > 3 and t.numel() == t.shape[1])

@@ -3,21 +3,23 @@ r"""deepinv's optimisation algorithms as fixed-point templates."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from deepinv.optim import FISTA, GD, L2, MD, BaseOptim
-from deepinv.optim.optim_iterators import OptimIterator
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.optim.optim_iterators import GDIteration, OptimIterator
+from deepinv.physics import LinearPhysics, PhaseRetrieval, Physics
 from torch import Tensor, nn
 
 from deepinv_deq.iterations.base import measurement
 from deepinv_deq.iterations.noise import name_of_sigma
-from deepinv_deq.iterations.prox import L2OfAnySize
+from deepinv_deq.iterations.prox import L2OfAnySize, prox_of_zero
 from deepinv_deq.iterations.splitting import MeasurementIteration
 from deepinv_deq.states import State, as_tuple
 
+_SEEDED = threading.RLock()  # held while the global generators are seeded
 _ALIASES = {"sigma_denoiser": "g_param", "lambda_reg": "lambda"}  # names of deepinv's constructors
 
 
@@ -69,8 +71,11 @@ class FromOptim(MeasurementIteration):
         network = getattr(optim.prior[0], "denoiser", None)
         if isinstance(network, nn.Module):
             name_of_sigma(network, given.get("g_param"), "sigma_denoiser")
+        stepsize = torch.as_tensor(given.get("stepsize", 1.0)).detach()
+        if stepsize.numel() != 1:
+            raise ValueError(f"FromOptim needs one stepsize for all pixels, got shape {tuple(stepsize.shape)}.")
         # the prior is the learnable part; the stepsize that is used is among the parameters of the algorithm
-        super().__init__(optim.prior[0], stepsize=float(torch.as_tensor(given.get("stepsize", 1.0)).detach()))
+        super().__init__(optim.prior[0], stepsize=float(stepsize))
         fidelity = optim.data_fidelity[0]
         self.data_fidelity = L2OfAnySize(fidelity) if type(fidelity) is L2 else fidelity
         self.iterator = copy.copy(optim.fixed_point.iterator)
@@ -129,13 +134,22 @@ class FromOptim(MeasurementIteration):
         :param torch.Tensor constants: the measurements.
         :return: variables of the same shapes.
         """
-        y = measurement(constants, physics)
-        parameters = self._options | self.numbers()
-        if self.sigma is not None and self.networks():  # given for these measurements
-            parameters["g_param"] = self.sigma
+        y, parameters = measurement(constants, physics), _parameters(self)
         step = self.iterator({"est": as_tuple(x)}, self.data_fidelity, self.denoiser, parameters, y, physics)
         after = step["est"]
         return after[0] if self._single else tuple(after)
+
+    def contractive_part(
+        self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
+    ) -> tuple[State, Callable[[Any], Any] | None]:
+        r"""For gradient descent with :class:`deepinv.optim.L2` and a linear physics :math:`x - \nabla g(x)`, as for :class:`DEGrad`.
+        For other algorithms the whole iteration."""
+        part = _part_of_descent(self, cast(Tensor, x), physics, exact)
+        return part or super().contractive_part(x, physics, *constants, exact=exact)
+
+    def natural(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
+        r"""For gradient descent the division by the stepsize and the weight of the prior. For other algorithms ``None``."""
+        return _units_of_descent(self)
 
     def output(self, state: State) -> Tensor:
         r"""What the algorithm returns for a state.
@@ -150,14 +164,43 @@ class FromOptim(MeasurementIteration):
         return self._name
 
 
+def _parameters(iteration: FromOptim) -> dict[str, Any]:
+    r"""The parameters of a step of the algorithm."""
+    parameters = iteration._options | iteration.numbers()
+    if iteration.sigma is not None and iteration.networks():  # given for these measurements
+        parameters["g_param"] = iteration.sigma
+    return parameters
+
+
+def _weight_of_prior(iteration: FromOptim) -> float:
+    r"""The weight of the prior of gradient descent; 0 for other algorithms, and for one number per pixel."""
+    weight = torch.as_tensor(iteration.numbers().get("lambda", 1.0)).detach()
+    return float(weight) if type(iteration.iterator) is GDIteration and weight.numel() == 1 else 0.0
+
+
+def _units_of_descent(iteration: FromOptim) -> Callable[[Any], Any] | None:
+    if type(iteration.iterator) is not GDIteration:
+        return None
+    weight = _weight_of_prior(iteration)
+    unit = float(iteration.numbers()["stepsize"]) * (weight if weight > 0 else 1.0)
+    return lambda r: r / unit
+
+
+def _part_of_descent(
+    iteration: FromOptim, x: Tensor, physics: Physics, exact: bool
+) -> tuple[State, Callable[[Any], Any] | None] | None:
+    weight, fidelity = _weight_of_prior(iteration), iteration.data_fidelity
+    if not (weight > 0 and isinstance(fidelity, L2OfAnySize) and isinstance(physics, LinearPhysics)):
+        return None
+    part = x - cast(Any, iteration.denoiser).grad(x, _parameters(iteration)["g_param"])
+    return part, prox_of_zero(physics, x, float(fidelity.norm) / weight) if exact else None
+
+
 def _start_of_non_linear(y: Any, physics: Physics) -> Tensor | None:
     r"""The inverse that a non-linear physics computes itself, such as the spectral method of phase retrieval; ``None`` if it has an
     adjoint only."""
     if type(physics).A_dagger is not Physics.A_dagger:
-        # the spectral method draws its start: not from the generators that a resumed run must find as they were
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(0)
-            start = physics.A_dagger(y)
+        start = _own_inverse(y, physics)
         if isinstance(start, Tensor):
             return start
     if hasattr(physics, "A_adjoint"):
@@ -166,6 +209,25 @@ def _start_of_non_linear(y: Any, physics: Physics) -> Tensor | None:
         f"{type(physics).__name__} has no adjoint and no A_dagger that returns one image, so there is no start: give "
         "custom_init=lambda y, physics: ... to the algorithm, or init= in the call of the model."
     )
+
+
+def _own_inverse(y: Any, physics: Physics) -> Any:
+    r"""``physics.A_dagger(y)``, the same for every call. The global random generators are left as they were.
+
+    The spectral method gets its random start from a private generator. Another physics may draw numbers itself: meanwhile the global
+    generators of the CPU and of the device of ``y`` are seeded, so other threads should not draw from them.
+    """
+    if isinstance(physics, PhaseRetrieval) and type(physics).A_dagger is PhaseRetrieval.A_dagger:
+        image = physics.A_adjoint(y)
+        drawn = torch.randn(image.shape, dtype=image.dtype, generator=torch.Generator().manual_seed(0))
+        return physics.A_dagger(y, x=drawn.to(image.device))
+    device = next((t.device for t in as_tuple(y) if t.is_cuda), None)
+    with _SEEDED, torch.random.fork_rng([] if device is None else [device]):
+        torch.default_generator.manual_seed(0)
+        if device is not None:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        return physics.A_dagger(y)
 
 
 def _refuse_what_has_no_fixed_point(optim: BaseOptim) -> None:

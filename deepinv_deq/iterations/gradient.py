@@ -20,7 +20,7 @@ class DEProx(FixedPointIteration):
 
     .. math::
 
-        F_\theta(x; y) = D_\theta(x - \eta A^\top (A x - y))
+        F_\theta(x; y) = D_\theta(x - \eta \lambda A^\top (A x - y))
 
     For denoising (:math:`A = I`) with :math:`\eta \lambda = 1`, the right-hand side is :math:`D_\theta(y)` for every :math:`x`: a
     solve then takes two evaluations and the implicit gradient is that of a plain network. Use a smaller stepsize if the
@@ -53,7 +53,7 @@ class DEGrad(FixedPointIteration):
 
     .. math::
 
-        F_\theta(x; y) = x - \eta A^\top (A x - y) - \eta (x - D_\theta(x))
+        F_\theta(x; y) = x - \eta \lambda A^\top (A x - y) - \eta (x - D_\theta(x))
 
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
     :param float stepsize: step :math:`\eta > 0`; for a firmly non-expansive residual :math:`x - D_\theta(x)` the iteration
@@ -94,8 +94,8 @@ class DEGrad(FixedPointIteration):
         return -self.stepsize * (gradient + x - self.denoise(x, *context))
 
     def constants(self, y: Any, physics: Physics) -> tuple[Tensor, ...]:
-        r"""A copy of the measurements; :math:`A^\top y` where the physics has an ``A_adjoint_A`` of its own, or a subclass a ``forward`` or
-        ``data_gradient``.
+        r"""A copy of the measurements; :math:`A^\top y` where the physics has an ``A_adjoint_A`` of its own, or a subclass a ``forward``,
+        ``step`` or ``data_gradient``.
 
         In :math:`A^\top (A x - y)` the error of rounding is one of measurements. In :math:`A^\top A x - A^\top y` it is one of images:
         :math:`\lambda` times as large in what no measurement sees. On CT the residual then stops falling ten times earlier.
@@ -111,14 +111,20 @@ class DEGrad(FixedPointIteration):
         )
 
     def _keeps_measurements(self, physics: Physics) -> bool:
-        changed = any(getattr(type(self), name) is not getattr(DEGrad, name) for name in ("forward", "data_gradient"))
         own = getattr(type(physics), "A_adjoint_A", None) is not LinearPhysics.A_adjoint_A
-        return not changed and not own and "A_adjoint_A" not in physics.__dict__
+        return not self._is_changed() and not own and "A_adjoint_A" not in physics.__dict__
+
+    def _is_changed(self) -> bool:
+        r"""Whether a subclass overrides a method that the formula of DE-Grad is made of."""
+        names = ("forward", "step", "data_gradient")
+        return any(getattr(type(self), name) is not getattr(DEGrad, name) for name in names)
 
     def contractive_part(
         self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
     ) -> tuple[State, Callable[[Any], Any] | None]:
         r"""The denoiser, whose Jacobian has to stay below :math:`\lambda A^\top A + I`.
+
+        A subclass that overrides ``forward``, ``step`` or ``data_gradient`` gets the whole iteration, in the Euclidean norm.
 
         :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: forward operator.
@@ -126,6 +132,8 @@ class DEGrad(FixedPointIteration):
         :param bool exact: whether :math:`P` is exact, by ``physics.prox_l2``, or by a few steps of conjugate gradients with a filter.
         :return: the denoised image, and :math:`P \approx (\lambda A^\top A + I)^{-1}` where the physics is nearly a filter, or ``exact`` is set.
         """
+        if self._is_changed():
+            return super().contractive_part(x, physics, *constants, exact=exact)
         metric: Callable[[Any], Any] | None = None
         if exact:
             metric = prox_of_zero(physics, cast(Tensor, x), self.data_weight)

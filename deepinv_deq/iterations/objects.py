@@ -74,12 +74,14 @@ def fill(twin: Any, value: Any, replicate: Callable[[Any], Any], slots_only: boo
 
 def of_class(twin: Any, replicate: Callable[[Any], Any]) -> None:
     r"""Put what the user's classes keep (tensors, numbers, containers) on the replica, where it is looked up first."""
+    derived: set[str] = set()  # names that more derived classes define: the methods and properties among them must stay
     for base in type(twin).__mro__ if hasattr(twin, "__dict__") else ():
-        if _library(base) not in _LIBRARIES:
-            for name, value in dict(vars(base)).items():
-                data = isinstance(value, (Tensor, nn.Module)) or not (callable(value) or hasattr(value, "__get__"))
-                if data and not name.startswith("__") and not hasattr(type(value), "__set__"):
-                    twin.__dict__.setdefault(name, replicate(value))
+        names = dict(vars(base))
+        for name, value in names.items() if _library(base) not in _LIBRARIES else ():
+            data = isinstance(value, (Tensor, nn.Module)) or not (callable(value) or hasattr(value, "__get__"))
+            if data and name not in derived and not name.startswith("__") and not hasattr(type(value), "__set__"):
+                twin.__dict__.setdefault(name, replicate(value))
+        derived.update(names)
 
 
 def of_function(
@@ -172,7 +174,7 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
     if id(value) in seen or isinstance(value, Tensor) or (seen and isinstance(value, nn.Module)):
         return kind  # tensors are compared by their versions, modules are in the list of all modules
     if getattr(kind, "_shared_by_replicas", False):
-        return kind  # what this package keeps on a module: it follows from the rest, and each replica may have its own
+        return kind  # Derived data of this package; ignored in comparisons.
     seen.add(id(value))
 
     def inside(parts: Iterable[Any]) -> Any:

@@ -24,7 +24,7 @@ _CACHES = ("_verdicts", "_origin", "_warned_stochastic")
 
 
 class Verdicts:
-    r"""Whether the maps of an iteration can be restricted to samples, decided once for all maps of the same make.
+    r"""Whether the maps of an iteration can be restricted to samples. The result is cached per structure (modules, shapes, dtypes).
 
     Everything that may depend on samples must be known: constants by their contract, tensors of the physics by the table of
     :mod:`deepinv_deq.iterations.samples`; parameters never do. What is not in the table (the denoiser, a physics of a user) must

@@ -59,7 +59,7 @@ class Terms(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        # The sign of a learned stepsize means nothing. In a bound map it is never asked for; a user sees the parameter where it is positive.
+        # The stepsize is |parameter|. Bound maps always take abs; users see the parameter itself while it is positive.
         if name == "stepsize" and value is vars(self)[STORES[0]].get(name):
             traced = self._private or torch.compiler.is_compiling()
             value = value.abs() if traced or bool((value.detach() < 0).any()) else value
@@ -175,10 +175,13 @@ def measurements(y: Any, physics: Any) -> Any:
     :param torch.Tensor, Sequence[torch.Tensor] y: measurements.
     :param deepinv.physics.Physics physics: forward operator.
     :return: measurements.
-    :raises TypeError: for a list with another physics.
+    :raises TypeError: for a list with another physics, or if the measurements are no tensors.
     :raises ValueError: if a list has not one part for each part of the physics.
     """
     if not isinstance(y, (list, tuple)):
+        if not isinstance(y, (Tensor, TensorList)):
+            remedy = " Use torch.from_numpy(y)." if hasattr(y, "__array__") else ""
+            raise TypeError(f"The measurements must be a tensor, got {type(y).__name__}.{remedy}")
         return y
     if not isinstance(physics, StackedPhysics):
         raise TypeError(
@@ -205,7 +208,7 @@ def linear_reconstruction(y: Any, physics: Any) -> Tensor:
 
 
 def all_constants(iteration: Any, y: Any, physics: Any) -> tuple[Tensor, ...]:
-    r"""The constants of an iteration, and the context of its denoiser, which is differentiable in ``y``.
+    r"""The constants of an iteration, and the context of its denoiser: :func:`linear_reconstruction`, differentiable in ``y``.
 
     :param FixedPointIteration iteration: the iteration.
     :param torch.Tensor y: measurement.

@@ -76,7 +76,7 @@ class StepGuard(GradScaler):
         warnings.warn(
             f"{message} The weights are as before ({self.skipped} skipped).", ConvergenceWarning, stacklevel=2
         )
-        if self.is_enabled():  # update() wants to hear of every optimiser
+        if self.is_enabled():  # GradScaler.update() requires unscale_ for each optimiser.
             try:
                 self.unscale_(optimizer)
             except RuntimeError:  # clipping has done it
@@ -94,4 +94,8 @@ class StepGuard(GradScaler):
 
 
 def _finite(tensors: list[Tensor]) -> bool:
-    return not tensors or bool(torch.stack([torch.isfinite(t).all().cpu() for t in tensors]).all())
+    r"""Whether all numbers are finite, with one synchronisation per device."""
+    flags: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        flags.setdefault(t.device, []).append(torch.isfinite(t).all())
+    return all(bool(torch.stack(found).all()) for found in flags.values())

@@ -97,6 +97,27 @@ def test_a_stepsize_for_each_channel():
         DEProx(nn.Tanh(), stepsize=eta - 0.2)
 
 
+@pytest.mark.parametrize("template", [DEProx, DEGrad])
+def test_a_stepsize_for_each_channel_of_a_volume(template):
+    x, eta = torch.rand(1, 2, 2, 4, 4), torch.tensor([0.5, 0.1])
+    for shape in [(2, 1, 1), (1, 2, 1, 1)]:  # which would be one for each slice
+        f = template(nn.Tanh(), stepsize=eta.reshape(shape)).bind(x, Denoising())
+        for use in (f, f.step, f.contractive_part, DEQReconstructor(template(nn.Tanh(), stepsize=eta.reshape(shape)))):
+            with pytest.raises(ValueError, match=r"not one number per channel .* with shape \(1, 2, 1, 1, 1\)"):
+                use(x, Denoising()) if isinstance(use, nn.Module) else use(x)
+    f = template(nn.Tanh(), stepsize=eta.reshape(1, 2, 1, 1, 1)).bind(x.flip(0), Denoising())
+    for c in range(2):
+        one = template(nn.Tanh(), stepsize=float(eta[c])).bind(x.flip(0), Denoising())
+        torch.testing.assert_close(f(x)[:, c], one(x)[:, c])
+    with pytest.raises(ValueError, match=r"per channel of a state of shape \(1, 3, 4, 4\)"):
+        template(nn.Tanh(), stepsize=eta.reshape(2, 1, 1)).bind(x := torch.rand(1, 3, 4, 4), Denoising())(x)
+
+
+def test_a_stepsize_of_integers_can_be_learned():
+    iteration = DEProx(nn.Identity(), stepsize=torch.tensor(1), learn_stepsize=True)
+    assert iteration.stepsize.requires_grad and iteration.stepsize == 1.0
+
+
 def test_a_stepsize_that_became_zero_is_an_error():
     iteration = DEProx(nn.Identity(), stepsize=0.3, learn_stepsize=True)
     physics = Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4))
@@ -160,3 +181,51 @@ def test_a_bound_map_does_not_keep_the_measurements_alive():
     gone = weakref.ref(y)
     del y
     assert gone() is None and f.diagnose() == ""
+
+
+class Damped(DEProx):
+    def step(self, x, physics, *constants):
+        return 0.5 * super().step(x, physics, *constants)
+
+
+class DampedGrad(DEGrad):
+    def step(self, x, physics, *constants):
+        return 0.5 * super().step(x, physics, *constants)
+
+
+class Shifted(Damped):
+    def forward(self, x, physics, *constants):
+        return 0.9 * super().forward(x, physics, *constants) + 0.1
+
+
+class Twice(Shifted):
+    def step(self, x, physics, *constants):
+        return 2 * super().step(x, physics, *constants)
+
+
+class Mixin:
+    def step(self, x, physics, *constants):
+        return 0.5 * super().step(x, physics, *constants)
+
+
+class Mixed(Mixin, DEProx):
+    pass
+
+
+@pytest.mark.parametrize(
+    "template,of",
+    [
+        (Damped, lambda x, f: x + 0.5 * (f(x) - x)),
+        (DampedGrad, lambda x, f: x + 0.5 * (f(x) - x)),
+        (Mixed, lambda x, f: x + 0.5 * (f(x) - x)),
+        (Shifted, lambda x, f: 0.9 * (x + 0.5 * (f(x) - x)) + 0.1),
+        (Twice, lambda x, f: x + 2 * (0.9 * (x + 0.5 * (f(x) - x)) + 0.1 - x)),
+    ],
+)
+def test_forward_and_step_may_be_overridden_one_at_a_time(template, of):
+    model, physics, x, y = imaging(DEGrad if template is DampedGrad else DEProx)
+    plain = model.iteration.bind(y, physics)
+    f = template(model.iteration.denoiser, stepsize=0.5).double().bind(y, physics)
+    torch.testing.assert_close(f(x), of(x, plain))
+    torch.testing.assert_close(f.step(x), of(x, plain) - x)
+    assert f.has_own_step == (template is not Shifted)

@@ -109,6 +109,27 @@ def test_the_diagnosis_leaves_the_random_generators_alone_and_never_crashes():
         model(mri.A(torch.rand(3, 2, 8, 8)), mri, init=torch.ones(3, 2, 8, 8))
 
 
+DRAWS = []
+
+
+class DrawsMeanwhile(MatrixPhysics):
+    r"""Draws random numbers, as another thread may do at the same time."""
+
+    def A_adjoint_A(self, x, **kwargs):
+        DRAWS.append(torch.rand(1).item())
+        return super().A_adjoint_A(x, **kwargs)
+
+
+def test_the_diagnosis_does_not_seed_the_random_generators():
+    DRAWS.clear()
+    torch.manual_seed(0)
+    y = torch.ones(2, 16)  # a bound map does not keep it alive
+    f = DEProx(nn.Identity(), stepsize=3.0).bind(y, DrawsMeanwhile(torch.eye(16), 4))
+    for _ in range(2):
+        assert "squared norm is 1" in f.diagnose()
+    assert len(set(DRAWS)) == len(DRAWS) >= 4
+
+
 def test_a_failure_that_is_not_the_stepsizes_is_not_blamed_on_it():
     model, physics, _, y = imaging()
     model.solver = Solver("anderson", max_iter=2, tol=1e-12)
@@ -131,3 +152,30 @@ def test_layers_that_make_the_fixed_point_ill_defined_warn_once(layer):
         iteration.bind(y, physics)
         DEProx(nn.Sequential(layer, nn.Tanh())).eval().bind(y, physics)
         DEProx(EquilibriumUNet(channels=(2, 4))).bind(y, physics)
+
+
+class Broken(DEProx):
+    def constants(self, y, physics):
+        return (self.missing,)
+
+
+def test_errors_of_user_code_are_not_those_of_measurements():
+    with pytest.raises(AttributeError, match="'Broken' object has no attribute 'missing'"):
+        Broken(nn.Identity()).bind(torch.rand(1, 16), MatrixPhysics(torch.eye(16), 4))
+
+
+def test_measurements_of_another_dtype_after_the_right_ones():
+    physics = MatrixPhysics(torch.eye(16), 4)
+    DEProx(nn.Identity()).bind(torch.rand(1, 16), physics)
+    with pytest.raises(ValueError, match="Measurements of shape .* do not fit MatrixPhysics"):
+        DEProx(nn.Identity()).bind(torch.rand(1, 16, dtype=F64), physics)
+
+
+@pytest.mark.parametrize("template", [DEProx, DEGrad, DEHQS, DEADMM])
+def test_measurements_must_be_tensors(template):
+    physics = MatrixPhysics(torch.eye(16), 4)
+    for y, message in ((torch.rand(1, 16).numpy(), "got ndarray. Use torch.from_numpy"), (None, "got NoneType")):
+        with pytest.raises(TypeError, match=f"measurements must be a tensor, {message}"):
+            template(nn.Identity()).bind(y, physics)
+        with pytest.raises(TypeError, match=f"measurements must be a tensor, {message}"):
+            DEQReconstructor(template(nn.Identity()))(y, physics)

@@ -11,7 +11,7 @@ from deepinv.physics import Denoising, Inpainting
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from deepinv_deq import DEADMM, DEHQS, DEGrad, DEProx, DEQReconstructor, ModularIDHook, Solver
+from deepinv_deq import DEADMM, DEHQS, ConvergenceWarning, DEGrad, DEProx, DEQReconstructor, ModularIDHook, Solver
 from deepinv_deq.maps import Map
 from tests.problems import (
     F64,
@@ -191,3 +191,16 @@ def test_a_bound_map_does_not_keep_what_it_does_not_need():
     gone = weakref.ref(y)
     del y
     assert gone() is None and f.diagnose() == ""
+
+
+def test_hooks_that_cost_digits_are_named():
+    physics, y = Denoising(), torch.rand(1, 1, 8, 8)
+    for template, named in ((DEGrad, True), (DEProx, False)):
+        iteration = template(nn.Tanh(), stepsize=1e-8 if named else 0.5)
+        assert iteration.bind(y, physics).diagnose() == ""
+        iteration.register_forward_hook(lambda *_: None)
+        assert ("put hooks on the denoiser" in iteration.bind(y, physics).diagnose()) == named
+    with pytest.warns(ConvergenceWarning, match="put hooks on the denoiser"):
+        iteration = DEGrad(nn.Tanh(), stepsize=1e-8)
+        iteration.register_forward_hook(lambda *_: None)
+        DEQReconstructor(iteration)(y, physics)

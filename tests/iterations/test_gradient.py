@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from deepinv_deq import DEGrad, DEQReconstructor, ModularIDHook, Solver
+from deepinv_deq.spectra import spectrum_of_part
 from tests.problems import F64, MatrixPhysics, SmallDenoiser, relative_error
 
 SIDE = 24
@@ -120,3 +121,59 @@ def test_adjoint_solves_are_as_exact_as_the_step(template):
     gradient, residual = solved(torch.float32, template)
     error = relative_error(gradient, exact)
     assert (error < 1e-4) == (template is DEGrad), (error, residual)
+
+
+class Extra(DEGrad):
+    def forward(self, x, physics, *constants):
+        return super().forward(x, physics, *constants) + 0.9 * torch.sin(3 * x)
+
+
+class Scaled(DEGrad):
+    def step(self, x, physics, *constants):
+        return 3 * super().step(x, physics, *constants)
+
+
+class Sharp(DEGrad):
+    def denoise(self, x, *context):
+        return 0.5 * super().denoise(x, *context)
+
+
+@pytest.mark.parametrize("template", [Extra, Scaled, Weighted, Sharp, DEGrad])
+def test_the_contractive_part_is_that_of_the_subclass(template):
+    torch.manual_seed(0)
+    physics, x = MatrixPhysics(torch.eye(36, dtype=F64)[:20] * 1.2, 6), torch.rand(1, 1, 6, 6, dtype=F64)
+    f = template(SmallDenoiser().double(), stepsize=0.3).bind(physics.A(x), physics)
+    radius, _ = spectrum_of_part(f, x, products=40)
+    part = (lambda x: f._iteration.denoise(x)) if template in (Sharp, DEGrad) else f
+    j = torch.autograd.functional.jacobian(part, x).reshape(36, 36)
+    if template in (Sharp, DEGrad):
+        a = physics.matrix
+        j = torch.linalg.solve(a.T @ a + torch.eye(36, dtype=F64), j)
+    assert float(radius) == pytest.approx(float(torch.linalg.eigvals(j).abs().max()), rel=1e-3)
+
+
+class Own(DEGrad):
+    r"""The same iteration with a ``forward`` of its own, so its residual is a difference."""
+
+    def forward(self, x, physics, *constants):
+        return super().forward(x, physics, *constants)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("eta", [1e-8, 1e-6, 1e-3])
+def test_a_difference_that_is_all_rounding_is_no_convergence(eta, hooked):
+    torch.manual_seed(0)
+    denoiser, physics, y = SmallDenoiser(), dinv.physics.Denoising(), 0.3 + 0.2 * torch.rand(2, 1, 16, 16)
+    exact = DEQReconstructor(DEGrad(denoiser, stepsize=0.5), solver=Solver(tol=1e-6, max_iter=300))(y, physics)
+    iteration = (DEGrad if hooked else Own)(denoiser, stepsize=eta)
+    if hooked:
+        iteration.register_forward_hook(lambda *_: None)
+    for compute_metrics in (False, True):
+        for method in ("anderson", "broyden", "gmres"):
+            solver = Solver(method, tol=1e-3, max_iter=60, on_failure="ignore")
+            model = DEQReconstructor(iteration, solver=solver)
+            out = model(y, physics, init=torch.ones_like(y), compute_metrics=compute_metrics)
+            x = out[0] if compute_metrics else out
+            error, stat = relative_error(x, exact), model.forward_stat
+            assert error <= 1e-2 or not stat.converged.any(), (method, error, stat.outcome)
+            assert error <= 10 * float(stat.residual.max()) + 1e-2, (method, error, stat.outcome)

@@ -3,10 +3,12 @@ r"""Replicas copy all containers, objects and functions in which a module keeps 
 from __future__ import annotations
 
 import enum
+import functools
 
 import pytest
 import torch
-from deepinv.physics import Inpainting
+from deepinv.physics import Inpainting, LinearPhysics
+from torch import nn
 
 from deepinv_deq import DEProx
 from deepinv_deq.iterations.replica import Replica
@@ -113,3 +115,41 @@ def test_functions_that_call_themselves_or_share_a_variable():
 
 def test_members_of_an_enumeration_are_themselves():
     assert Replica([Plain(kind=Kind.A, sentinel=object)]).roots[0].kind is Kind.A
+
+
+class Optional:
+    post = gain = None
+
+    def adjoint(self, y):
+        y = y if self.post is None else self.post(y)
+        return y if self.gain is None else y * self.gain
+
+
+class WithMethod(Optional):
+    def post(self, x):
+        return 0.5 * x
+
+    @functools.cached_property
+    def gain(self):
+        return torch.tensor(3.0, dtype=F64)
+
+
+class Operator(LinearPhysics, WithMethod):
+    def A(self, x, **_):
+        return self.adjoint(x)
+
+    def A_adjoint(self, y, **_):
+        return self.adjoint(y)
+
+
+class Network(WithMethod, nn.Module):
+    def forward(self, x):
+        return self.adjoint(x)
+
+
+def test_a_method_takes_the_place_of_data_of_a_base_class():
+    x = torch.ones(1, 1, 2, 2, dtype=F64)
+    for where in (Operator(), Network(), WithMethod()):
+        assert torch.equal(Replica([where]).roots[0].adjoint(x), 1.5 * x)
+    iteration = DEProx(Network(), stepsize=0.5).double()
+    torch.testing.assert_close(iteration.bind(x, Operator())(x), 1.5 * (x - 0.5 * (1.5**2 * x - 1.5 * x)))
