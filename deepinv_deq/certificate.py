@@ -2,6 +2,8 @@ r"""A certificate of a fixed point: whether it contracts, how far it is, and whe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,14 +12,17 @@ from deepinv.loss.metric import PSNR
 from torch import Tensor, nn
 
 from deepinv_deq import compat
-from deepinv_deq.checks import own_start
+from deepinv_deq.checks import check_finite, own_start
+from deepinv_deq.implicit.context import as_in_forward
 from deepinv_deq.iterations import FixedPointIteration
+from deepinv_deq.iterations.checks import unsuitable_layer
 from deepinv_deq.solvers import Solver
 from deepinv_deq.spectra import spectrum_of_part
-from deepinv_deq.states import State, norms
+from deepinv_deq.states import State, norms, times
 
 _LONGER = 3  # times max_iter, for solves from other starts and to smaller tolerances
 _SPREAD = 3.0  # two solves may differ by the sum of their errors, and the estimate is good to a small factor
+_LARGEST = 0.05  # relative error or spread up to which two points can be one fixed point
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,10 @@ class Certificate:
         those reached from the other starts.
     :param dict spread: for each other start, :math:`\|x' - x\| / \|x\|` of the point reached from there.
     :param dict psnr: with ``x_gt``, PSNR in dB of each of ``points``.
+    :param dict errors: for each other start, the estimated relative error of the point reached from there.
+    :param dict solved: for each other start, whether the solve met the tolerance.
+
+    With ``Solver(batched=False)``, all samples have the numbers of the joint solve.
 
     |sep|
 
@@ -63,19 +72,48 @@ class Certificate:
     points: dict[str, Tensor] = field(default_factory=dict, repr=False)
     spread: dict[str, Tensor] = field(default_factory=dict)
     psnr: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, Tensor] = field(default_factory=dict)
+    solved: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def unique(self) -> Tensor:
-        r"""Whether all measurements of a sample agree with one fixed point that was reached, of shape ``(B,)``."""
-        allowed = self.tol / (1 - self.spectral_radius).clamp_min(1e-12)
-        spread = torch.stack(list(self.spread.values())).amax(dim=0)
-        near = spread <= _SPREAD * torch.maximum(self.error, allowed)
-        return self.converged & (self.spectral_radius < 1) & near & torch.isfinite(self.error)
+        r"""Whether all measurements of a sample agree with one fixed point that was reached, of shape ``(B,)``.
+
+        The error and every spread must be at most 5 %. A spread must also be at most three times the larger error of its two points,
+        or three times the tolerance.
+        """
+        near = torch.ones_like(self.converged)
+        for name, spread in self.spread.items():
+            near &= spread <= self._explained(name).clamp_max(_LARGEST)
+        return self.converged & (self.spectral_radius < 1) & (self.error <= _LARGEST) & near
+
+    def _explained(self, name: str) -> Tensor:
+        r"""The spread that the errors of two solves explain."""
+        return _SPREAD * torch.maximum(self.error, self.errors.get(name, self.error)).clamp_min(self.tol)
+
+    def _causes(self) -> list[str]:
+        sound, none = self.converged & (self.spectral_radius < 1), torch.zeros_like(self.converged)
+        loose, missed, elsewhere = sound & ~(self.error <= _LARGEST), none, none
+        for name, spread in self.spread.items():
+            near, solved = spread <= self._explained(name), self.solved.get(name, self.converged)
+            apart = sound & ~(near & (spread <= _LARGEST))
+            missed, elsewhere = missed | (apart & ~solved), elsewhere | (apart & solved & ~near)
+            loose = loose | (apart & solved & near)
+        causes = {
+            "the solver missed its tolerance": ~self.converged,
+            "the Jacobian expands": ~(self.spectral_radius < 1),
+            "tol is too large to tell whether the points agree": loose,
+            "solves from other starts missed the tolerance": missed,
+            "other starts lead elsewhere": elsewhere,
+        }
+        return [cause for cause, holds in causes.items() if bool(holds.any())]
 
     @property
     def outcome(self) -> str:
         r"""What was measured, in one sentence."""
         good, count = int(self.unique.sum()), self.unique.numel()
+        if not count:
+            return "There are no samples to certify."
         spread = {name: float(values.max()) for name, values in self.spread.items()}
         worst = max(spread, key=spread.__getitem__)
         measured = (
@@ -84,18 +122,9 @@ class Certificate:
         )
         if good == count:
             return f"All {count} samples reached one fixed point: {measured}."
-        causes = [
-            cause
-            for cause, holds in (
-                ("the solver missed its tolerance", ~self.converged),
-                ("the Jacobian expands", ~(self.spectral_radius < 1)),
-                ("other starts lead elsewhere", self.converged & (self.spectral_radius < 1) & ~self.unique),
-            )
-            if bool(holds.any())
-        ]
         return (
-            f"{good} of {count} samples reached one fixed point; of the others, {' and '.join(causes)}: {measured}. "
-            "Train with ContractionLoss, lower its bound, or lower tol."
+            f"{good} of {count} samples reached one fixed point; of the others, {' and '.join(self._causes())}: {measured}. "
+            "Train with ContractionLoss, lower its bound, lower tol, or raise max_iter."
         )
 
 
@@ -119,15 +148,17 @@ def certify(
     :param int products: number of vector-Jacobian products for the spectral radius.
     :param torch.nn.Module, None metric: metric of the PSNRs, default :class:`deepinv.loss.metric.PSNR`.
     :return: the certificate.
-    :raises ValueError: if a layer couples the samples or changes between evaluations (batch norm or dropout in training mode), or
-        ``products`` is less than 1.
+    :raises ValueError: if a layer couples the samples or changes between evaluations (batch norm or dropout in training mode), if
+        ``y`` has NaN or Inf, or if ``products`` is not an integer of at least 1.
     """
-    _refuse_unstable(iteration)
-    if products < 1:
-        raise ValueError(f"products must be at least 1, got {products}.")
+    if unstable := unsuitable_layer(iteration):
+        raise ValueError(f"There is no fixed point to certify: {unstable} model.eval() does that.")
+    if not isinstance(products, int) or products < 1:
+        raise ValueError(f"products must be an integer of at least 1, got {products}.")
+    check_finite(y)
     quiet = replace(solver, on_failure="ignore")
     psnr = PSNR() if metric is None else metric
-    with torch.no_grad():
+    with torch.no_grad(), as_in_forward([]), _unchanged(iteration):
         f = iteration.bind(y, physics)
         x0 = own_start(f, iteration, y, physics)
         state, stat = quiet(f, x0)
@@ -137,35 +168,77 @@ def certify(
         tenth, _ = replace(longer, tol=solver.tol / 10)(f, state)
         fine, fine_stat = replace(longer, tol=solver.tol / 30)(f, tenth)
         reached["tenth"] = iteration.output(tenth)
-        for name, image in _starts(x, x0, iteration, x_gt).items():
-            reached[name] = iteration.output(longer(f, image)[0])
-    radius, norm = spectrum_of_part(f, state, products)
-    exact = iteration.output(fine)
-    tail = fine_stat.residual / (1 - radius).clamp_min(1e-12)
-    error = torch.where(radius < 1, _distance(x, exact) + tail.to(x.dtype), torch.inf)
+        others = {name: longer(f, state_of(image, x0)) for name, image in _images(x, x_gt).items()}
+        reached |= {name: iteration.output(other) for name, (other, _) in others.items()}
+        radius, norm = (t.expand(len(x)) for t in spectrum_of_part(f, state, products, batched=solver.batched))
+
+    def error(residual: Tensor) -> Tensor:
+        return (residual / (1 - radius).clamp_min(1e-12)).to(x.real.dtype)
+
+    contracts, exact = radius < 1, iteration.output(fine)
     return Certificate(
         x=x,
         spectral_radius=radius,
         norm=norm,
-        residual=stat.residual,
-        converged=stat.converged,
-        error=error,
-        evaluations=stat["nstep"],
+        residual=stat.residual.expand(len(x)),
+        converged=stat.converged.expand(len(x)),
+        error=torch.where(contracts, _distance(x, exact) + error(fine_stat.residual), torch.inf),
+        evaluations=stat["nstep"].expand(len(x)),
         tol=solver.tol,
         points=reached,
-        spread={name: _distance(point, x) for name, point in reached.items() if name not in ("start", "tenth")},
+        spread={name: _distance(reached[name], x) for name in others},
         psnr={} if x_gt is None else {name: psnr(point, x_gt) for name, point in reached.items()},
+        errors={name: torch.where(contracts, error(s.residual), torch.inf) for name, (_, s) in others.items()},
+        solved={name: s.converged.expand(len(x)) for name, (_, s) in others.items()},
     )
 
 
-def _starts(x: Tensor, x0: State, iteration: FixedPointIteration, x_gt: Tensor | None) -> dict[str, State]:
-    r"""Other starts: zeros, noise of the size of the reconstruction, and the truth; the solve itself started from the
-    linear reconstruction. Further variables of a state start where they do by default."""
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * x.abs().amax()
-    images = {"zeros": torch.zeros_like(x), "noise": noise} | ({} if x_gt is None else {"truth": x_gt.to(x)})
-    if isinstance(x0, Tensor):
-        return dict(images)
-    return {name: (image, *x0[1:]) for name, image in images.items()}
+def noise_like(x: Tensor, rng: torch.Generator) -> Tensor:
+    r"""Uniform noise between zero and the largest modulus of each sample.
+
+    :param torch.Tensor x: images of shape ``(B, C, H, W)``, real or complex.
+    :param torch.Generator rng: random numbers, on the CPU.
+    :return: images of the same shape.
+    """
+    drawn = torch.rand((*x.shape, 2) if x.is_complex() else x.shape, generator=rng)
+    drawn = torch.view_as_complex(drawn) if x.is_complex() else drawn
+    return times(x.abs().flatten(1).amax(dim=1), drawn.to(x))
+
+
+def state_of(image: Tensor, start: State) -> State:
+    r"""A state to start from an image.
+
+    Further variables get the image, too: some iterations ignore the first. Those of another shape, or zero at the start, stay.
+
+    :param torch.Tensor image: image of shape ``(B, C, H, W)``.
+    :param torch.Tensor, tuple[torch.Tensor, ...] start: where the iteration starts by itself.
+    :return: a state of the shapes of ``start``.
+    """
+    if isinstance(start, Tensor):
+        return image
+    own = [(t != 0).flatten(1).any(dim=1) for t in start[1:]]  # of each sample, whether it starts at something
+    return image, *(times(some, image) if t.shape == image.shape else t for some, t in zip(own, start[1:], strict=True))
+
+
+def _images(x: Tensor, x_gt: Tensor | None) -> dict[str, Tensor]:
+    r"""Zeros, noise of the size of the reconstruction, and the truth; the solve itself started from the linear reconstruction."""
+    noise = noise_like(x, torch.Generator().manual_seed(0))
+    return {"zeros": torch.zeros_like(x), "noise": noise} | ({} if x_gt is None else {"truth": x_gt.to(x)})
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    r"""Undo what layers in training mode do to their buffers, such as the power iterations of spectral norm."""
+    own = [(m, *item) for m in module.modules() if m.training for item in m.named_buffers(recurse=False)]
+    kept = [(m, name, b, b.clone(), compat.version(b)) for m, name, b in own]
+    try:
+        yield
+    finally:
+        for m, name, buffer, before, version in kept:
+            if getattr(m, name) is not buffer:
+                setattr(m, name, buffer)
+            if compat.version(buffer) != version:
+                buffer.copy_(before)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
@@ -175,12 +248,3 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     return (torch.view_as_real(x) if x.is_complex() else x).flatten(1)
-
-
-def _refuse_unstable(iteration: nn.Module) -> None:
-    norms, dropouts = compat.layers_that_change()
-    for name, module in iteration.named_modules():
-        if module.training and isinstance(module, (*norms, *dropouts)):
-            raise ValueError(
-                f"{type(module).__name__} '{name}' is in training mode, so there is no fixed point to certify: call model.eval()."
-            )

@@ -13,9 +13,11 @@ from deepinv.physics.functional import RampFilter
 from deepinv.transform import Rotate
 from torch import Tensor, nn
 
+from deepinv_deq.certificate import noise_like, state_of
+from deepinv_deq.implicit.context import as_in_forward, usable
 from deepinv_deq.metrics import solving_model
 from deepinv_deq.spectra import jacobian_norm
-from deepinv_deq.states import State, as_tuple, plus
+from deepinv_deq.states import State, as_tuple, minus, plus, times
 
 _STEPS = 3  # largest number of plain steps before the Jacobian is measured
 
@@ -36,17 +38,18 @@ class ContractionLoss(Loss):
     bound holds wherever the solver goes. The first search directions are this line and noise.
 
     Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The factor before the maximum,
-    in which :math:`n` is the number of pixels, has the unit of a squared error of images, so one weight is right at any scale. Multiply
-    it with the weight of such an error in the other losses, which may be small in losses of measurements, and for Jacobian-free gradients
-    with the stepsize. The factor is larger far from the reconstruction, because contracting there costs the reconstruction little. A
-    smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
+    in which :math:`n` is the number of pixels, has the unit of a squared error of images, so one weight is right at any scale. The
+    weight assumes that the other losses count a squared image error once. If they count it ``w`` times, pass ``0.1*w``. With
+    ``mode="jfb"``, multiply by the stepsize, too. The factor is larger far from the reconstruction, because contracting there costs the
+    reconstruction little. A smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
 
     :param float bound: largest norm without a penalty, in :math:`(0, 1)`.
     :param float weight: weight :math:`w > 0`, no unit.
     :param int iterations: number of vector-Jacobian products.
     :param torch.Generator, None rng: random numbers of points and directions, on the CPU. Default: a generator with seed 0.
 
-    :raises ValueError: for a setting out of range; when called, for a model without a :class:`~deepinv_deq.DEQReconstructor`.
+    :raises TypeError: if ``rng`` is not a generator.
+    :raises ValueError: for a setting out of range, or a model without a :class:`~deepinv_deq.DEQReconstructor`.
 
     |sep|
 
@@ -67,13 +70,13 @@ class ContractionLoss(Loss):
     ):
         super().__init__()
         if not 0 < bound < 1:
-            raise ValueError(
-                f"bound must be in (0, 1): an iteration whose Jacobian has norm 1 need not contract; got {bound}."
-            )
-        if not weight > 0:
-            raise ValueError(f"weight must be positive, got {weight}.")
-        if iterations < 1:
-            raise ValueError(f"iterations counts vector-Jacobian products and must be at least 1, got {iterations}.")
+            raise ValueError(f"bound must be in (0, 1): with a norm of 1 an iteration need not contract; got {bound}.")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight must be positive and finite, got {weight}.")
+        if not isinstance(iterations, int) or iterations < 1:
+            raise ValueError(f"iterations counts vector-Jacobian products: an integer of at least 1, got {iterations}.")
+        if not isinstance(rng, torch.Generator | None):
+            raise TypeError(f"rng must be a torch.Generator, got {type(rng).__name__}.")
         self.bound, self.weight, self.iterations = bound, weight, iterations
         self.rng = torch.Generator().manual_seed(0) if rng is None else rng
 
@@ -87,32 +90,31 @@ class ContractionLoss(Loss):
         :param kwargs: ignored.
         :return: penalties, of shape ``(B,)``.
         """
-        deq = solving_model(model)
-        if deq is None:
+        if (deq := solving_model(model)) is None:
             raise ValueError(f"ContractionLoss needs a DEQReconstructor, and {type(model).__name__} holds none.")
-        f, x_hat = deq.iteration.bind(y, physics), x_net.detach()
-        end = self._end(f, x_hat, f.init(y))
-        away = as_tuple(end)[0] - x_hat
-        share = torch.rand((len(x_hat), *[1] * (x_hat.ndim - 1)), generator=self.rng).to(x_hat)
-        x = _with_image(end, x_hat + share * away)
-        norm = jacobian_norm(f, x, iterations=self.iterations, rng=self.rng, direction=away)
-        size = _root_mean_square(x_hat) + _root_mean_square(share * away)
+        with as_in_forward([]):
+            penalty = self._penalty(deq.iteration.bind(y, physics), usable((x_net.detach(),))[0], y)
+        return penalty if torch.is_grad_enabled() else penalty.detach()
+
+    def _penalty(self, f: Any, x_hat: Tensor, y: Any) -> Tensor:
+        start = f.init(y)
+        here, end = state_of(x_hat, start), self._end(f, x_hat, start)
+        share, away = torch.rand(len(x_hat), generator=self.rng).to(x_hat.device), as_tuple(minus(end, here))
+        part = tuple(times(share, t) for t in away)
+        norm = jacobian_norm(f, plus(here, part), iterations=self.iterations, rng=self.rng, direction=away[0])
+        size = _root_mean_square(x_hat) + _root_mean_square(part[0])
         return self.weight * size.square() * (norm - self.bound).relu().square()
 
     @torch.no_grad()
     def _end(self, f: Any, x_hat: Tensor, start: State) -> State:
         r"""Where a solve may have come to: without the steps, solves from noise stall far away."""
-        noise = torch.rand(x_hat.shape, generator=self.rng).to(x_hat) * x_hat.abs().amax()
-        ends = (x_hat, as_tuple(start)[0], torch.zeros_like(x_hat), noise)
-        state = _with_image(start, ends[int(torch.randint(len(ends), (), generator=self.rng))])
+        ends = (x_hat, as_tuple(start)[0], torch.zeros_like(x_hat), noise_like(x_hat, self.rng))
+        chosen = int(torch.randint(len(ends), (), generator=self.rng))
+        state = start if chosen == 1 else state_of(ends[chosen], start)
         natural = f.natural(state) or (lambda step: step)
         for _ in range(int(torch.randint(_STEPS + 1, (), generator=self.rng))):
             state = plus(state, natural(f.step(state)))
         return state
-
-
-def _with_image(state: State, image: Tensor) -> State:
-    return image if isinstance(state, Tensor) else (image, *state[1:])  # other variables stay where they are
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
@@ -133,13 +135,14 @@ class TurnedOperatorLoss(MOILoss):
     (:footcite:t:`tachella2022unsupervised`, :class:`deepinv.loss.MOILoss`) with turned versions of the true operator, and with the
     reconstruction :math:`\hat{x}` as a fixed target: no gradient flows through it.
 
-    Where no measurement of :math:`A` reaches, that target is what the model made up. The measurements :math:`y` themselves are a target
+    In the null space of :math:`A`, the target comes from the network, not from data. The measurements :math:`y` themselves are a target
     without that error. Give ``consistency``, an error of measurements :math:`d`, to add :math:`d(A f(A_g \hat{x}; A_g), y)`. Use it
-    for measurements without noise only: those with noise have left their noise in :math:`\hat{x}`, too.
+    for measurements without noise only. With noise, :math:`\hat{x}` already contains the noise of :math:`y`. The error of images is
+    always the mean squared one: there is no ``metric``.
 
     :param Sequence[deepinv.physics.Physics] operators: the turned operators :math:`A_g`, of which each call takes one at random.
     :param float weight: weight of the loss.
-    :param bool apply_noise: whether the measurements of the turned operators get their noise.
+    :param bool apply_noise: whether the measurements of the turned operators get their noise. Unlike in ``MOILoss``, they get none by default.
     :param torch.nn.Module, None consistency: error of every sample, of shape ``(B,)``, such as :class:`RampFilteredError`.
     :param torch.Generator, None rng: random numbers, on the CPU.
 
@@ -189,7 +192,7 @@ class TurnedOperatorLoss(MOILoss):
         """
         operator, target = self.next_physics(physics), x_net.detach()
         x = model(operator(target) if self.noise else operator.A(target), operator)
-        loss = (x - target).square().flatten(1).mean(dim=1)
+        loss = (x - target).abs().square().flatten(1).mean(dim=1)
         if self.consistency is not None:
             if physics is None or y is None:
                 raise ValueError("consistency compares with measurements: call the loss with physics= and y=.")
@@ -200,12 +203,13 @@ class TurnedOperatorLoss(MOILoss):
 class RampFilteredError(nn.Module):
     r"""Mean squared error of images, computed from the error of their sinograms.
 
-    By the projection-slice theorem, views sample low frequencies of the image more often than high ones. The ramp filter undoes that.
-    A constant, measured with white noise, brings the error to the scale of the image. Use it as ``metric`` of
+    By the projection-slice theorem, views sample low frequencies of the image more often than high ones. The ramp filter weighs all
+    frequencies equally. A constant, measured with white noise, brings the error to the scale of the image. Use it as ``metric`` of
     :class:`deepinv.loss.MCLoss` or :class:`deepinv.loss.SplittingLoss`.
 
     :param deepinv.physics.LinearPhysics physics: parallel-beam tomography.
     :param tuple[int, ...] img_size: size of an image, ``(C, H, W)``.
+    :param str, torch.device device: device of ``physics``.
     """
 
     def __init__(self, physics: LinearPhysics, img_size: tuple[int, ...], *, device: torch.device | str = "cpu"):

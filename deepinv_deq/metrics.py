@@ -83,7 +83,10 @@ class _SolveMetric(_ModelMetric):
 
 
 class FixedPointResidual(_SolveMetric):
-    r"""Relative residual :math:`\|f(x) - x\| / \|f(x)\|` that the last solve of a model reached, per sample.
+    r"""Relative residual that the last solve of a model reached, per sample: the criterion of its :class:`Solver`.
+
+    For a forward solve this is :math:`\|N (F(x) - x)\| / \|x\|` in natural units, so it does not depend on the stepsize. For an adjoint
+    solve the residual of the linear equation is divided by the norm of the cotangent.
 
     Use it in ``Trainer(metrics=...)``: it is then averaged, plotted and logged, to Weights & Biases or MLflow too, as the
     other metrics are. Put it before metrics that call the model themselves, such as :class:`PipelineEquivariance`. While
@@ -122,7 +125,7 @@ class SolverEvaluations(_SolveMetric):
     r"""Number of evaluations after which the last solve of a model was done, per sample.
 
     They are evaluations of :math:`F_\theta` in a forward solve, and vector-Jacobian products in a backward one. Use it in
-    ``Trainer(metrics=...)``, as :class:`FixedPointResidual`, of which all remarks hold.
+    ``Trainer(metrics=...)``, as :class:`FixedPointResidual`. The remarks on FixedPointResidual apply.
 
     :param str which: ``"forward"``, the fixed point, or ``"backward"``, the adjoint equation of the last gradient.
     :param str, None reduction: over the batch, as in all deepinv metrics; a Trainer wants ``None``, the default.

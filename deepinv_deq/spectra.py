@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepinv_deq.autocast import Autocast
 from deepinv_deq.states import Layout, State, as_tuple, orthogonalised
 
 _NOISE = 0.3  # relative to a direction that is given
@@ -41,25 +42,28 @@ def jacobian_norm(
     if iterations > 1:
         # if a value is not finite, the last product is not finite either, for any direction
         weights = torch.linalg.svd(torch.nan_to_num(h, 0.0, 0.0, 0.0), full_matrices=False).Vh[:, 0]
-        u = torch.bmm(weights[:, None].to(u.dtype), basis[:, : iterations - 1])[:, 0]
+        with part.autocast.off():
+            u = torch.bmm(weights[:, None].to(u.dtype), basis[:, : iterations - 1])[:, 0]
     pu = part.metric(u)
     norm = _length(u, pu)  # not exactly 1: in a small space the last directions of the basis are rounding errors
     with torch.enable_grad():
         b = part.product(pu, create_graph=True)
-        return _length(b, part.metric(b)) / norm
+        pb = part.metric(b.detach())  # without a graph: the derivative of <b, Pb> is 2 <db, Pb>
+        return _dot(b, pb).to(b.dtype) / _length(b.detach(), pb) / norm
 
 
-def spectrum_of_part(f: Any, state: State, products: int) -> tuple[Tensor, Tensor]:
+def spectrum_of_part(f: Any, state: State, products: int, *, batched: bool = True) -> tuple[Tensor, Tensor]:
     r"""Spectral radius and norm of the contractive part of a bound iteration, by Arnoldi's method for every sample.
 
-    Eigenvalues of the projected matrix lie inside the numerical range: both numbers are estimates from below.
+    The norm is an estimate from below. The radius of a non-normal Jacobian can err either way.
 
     :param BoundIteration f: a map with a contractive part.
     :param torch.Tensor, tuple[torch.Tensor, ...] state: point.
     :param int products: number of vector-Jacobian products.
-    :return: spectral radius and norm, of shape ``(B,)``.
+    :param bool batched: whether the samples are independent, or the batch is one joint sample.
+    :return: spectral radius and norm, of shape ``(B,)``; of shape ``(1,)`` for a joint sample.
     """
-    part = _Part(f, state, exact=True)
+    part = _Part(f, state, exact=True, batched=batched)
     start = part.random(torch.Generator().manual_seed(0))
     h = _arnoldi(part, start, products)[1]
     square = torch.nan_to_num(h[:, :products], nan=torch.inf, posinf=torch.finfo(h.dtype).max)
@@ -97,6 +101,10 @@ def _arnoldi(part: _Part, w: Tensor, products: int) -> tuple[Tensor, Tensor]:
             break
         w = part.product(dual[:, j])
         w, along = orthogonalised(w, basis[:, : j + 1], dual[:, : j + 1])
+        if dual is not basis:
+            # P by conjugate gradients is not symmetric to rounding: every pass then leaves a small part of what it removes
+            w, rest = orthogonalised(w, basis[:, : j + 1], dual[:, : j + 1])
+            along = along + rest
         h[:, : j + 1, j] = along
         known = along.square().sum(dim=1)
     return basis, h
@@ -108,12 +116,15 @@ class _Part:
     :param BoundIteration f: a map with a contractive part.
     :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
     :param bool exact: whether the exact :math:`P` is wanted, and not its estimate.
+    :param bool batched: whether the samples are independent.
+
+    The map and its products run under the caller's autocast. :math:`P` does not: it has to be linear and symmetric.
     """
 
-    def __init__(self, f: Any, x: State, exact: bool):
+    def __init__(self, f: Any, x: State, exact: bool, batched: bool = True):
         self.points = tuple(t.detach().requires_grad_() for t in as_tuple(x))
         state = self.points[0] if isinstance(x, Tensor) else self.points
-        self._layout = Layout(state, batched=True)
+        self._layout, self.autocast = Layout(state, batched=batched), Autocast(self.points[0].device.type)
         with torch.enable_grad():
             image, self.preconditioner = f.contractive_part(state, exact=exact)
         self._image = as_tuple(image)
@@ -124,7 +135,10 @@ class _Part:
 
     def metric(self, b: Tensor) -> Tensor:
         r"""The product with :math:`P`."""
-        return b if self.preconditioner is None else self.pack(self.preconditioner(self._layout.unpack(b)))
+        if self.preconditioner is None:
+            return b
+        with self.autocast.off():
+            return self.pack(self.preconditioner(self._layout.unpack(b)))
 
     def product(self, b: Tensor, create_graph: bool = False) -> Tensor:
         r"""The vector-Jacobian product."""
@@ -137,7 +151,8 @@ class _Part:
 
     def random(self, rng: torch.Generator) -> Tensor:
         r"""Directions of independent normal numbers."""
-        drawn = (torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in self.points)
+        kinds = (torch.complex128 if t.is_complex() else torch.float64 for t in self.points)
+        drawn = [torch.randn(t.shape, generator=rng, dtype=d).to(t) for t, d in zip(self.points, kinds, strict=True)]
         return self.pack(tuple(drawn))
 
 

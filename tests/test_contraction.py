@@ -164,10 +164,14 @@ def test_a_contraction_pays_nothing_and_other_models_are_refused():
     for bound in (0.0, 1.0, -1.0, 2.0):
         with pytest.raises(ValueError, match=r"bound must be in \(0, 1\)"):
             ContractionLoss(bound)
-    with pytest.raises(ValueError, match="weight must be positive, got 0"):
-        ContractionLoss(weight=0)
-    with pytest.raises(ValueError, match="iterations counts .* got 0"):
-        ContractionLoss(iterations=0)
+    for weight in (0, float("inf")):
+        with pytest.raises(ValueError, match=f"weight must be positive and finite, got {weight}"):
+            ContractionLoss(weight=weight)
+    for iterations in (0, 2.5):
+        with pytest.raises(ValueError, match=f"iterations counts .* got {iterations}"):
+            ContractionLoss(iterations=iterations)
+    with pytest.raises(TypeError, match="rng must be a torch.Generator, got int"):
+        ContractionLoss(rng=3)
 
 
 def test_states_of_several_variables_are_penalised():

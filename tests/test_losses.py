@@ -8,7 +8,7 @@ import deepinv as dinv
 import pytest
 import torch
 
-from deepinv_deq import DEGrad
+from deepinv_deq import DEGrad, TurnedOperatorLoss
 from tests.problems import F64, relative_error
 from tests.unrolling import SIZE, Unrolled, denoising, images, inpainting, small_deq, trained
 
@@ -102,6 +102,14 @@ def test_weights_move_as_those_of_an_unrolled_solve(name):
     exact = trained(Unrolled(model), loss(), physics(), epochs)
     assert sum(change.norm() for change in exact) > 1e-4
     assert relative_error(ours, exact) <= 1e-8  # contract 1
+
+
+def test_the_turned_operator_loss_of_complex_images_is_real():
+    x, scale = torch.randn(2, 1, 4, 4, dtype=torch.complex128), torch.tensor(0.5, dtype=F64, requires_grad=True)
+    loss = TurnedOperatorLoss([dinv.physics.Physics()])(x, physics=None, model=lambda y, physics: scale * y)
+    torch.testing.assert_close(loss, 0.25 * x.abs().square().mean(dim=(1, 2, 3)))
+    loss.sum().backward()
+    torch.testing.assert_close(scale.grad, -x.abs().square().mean(dim=(1, 2, 3)).sum())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
