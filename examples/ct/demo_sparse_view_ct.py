@@ -141,7 +141,7 @@ else:
     of_images = args.alpha / sqnorm
     losses = [dinv.loss.MCLoss(), dinv.loss.EILoss(rotations, weight=of_images)]
 of_step = model.iteration.stepsize.item() if args.backward == "jfb" else 1.0  # the size of a Jacobian-free gradient
-losses.append(ContractionLoss(bound=0.85, weight=0.1 * of_images * of_step))
+losses.append(ContractionLoss(bound=0.85, weight=0.05 * of_images * of_step))
 
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 trainer = ResumableTrainer(

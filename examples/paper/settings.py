@@ -32,7 +32,7 @@ _BOTH = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ct": _BOTH
     | {"alpha": 100.0, "stepsize": 1 / 51, "data_weight": 50.0}
-    | {"forward_tol": 1e-4, "test_tol": 3e-6, "bound": 0.9, "contraction_weight": 0.1, "saturation": 3.0},
+    | {"forward_tol": 1e-4, "test_tol": 3e-6, "bound": 0.9, "contraction_weight": 0.05, "saturation": 3.0},
     "mri": _BOTH
     | {"stepsize": 1.0, "data_weight": 1.0}
     | {"forward_tol": 1e-3, "test_tol": 3e-5, "bound": 0.8, "contraction_weight": 0.7, "saturation": None},
