@@ -4,9 +4,8 @@ import deepinv_deq._versions
 from deepinv_deq.certificate import Certificate
 from deepinv_deq.denoisers import EquilibriumUNet
 from deepinv_deq.equivariance import IterationEquivariance, PipelineEquivariance
-from deepinv_deq.from_optim import FromOptim
 from deepinv_deq.implicit import DifferentiableMap, ModularIDHook
-from deepinv_deq.iterations import DEADMM, DEHQS, DEGrad, DEProx, FixedPointIteration
+from deepinv_deq.iterations import DEADMM, DEHQS, DEGrad, DEProx, FixedPointIteration, FromOptim
 from deepinv_deq.losses import ContractionLoss, TurnedOperatorLoss
 from deepinv_deq.metrics import ContractionFactor, FixedPointError, FixedPointResidual, SolverEvaluations
 from deepinv_deq.reconstructor import DEQReconstructor
@@ -27,6 +26,7 @@ __all__ = [
     "DEHQS",
     "DEProx",
     "DEQReconstructor",
+    "DifferentiableMap",
     "EquilibriumUNet",
     "FixedPointIteration",
     "FixedPointResidual",

@@ -3,14 +3,12 @@ r"""Functions that a model calls after every solve."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
+from deepinv_deq.implicit.hook import OnSolve as OnSolve
 from deepinv_deq.solvers import SolverStat
-
-OnSolve = Callable[[str, SolverStat], Any]
 
 
 class Callbacks:

@@ -14,7 +14,7 @@ from deepinv_deq.iterations import BoundIteration, FixedPointIteration
 from deepinv_deq.iterations.capture import initialise
 from deepinv_deq.states import State, as_tuple
 
-Init = Tensor | tuple[Tensor, ...] | Callable[[Any, Any], Any]
+Init = Tensor | tuple[Tensor, ...] | dict[str, Any] | Callable[[Any, Any], Any]
 
 
 def check_types(owner: Any, **kinds: type) -> None:
@@ -59,12 +59,13 @@ def own_start(f: Any, iteration: FixedPointIteration, y: Any, physics: Physics) 
 def starting_point(init: Init, f: Any, iteration: FixedPointIteration, y: Any, physics: Physics) -> State:
     r"""The starting point that a user gave, if it fits.
 
-    :param torch.Tensor, tuple[torch.Tensor, ...], Callable init: a state, or a function of ``y`` and ``physics`` that returns one.
+    :param torch.Tensor, tuple[torch.Tensor, ...], dict, Callable init: a state, or ``{"est": ...}`` as deepinv's optimisers keep one,
+        or a function of ``y`` and ``physics`` that returns one.
     :param Map f: the bound map.
     :param FixedPointIteration iteration: whose own starting point has the shapes that are expected.
     :param torch.Tensor y: measurements.
     :param deepinv.physics.Physics physics: forward operator.
-    :return: a copy, in the precision of ``iteration.init(y, physics)`` at least.
+    :return: a copy, in the precision of ``iteration.init(y, physics)``.
     :raises TypeError: if it is no state of the iteration.
     :raises ValueError: if its shapes, dtypes or devices do not fit.
     """
@@ -73,7 +74,7 @@ def starting_point(init: Init, f: Any, iteration: FixedPointIteration, y: Any, p
         if callable(given) and not isinstance(given, Tensor):
             name, given = "init(y, physics)", given(y, physics)
         expected = _own_start_or_none(f, iteration, y, physics)
-    given = tuple(given) if isinstance(given, list) else given
+    given = _estimate(given, expected)
     tensors = as_tuple(given) if isinstance(given, (Tensor, tuple)) else ()
     like = tensors if expected is None else as_tuple(expected)
     one = isinstance(given if expected is None else expected, Tensor)
@@ -98,10 +99,19 @@ def starting_point(init: Init, f: Any, iteration: FixedPointIteration, y: Any, p
         if t.is_complex() != e.is_complex() or not (t.is_floating_point() or t.is_complex()):
             raise ValueError(f"{name} has dtype {t.dtype}, but the iterates have {e.dtype}: convert it.")
     # a copy: a denoiser that writes into its input must not change the user's tensor
-    ours = tuple(
-        t.detach().to(torch.promote_types(t.dtype, e.dtype), copy=True) for t, e in zip(tensors, like, strict=True)
-    )
+    known = [
+        e.dtype if e.is_floating_point() or e.is_complex() else t.dtype for t, e in zip(tensors, like, strict=True)
+    ]
+    ours = tuple(t.detach().to(dtype, copy=True) for t, dtype in zip(tensors, known, strict=True))
     return ours[0] if one else ours
+
+
+def _estimate(given: Any, expected: State | None) -> Any:
+    r"""A list as a tuple, and the state in a dictionary of deepinv's optimisers, which may keep more variables."""
+    if isinstance(given, dict) and isinstance(given.get("est"), (tuple, list)) and given["est"]:
+        single = len(given["est"]) == 1 if expected is None else isinstance(expected, Tensor)
+        given = given["est"][0] if single else given["est"]
+    return tuple(given) if isinstance(given, list) else given
 
 
 def _own_start_or_none(f: Any, iteration: FixedPointIteration, y: Any, physics: Physics) -> State | None:

@@ -32,7 +32,7 @@ def load_images(path: str | os.PathLike[str], size: int | None = None, *, max_by
     :param str, os.PathLike path: file or folder.
     :param int, None size: side to which the central square of each image is resized, by averaging areas; ``None`` keeps all.
     :param int max_bytes: memory that the images may take, 4 GiB by default. A file that asks for more is refused before any
-        of it is allocated: what a small compressed file or a forged header asks for has no bound.
+        of it is allocated. A small compressed or forged file can otherwise request unlimited memory.
     :return: tensor of shape ``(N, 1, H, W)``, ``float32``.
     :raises FileNotFoundError: if there is nothing at ``path``, or no image in the folder.
     :raises ValueError: if a file is not an image, is broken, or takes more than ``max_bytes``, the sizes differ, or values are

@@ -2,7 +2,6 @@ r"""A denoiser architecture suited to fixed points."""
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from deepinv.models import UNet
 from torch import nn
+from torch.nn.utils import parametrize
 
 from deepinv_deq import compat
-from deepinv_deq.denoiser_settings import NORMS, check, settings_in
+from deepinv_deq.denoiser_settings import NORMS, check, settings_in, settings_of_file
 from deepinv_deq.files import contents_of, read_weights
 from deepinv_deq.group_norm import GroupNorm
 
@@ -119,7 +119,7 @@ class EquilibriumUNet(UNet):
         if weights is not None:
             with contents_of(str(pretrained), f"weights that fit {self.settings}"):
                 _load(self, weights["state_dict"], trained, pretrained)
-        # convolutions follow their weights, and are faster with the channels innermost: twice so on CPU
+        # convolutions take the memory format of their weights: faster on CT, slower on MRI (docs/cost.md, memory format)
         self.to(device, memory_format=torch.channels_last if dim == 2 else torch.channels_last_3d)
 
     def forward(
@@ -150,17 +150,6 @@ class EquilibriumUNet(UNet):
         out = _cropped(super().forward, net_input, 2 ** (len(self.settings["channels"]) - 1))
         return (out + self.contraction * x if self.contraction else out).contiguous()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # PyTorch refuses to pickle parametrized layers; settings and state say all there is to say
-        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
-        return _rebuild, (type(self), self.settings, self.state_dict(), self.training, frozen)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EquilibriumUNet:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
 
 def _saturated(x: torch.Tensor, centre: torch.Tensor, saturation: float) -> torch.Tensor:
     r"""Near ``centre`` the identity; no point is mapped further from it than a multiple of its root mean square."""
@@ -184,6 +173,7 @@ def _normalise(net: UNet, norm: str | None, groups: int) -> None:
     if normalise is not None:
         for layer in [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m is not last]:
             normalise(layer)
+            _make_picklable(layer)
 
 
 def _cropped(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, factor: int) -> torch.Tensor:
@@ -215,10 +205,32 @@ def _load(net: EquilibriumUNet, state: dict[str, torch.Tensor], trained: dict[st
     net.load_state_dict(own)
 
 
-def _rebuild(
-    cls: type[EquilibriumUNet], settings: dict[str, Any], state: dict[str, Any], training: bool, frozen: list[str]
-) -> EquilibriumUNet:
-    net = cls(**settings)
+def _make_picklable(layer: nn.Module) -> None:
+    r"""PyTorch gives a parametrised layer a class of its own, which refuses to be pickled. It can be made again."""
+    # spectral and weight norm of old-style state dictionaries: a local function, which cannot be pickled
+    vars(layer).get("_load_state_dict_pre_hooks", {}).clear()
+    type(layer).__reduce_ex__ = _reduced  # type: ignore[method-assign]
+
+
+def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
+    kind = type(layer).__bases__[0]
+    return _parametrised, (kind, tuple(layer.parametrizations)), super(type(layer), layer).__getstate__()
+
+
+def _parametrised(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    r"""A layer without weights of the class that PyTorch gives to parametrised layers."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    for name in names:
+        layer.register_parameter(name, nn.Parameter(torch.empty(0)))
+        parametrize.register_parametrization(layer, name, nn.Identity())
+    _make_picklable(layer)
+    return layer
+
+
+def _rebuild(cls: Any, settings: dict[str, Any], state: dict[str, Any], training: bool, frozen: list[str]) -> Any:
+    r"""Networks that version 0.1 pickled."""
+    net = cls(**settings_of_file(settings, state))
     net.load_state_dict(state, assign=True)  # which keeps dtype and device
     for name, p in net.named_parameters():
         p.requires_grad_(name not in frozen)

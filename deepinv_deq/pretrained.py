@@ -7,7 +7,7 @@ import os
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepinv_deq.denoiser_settings import settings_of_file
 from deepinv_deq.denoisers import EquilibriumUNet
@@ -88,9 +88,19 @@ def load(cls: type[DEQReconstructor], name: str | os.PathLike[str], **settings: 
         hook = ModularIDHook(Solver(**saved["hook"]["solver"]), mode=saved["hook"]["mode"])
         parts: dict[str, Any] = {"solver": Solver(**saved["solver"]), "hook": hook}
         denoiser = EquilibriumUNet(**settings_of_file(saved["denoiser"], saved["state_dict"]))
-        model = cls(kind(denoiser, **of_iteration), **(parts | settings))
+        iteration = kind(denoiser, **of_iteration)
+    model = cls(iteration, **(parts | settings))  # outside: wrong settings are not the fault of the file
+    with contents_of(name, "a DEQReconstructor"):
+        _take_dtypes(model, saved["state_dict"])
         model.load_state_dict(saved["state_dict"])
     return model
+
+
+def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
+    r"""Give every tensor of a model the dtype that it has in a state dictionary, and leave its memory format."""
+    for name, own in (*model.named_parameters(), *model.named_buffers()):
+        if name in state:
+            own.data = own.data.to(state[name].dtype)
 
 
 def settings_of(iteration: FixedPointIteration) -> dict[str, Any]:
@@ -99,8 +109,8 @@ def settings_of(iteration: FixedPointIteration) -> dict[str, Any]:
     Every argument is read from the attribute of its name, so a new one needs no line here.
 
     :param FixedPointIteration iteration: the iteration.
-    :return: plain values by name.
-    :raises TypeError: if an argument is kept in no attribute of its name, or is no plain value.
+    :return: plain values and tensors by name.
+    :raises TypeError: if an argument is kept in no attribute of its name, or is neither a plain value nor a tensor.
     """
     settings: dict[str, Any] = {}
     for name in inspect.signature(type(iteration).__init__).parameters:
@@ -110,12 +120,12 @@ def settings_of(iteration: FixedPointIteration) -> dict[str, Any]:
             settings[name] = name.removeprefix("learn_") in dict(iteration.named_parameters(recurse=False))
             continue
         value = getattr(iteration, name, _APART)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if not isinstance(value, (bool, int, float, str, tuple, type(None))):
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().clone() if value.ndim else value.item()  # one stepsize per channel, or one
+        if not isinstance(value, (bool, int, float, str, tuple, type(None), Tensor)):
             raise TypeError(
-                f"The argument {name} of {type(iteration).__name__} must be an attribute of the same name with a plain value to be "
-                f"saved, got {'nothing' if value is _APART else type(value).__name__}."
+                f"The argument {name} of {type(iteration).__name__} must be an attribute of the same name with a plain value or "
+                f"a tensor to be saved, got {'nothing' if value is _APART else type(value).__name__}."
             )
         settings[name] = value
     return settings

@@ -26,7 +26,28 @@ from deepinv_deq.states import State
 from deepinv_deq.warm_starts import WarmStarts
 
 
-class DEQReconstructor(Reconstructor):
+class _Solving(Reconstructor):
+    r"""What a model shows of its solves."""
+
+    solver: Solver
+    hook: ModularIDHook
+    _warm_starts: WarmStarts
+
+    @property
+    def forward_stat(self) -> SolverStat | None:
+        r"""Statistic of the last forward solve."""
+        return self.__dict__.setdefault("_stats", {}).get("forward")
+
+    @forward_stat.setter
+    def forward_stat(self, stat: SolverStat | None) -> None:
+        self.__dict__.setdefault("_stats", {})["forward"] = stat  # torch.nn.DataParallel: replicas share the dictionary
+
+    def extra_repr(self) -> str:
+        r"""Solver, hook and number of warm starts."""
+        return f"solver={self.solver},\nhook={self.hook},\nwarm_starts={self._warm_starts.capacity}"
+
+
+class DEQReconstructor(_Solving):
     r"""Deep equilibrium model: :math:`\hat x` is the fixed point of a learned iteration (eq. 4).
 
     .. math::
@@ -39,12 +60,12 @@ class DEQReconstructor(Reconstructor):
     :param FixedPointIteration iteration: the template :math:`F_\theta`, such as :class:`DEProx` or :class:`DEGrad`.
     :param Solver, None solver: forward solver; default ``Solver("anderson", max_iter=50, tol=1e-4)``.
     :param ModularIDHook, None hook: how the fixed point is differentiated; default implicit, with GMRES.
-    :param int warm_starts: in training, keep the fixed points of this many samples, one image of memory each, and start from them
-        when the same measurements come again, from the third epoch on: fewer evaluations, the same solution. Copies and checkpoints
-        keep none, so a resumed run matches an uninterrupted one to solver tolerance, not bitwise. Default 0: none.
+    :param int warm_starts: number of training samples whose fixed points are kept. From the third epoch on, solves of these samples
+        start there. The solution is the same. Each takes the memory of one image, and the oldest are dropped first. Copies and
+        checkpoints keep none, so a resumed run matches an uninterrupted one to solver tolerance, not bitwise. Default 0: none.
 
     :raises TypeError: if a part is not of its class.
-    :raises ValueError: if ``warm_starts`` is no number of samples.
+    :raises ValueError: if ``warm_starts`` is not a non-negative integer.
 
     The attributes ``forward_stat`` and ``hook.stat`` hold the :class:`SolverStat` of the last forward and backward solve.
 
@@ -74,7 +95,7 @@ class DEQReconstructor(Reconstructor):
         self.iteration, self.hook = iteration, ModularIDHook() if hook is None else hook
         check_types(self, iteration=FixedPointIteration, solver=Solver, hook=ModularIDHook)
         self._warm_starts, self._callbacks = WarmStarts(warm_starts), Callbacks()
-        self.forward_stat: SolverStat | None = None
+        self.forward_stat = None
 
     def on_solve(self, callback: OnSolve) -> RemovableHandle:
         r"""Call a function after every solve of this model, as for logging.
@@ -131,11 +152,11 @@ class DEQReconstructor(Reconstructor):
     ) -> Any:
         r"""Reconstruct.
 
-        :param torch.Tensor, list[torch.Tensor] y: measurements, of the shape ``physics.A`` returns, batch first; a list for a stacked
-            physics.
+        :param torch.Tensor, list[torch.Tensor] y: measurements as ``physics.A`` returns them; a list for a stacked physics.
         :param deepinv.physics.Physics physics: forward operator.
-        :param torch.Tensor, tuple[torch.Tensor, ...], Callable, None init: first point, of shape ``(B, C, H, W)`` (a tuple for several
-            variables), or a function of ``y`` and ``physics``; default ``iteration.init``, or what ``warm_starts`` remembers.
+        :param torch.Tensor, tuple[torch.Tensor, ...], dict, Callable, None init: first point, of shape ``(B, C, H, W)``; a tuple for
+            several variables; ``{"est": (x, z)}``, as deepinv's optimisers take it; or a function of ``y`` and ``physics`` that
+            returns one of these. Default: ``iteration.init``, or what ``warm_starts`` remembers.
         :param float, torch.Tensor, None sigma: noise level for the denoiser in this call, in units of the image: one number, or one
             per sample of shape ``(B,)``. Default: that of the iteration. Denoisers without a noise level do not get it.
         :param torch.Tensor, None x_gt: ground truth of shape ``(B, C, H, W)``, for the PSNR of the iterates.
@@ -163,7 +184,7 @@ class DEQReconstructor(Reconstructor):
     ) -> Certificate:
         r"""Measure whether the reconstruction is *the* fixed point: contraction, distance, and spread over starts.
 
-        It solves from all starts, then thirty times as exactly, and computes the spectral radius of
+        It solves from all starts, and once to a thirtieth of the tolerance, and computes the spectral radius of
         :meth:`FixedPointIteration.contractive_part`. The cost is that of some ten reconstructions.
 
         :param torch.Tensor y: measurements.
@@ -172,7 +193,7 @@ class DEQReconstructor(Reconstructor):
         :param int products: number of vector-Jacobian products for the spectral radius.
         :param torch.nn.Module, None metric: metric of the PSNRs, such as ``deepinv.metric.PSNR(complex_abs=True)``.
         :return: the certificate; its ``outcome`` says in one sentence what was found.
-        :raises ValueError: if a layer of the model is in a training mode that changes the map (batch norm, dropout).
+        :raises ValueError: for batch norm or dropout in training mode, NaN or Inf in ``y``, or ``products`` that is no positive integer.
         """
         y = measurements(y, physics)
         return certify(self.iteration, self.solver, y, physics, x_gt=x_gt, products=products, metric=metric)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from hashlib import blake2b
+from threading import Lock
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class WarmStarts:
 
     Only measurements that come a second time are worth the memory: of those seen once, such as the rotated ones of
     equivariant imaging, which never come again, a digest is all that is kept. It is no state of the model: copies start
-    empty, and nothing is saved.
+    empty, and nothing is saved. Threads may share it.
     """
 
     def __init__(self, capacity: int):
@@ -28,6 +29,7 @@ class WarmStarts:
         self.capacity = capacity
         self._points: OrderedDict[bytes, tuple[Tensor, ...]] = OrderedDict()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._lock = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WarmStarts, (self.capacity,)
@@ -44,10 +46,11 @@ class WarmStarts:
         like = as_tuple(x0)
         if not keys or any(len(t) != len(keys) for t in like):
             return x0
+        with self._lock:
+            found = [self._points.get(key) for key in keys]
         rows = []
-        for i, key in enumerate(keys):
+        for i, known in enumerate(found):
             cold = take(x0, slice(i, i + 1))
-            known = self._points.get(key)
             fits = known is not None and [t.shape for t in known] == [t.shape[1:] for t in like]
             warm = tuple(k[None].to(t) for k, t in zip(known or (), like, strict=False))
             rows.append(cold if not fits else warm[0] if isinstance(x0, Tensor) else warm)
@@ -57,15 +60,17 @@ class WarmStarts:
         r"""Remember the samples of ``x`` that were seen before and whose residual is finite."""
         if not keys or any(len(t) != len(keys) for t in as_tuple(x)):
             return
-        for i, (key, good) in enumerate(zip(keys, torch.isfinite(residual).tolist(), strict=True)):
-            if key in self._seen and good:
-                self._points[key] = tuple(t[i].detach().clone() for t in as_tuple(x))
-                self._points.move_to_end(key)
-            self._seen[key] = None
-            self._seen.move_to_end(key)
-        for memory, size in ((self._points, self.capacity), (self._seen, _SEEN * self.capacity)):
-            while len(memory) > size:
-                memory.popitem(last=False)
+        finite = torch.isfinite(residual).tolist()
+        with self._lock:
+            for i, (key, good) in enumerate(zip(keys, finite, strict=True)):
+                if key in self._seen and good:
+                    self._points[key] = tuple(t[i].detach().clone() for t in as_tuple(x))
+                    self._points.move_to_end(key)
+                self._seen[key] = None
+                self._seen.move_to_end(key)
+            for memory, size in ((self._points, self.capacity), (self._seen, _SEEN * self.capacity)):
+                while len(memory) > size:
+                    memory.popitem(last=False)
 
 
 def digests(y: Any) -> list[bytes]:
@@ -73,6 +78,6 @@ def digests(y: Any) -> list[bytes]:
     parts = [y] if isinstance(y, Tensor) else list(y)
     hashes = [blake2b(digest_size=16) for _ in range(len(parts[0]))]
     for part in parts:
-        for digest, row in zip(hashes, part.detach().cpu(), strict=True):
+        for digest, row in zip(hashes, part.detach().cpu().resolve_conj().resolve_neg(), strict=True):
             digest.update(row.contiguous().reshape(-1).view(torch.uint8).numpy())
     return [digest.digest() for digest in hashes]

@@ -62,6 +62,33 @@ def test_init_that_fits_gives_the_same_fixed_point(init):
     torch.testing.assert_close(x_hat, model(y, physics))
 
 
+@pytest.mark.parametrize("init", [GOOD, lambda y, physics: GOOD])
+def test_init_of_higher_precision_is_converted(init):
+    torch.manual_seed(0)
+    model = DEQReconstructor(DEProx(nn.Conv2d(1, 1, 1), stepsize=0.5))
+    y = torch.rand(2, 1, 4, 4)
+    x_hat = model(y, Denoising(), init=init)
+    assert x_hat.dtype == torch.float32
+    torch.testing.assert_close(x_hat, model(y, Denoising()), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("est", [(GOOD,), [GOOD], (GOOD, 0 * GOOD)])
+@pytest.mark.parametrize("called", [False, True])
+def test_init_as_deepinvs_optimisers_keep_it(est, called):
+    model, physics, _, y = imaging()
+    kept = {"est": est, "cost": None}
+    x_hat = model(y, physics, init=(lambda y, physics: kept) if called else kept)
+    assert torch.equal(x_hat, model(y, physics, init=GOOD))
+
+
+def test_init_of_an_optimiser_with_several_variables():
+    y = torch.rand(2, 1, 4, 4, dtype=F64)
+    model = deq(DEADMM(nn.Conv2d(1, 1, 1), stepsize=0.5))
+    assert torch.equal(model(y, Denoising(), init={"est": [y, 0 * y]}), model(y, Denoising(), init=(y, 0 * y)))
+    with pytest.raises(TypeError, match="init must be a tuple of 2 tensors .* got a tuple of Tensor"):
+        model(y, Denoising(), init={"est": (y,)})
+
+
 def test_init_is_not_written_to():
     class Writes(nn.Module):
         def forward(self, x):

@@ -70,23 +70,6 @@ def test_normalisation(norm):
             assert torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-2)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_copies_dtype_and_state(norm):
-    net = EquilibriumUNet(1, channels=(4, 8), norm=norm).eval()
-    x = torch.rand(1, 1, 8, 8)
-    nn.init.normal_(net.Conv_1x1.weight)
-    expected = net(x)
-    net.Conv_1x1.bias.requires_grad_(False)
-    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), copy.deepcopy(net).double().float()):
-        assert not twin.training and not twin.Conv_1x1.bias.requires_grad
-        assert all(p.requires_grad for n, p in twin.named_parameters() if n != "Conv_1x1.bias")
-        torch.testing.assert_close(twin(x), expected)
-    other = EquilibriumUNet(1, channels=(4, 8), norm=norm).eval()
-    other.load_state_dict(net.state_dict())
-    torch.testing.assert_close(other(x), expected)
-    assert pickle.loads(pickle.dumps(net.double()))(x.double()).dtype == torch.float64
-
-
 @pytest.mark.parametrize("pretrained, channels", [("gray", 1), ("complex", 2), ("color", 3)])
 def test_pretrained_weights_denoise(pretrained, channels):
     net = EquilibriumUNet(pretrained=pretrained).eval()

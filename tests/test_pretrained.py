@@ -151,3 +151,34 @@ def test_file_of_a_later_version_says_so(tmp_path, change):
     torch.save(load_intact(tmp_path / "new.pt") | change, tmp_path / "later.pt")
     with pytest.raises(ValueError, match="DEUnknown|has no not_yet here"):
         DEQReconstructor.from_pretrained(tmp_path / "later.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_are_kept(tmp_path, dtype):
+    model = DEQReconstructor(DEGrad(EquilibriumUNet(1, channels=(4, 8)), stepsize=0.1)).to(dtype)
+    nn.init.normal_(model.iteration.denoiser.Conv_1x1.weight, std=0.1)
+    model.save_pretrained(tmp_path / "model.pt")
+    loaded = DEQReconstructor.from_pretrained(tmp_path / "model.pt")
+    saved, found = model.state_dict(), loaded.state_dict()
+    assert all(found[k].dtype == t.dtype and torch.equal(found[k], t) for k, t in saved.items())
+    weights = [p for p in loaded.parameters() if p.ndim == 4]
+    assert all(w.dtype == dtype and w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_stepsize_per_channel_is_kept(tmp_path, shape, learned):
+    stepsize = torch.linspace(0.3, 0.5, torch.Size(shape).numel()).reshape(shape)
+    model = DEQReconstructor(DEGrad(EquilibriumUNet(2, channels=(4, 8)), stepsize=stepsize, learn_stepsize=learned))
+    model.save_pretrained(tmp_path / "model.pt")
+    found = DEQReconstructor.from_pretrained(tmp_path / "model.pt").iteration.stepsize
+    assert torch.equal(found, stepsize) and isinstance(found, nn.Parameter) == learned
+
+
+def test_wrong_settings_are_not_the_fault_of_the_file():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'solvr'"):
+        DEQReconstructor.from_pretrained("ct-ei-small", solvr=Solver())
+    with pytest.raises(ValueError, match="^warm_starts"):
+        DEQReconstructor.from_pretrained("ct-ei-small", warm_starts=-1)
+    with pytest.raises(TypeError, match="^solver must be a Solver"):
+        DEQReconstructor.from_pretrained("ct-ei-small", solver="anderson")

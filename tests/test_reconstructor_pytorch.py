@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from deepinv_deq import FixedPointResidual
 from tests.problems import imaging, relative_error
 
 
@@ -91,3 +92,37 @@ def test_an_exported_iteration_has_the_same_fixed_point():
 
     with pytest.raises(Exception, match="data-dependent|skipfiles"):  # the second is what PyTorch 2.4 says
         torch.export.export(Solve(), (y,))
+
+
+def replica(model):
+    r"""A replica as :class:`torch.nn.DataParallel` makes it, whose ``replicate`` needs several GPUs."""
+    modules = list(model.modules())
+    twins = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, twin in twins.items():
+        twin._former_parameters = {}
+        for name, child in module._modules.items():
+            twin._modules[name] = twins[child]
+        for name, p in module._parameters.items():
+            twin._former_parameters[name] = p * 1.0
+            setattr(twin, name, twin._former_parameters[name])
+    return twins[model]
+
+
+def test_replicas_of_data_parallelism_report_to_the_model():
+    model, physics, _, y = imaging()
+    exact = torch.autograd.grad(model(y, physics).square().sum(), list(model.parameters()))
+    model.forward_stat = model.hook.stat = None
+    x_hat = replica(model)(y, physics)
+    ours = torch.autograd.grad(x_hat.square().sum(), list(model.parameters()))
+    assert relative_error(ours, exact) <= 1e-12
+    assert model.forward_stat.converged.all() and model.hook.stat.converged.all()
+    assert torch.equal(FixedPointResidual()(x_hat, model=model), model.forward_stat.residual)
+    twin = copy.deepcopy(model)
+    twin(y[:1], physics)
+    assert len(model.forward_stat.residual) == 2  # a copy reports to itself
+
+
+def test_the_printed_model_shows_its_solvers():
+    model = imaging()[0]
+    text = repr(model)
+    assert f"solver={model.solver}" in text and f"hook={model.hook}" in text and "warm_starts=0" in text

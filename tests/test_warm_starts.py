@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import deepinv as dinv
 import pytest
@@ -130,6 +132,31 @@ def test_states_of_several_tensors():
 def test_a_capacity_is_a_number_of_samples(capacity):
     with pytest.raises(ValueError, match=f"warm_starts.*{capacity!r}"):
         DEQReconstructor(imaging()[0].iteration, warm_starts=capacity)
+
+
+def test_threads_may_share_it():
+    before, known = sys.getswitchinterval(), WarmStarts(2)
+    x, residual = torch.rand(4, 1, 2, 2), torch.zeros(4)
+
+    def run(i):
+        keys = [bytes([i % 3, j]) for j in range(4)]
+        for _ in range(500):
+            known.keep(keys, x, residual)
+            known.start(keys, x)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(run, range(6)))  # raises what a thread raised
+    finally:
+        sys.setswitchinterval(before)
+    assert len(known) == 2 and len(known._seen) <= 2 * _SEEN
+
+
+def test_views_have_the_digests_of_their_values():
+    z = torch.fft.fft2(torch.rand(2, 1, 4, 4))
+    for view in (z.conj(), z.conj().imag):
+        assert (view.is_conj() or view.is_neg()) and digests(view) == digests(view.resolve_conj().resolve_neg())
 
 
 @settings(max_examples=30, deadline=None)

@@ -17,9 +17,9 @@ from deepinv_deq import compat
 class SynchronisedDenoiser(nn.Module):
     r"""A distributed denoiser whose gradients are the same in all processes.
 
-    deepinv leaves the gradient of a denoiser's input, and of weights that are not leaves of the graph, as the part of the
-    process' own tiles, and averages later. An adjoint equation is solved with such gradients, so they must be complete in
-    every process: else each would solve another equation, and stop at another iteration, while the others wait.
+    In deepinv, each process holds only its tiles' part of the input gradient until a later average. The same holds for weights
+    that are not leaves of the graph. The adjoint solve needs the complete gradient. Otherwise each process solves another
+    equation, and stops at another iteration while the others wait.
 
     :param torch.nn.Module tiles: what ``deepinv.distributed.distribute(denoiser, context)`` returns.
 

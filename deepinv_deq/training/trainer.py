@@ -40,9 +40,9 @@ class ResumableTrainer(Trainer):
     :param bool resume: continue from the newest checkpoint under ``save_path``, if there is one.
     :param dict config: plain values that identify the run; a checkpoint with others is refused.
     :param str on_divergence: what becomes of an optimiser step after a solve of a :class:`deepinv_deq.DEQReconstructor`
-        that diverged, forward or backward, or with a gradient that is NaN or Inf: ``"skip"`` makes none, warns, and goes on
-        with the weights as they were; ``"raise"`` ends the training with a :class:`deepinv_deq.ConvergenceError`, and the
-        weights as they were; ``"ignore"``, the default, steps as deepinv does. Solvers need ``on_failure="warn"`` or
+        that diverged, forward or backward, or with a gradient that is NaN or Inf. ``"ignore"``, the default: the step is made, as in
+        deepinv. ``"skip"``: no step is made, with a warning. Training continues with unchanged weights. ``"raise"``: training
+        ends with a :class:`deepinv_deq.ConvergenceError` and unchanged weights. Solvers need ``on_failure="warn"`` or
         ``"ignore"``: those that raise do so before there is a step to skip.
     :param float diverged_above: relative residual above which a solve that missed its tolerance counts as diverged.
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepinv_deq.training import _read, latest_checkpoint
+from deepinv_deq.training import latest_checkpoint
+from deepinv_deq.training.checkpoints import read_checkpoint
 from tests.training.checkpoints import finished, run, whole  # noqa: F401
 from tests.training.test_resuming import trainer, weights
 
@@ -137,7 +138,7 @@ def full_disk_runs(small_disk, tmp_path, finished, rooms=None):
             full += 1
         assert not list(small_disk.rglob("*.part")) and good.read_bytes() == before
         newest = latest_checkpoint(folder)
-        assert _read(newest)["epoch"] >= 1
+        assert read_checkpoint(newest)["epoch"] >= 1
         filler.unlink()
         resumed = trainer(folder, 4, resume=True)
         resumed.train()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from deepinv_deq.files import DIGEST, digest
-from deepinv_deq.training import _read, latest_checkpoint
+from deepinv_deq.training import latest_checkpoint
+from deepinv_deq.training.checkpoints import read_checkpoint
 from tests.saved_files import flips
 from tests.training.checkpoints import finished, run, whole  # noqa: F401
 from tests.training.test_resuming import trainer
@@ -64,7 +65,7 @@ def test_values_of_a_wrong_type_name_the_file(run, kind):
     path = latest_checkpoint(run)
     rewrite(path, WRONG[kind])
     with pytest.raises(ValueError, match="ckp_2.pth.tar is no checkpoint of a Trainer"):
-        _read(path)
+        read_checkpoint(path)
     with pytest.raises(ValueError, match="ckp_2.pth.tar is no checkpoint of a Trainer"):
         trainer(None, 5, ckpt_pretrained=path).train()
     with pytest.warns(UserWarning, match="broken checkpoint .*ckp_2"):
@@ -121,9 +122,9 @@ def test_a_changed_weight_generator_or_setting_is_refused(run):
         change(content)
         torch.save(content, path)
         with pytest.raises(ValueError, match=f"can be trusted.*digest of '{key}' is wrong"):
-            _read(path)
+            read_checkpoint(path)
         torch.save(whole, path)
-    _read(path)
+    read_checkpoint(path)
 
 
 @pytest.mark.skipif(not FULL, reason="half a million files take minutes: DEEPINV_DEQ_FAULTS=full")
@@ -149,5 +150,5 @@ def test_settings_that_could_not_be_saved_are_named_before_training(tmp_path):
     with pytest.raises(TypeError, match=r"state\['mine'\] is a builtins.object"):
         run.save_model("mine.pth.tar", 1, {"mine": object()})
     run.save_model("mine.pth.tar", 1, {"mine": 3})
-    assert _read(Path(run.save_path) / "mine.pth.tar")["mine"] == 3
+    assert read_checkpoint(Path(run.save_path) / "mine.pth.tar")["mine"] == 3
     assert not list(tmp_path.rglob("*.part"))
