@@ -36,7 +36,9 @@ SOURCES = {  # block: the script and the function that render it
     "weights": ("examples/paper/weights_table.py", "render"),
     "facts": ("docs/facts.py", "render"),
 }
-PAPER = [f"examples/paper/{name}.py" for name in ("figures", "records", "paired", "losses", "models", "published", "data")]
+PAPER = [
+    f"examples/paper/{name}.py" for name in ("figures", "records", "paired", "losses", "models", "published", "data")
+]
 BENCHMARKS = [
     "tests/benchmarks/plots.py",
     "tests/benchmarks/records/cost-cpu.json",
