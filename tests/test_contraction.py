@@ -21,7 +21,7 @@ from deepinv_deq import (
 )
 from deepinv_deq.losses import ContractionLoss
 from deepinv_deq.spectra import jacobian_norm
-from tests.problems import F64, SmallDenoiser, imaging, relative_error
+from tests.problems import F64, SmallDenoiser, imaging, relative_error, rng
 from tests.test_certificate import Linear, part, physics_of
 
 SIDE = 16
@@ -214,3 +214,20 @@ def test_the_stepsize_does_not_change_what_a_tolerance_means(stepsize):
     with torch.no_grad():
         x = model(y, physics)
         assert relative_error(x, exact(y, physics)) <= 2e-3 and bool(model.forward_stat.converged.all())
+
+
+def test_a_probability_makes_calls_free_and_keeps_the_mean():
+    model, physics, x, y = imaging(batch=2, tol=1e-6)
+    x_net, calls = model(y, physics).detach(), 400
+    every = ContractionLoss(0.1, rng=rng(0))
+    some = ContractionLoss(0.1, rng=rng(1), probability=0.25)
+    means, free = [], 0
+    for loss in (every, some):
+        values = [loss(x_net=x_net, y=y, physics=physics, model=model).mean().item() for _ in range(calls)]
+        means.append(sum(values) / calls)
+        free += sum(value == 0 for value in values)
+    assert 0.7 * calls < free < 0.8 * calls
+    assert means[1] == pytest.approx(means[0], rel=0.25)
+    for wrong in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"probability must be in \(0, 1\]"):
+            ContractionLoss(probability=wrong)

@@ -18,7 +18,7 @@ LAYERS = [
     {"denoiser_settings", "denoisers", "spectra", "checks", "course", "warm_starts", "callbacks", "pretrained"},
     {"certificate"},
     {"reconstructor"},
-    {"metrics", "equivariance", "losses", "training"},
+    {"metrics", "equivariance", "contraction", "losses", "training"},
     {"deepinv_deq", "distributed", "from_optim"},  # the public names, and two paths of 0.1
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -49,7 +49,8 @@ def make_losses(task: Task, method: str, loss: str, s: dict[str, Any], seed: int
         weight = s["contraction_weight"] * image_weight(task, loss, s)
         # a Jacobian-free gradient is that of one step, which has the size of the stepsize; that of the penalty is exact
         weight *= s["stepsize"] if METHODS[method].jacobian_free else 1.0
-        losses.append(ContractionLoss(s["bound"], weight=weight, rng=torch.Generator().manual_seed(seed)))
+        options = {"rng": torch.Generator().manual_seed(seed), "probability": s.get("contraction_probability", 1.0)}
+        losses.append(ContractionLoss(s["bound"], weight=weight, **options))
     return losses
 
 
