@@ -118,9 +118,14 @@ def plain(tree: Any) -> Any:
     return [plain(v) for v in tree] if isinstance(tree, (list, tuple)) else round(float(tree), 6)
 
 
+def commit() -> str | None:
+    r"""The commit of the code; ``None`` outside of a repository."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or None
+
+
 def surroundings(device: str) -> dict[str, Any]:
     r"""What a cell ran on."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     threads = torch.get_num_threads()
     name = f"{platform.machine()}, {threads} thread{'s' * (threads != 1)}"
@@ -131,6 +136,6 @@ def surroundings(device: str) -> dict[str, Any]:
         "device": name,
         "peak_memory_mb": round(memory / 1e6),
         "versions": versions,
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }

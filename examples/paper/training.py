@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from data import Task, make_task, metrics
 from deepinv.datasets import TensorDataset
-from evaluation import evaluate, operator_measures, plain, surroundings
+from evaluation import commit, evaluate, operator_measures, plain, surroundings
 from losses import LOSSES, make_losses
 from models import METHODS, make_model
 from settings import DEFAULTS, found_settings, settings_of
@@ -47,6 +47,7 @@ def run_cell(
     :raises settings.NotSearched: if nothing was searched for this cell.
     """
     set_up()
+    code = commit()  # the tree may move on while this runs
     torch.manual_seed(seed)
     task = make_task(task_name, scale, data, validate=validate, device=device)
     s = settings_of(task_name, method, loss, scale, found_settings(), defaults=defaults) | (override or {})
@@ -71,6 +72,7 @@ def run_cell(
         "curve": history,
         "validation": validate,
         **surroundings(device),
+        "commit": code,
     }
     return record, model
 
