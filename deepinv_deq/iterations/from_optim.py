@@ -3,23 +3,22 @@ r"""deepinv's optimisation algorithms as fixed-point templates."""
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from deepinv.optim import FISTA, GD, L2, MD, BaseOptim
 from deepinv.optim.optim_iterators import GDIteration, OptimIterator
-from deepinv.physics import LinearPhysics, PhaseRetrieval, Physics
+from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
 
 from deepinv_deq.iterations.base import measurement
 from deepinv_deq.iterations.noise import name_of_sigma
 from deepinv_deq.iterations.prox import L2OfAnySize, prox_of_zero
 from deepinv_deq.iterations.splitting import MeasurementIteration
+from deepinv_deq.iterations.starts import start_of_non_linear
 from deepinv_deq.states import State, as_tuple
 
-_SEEDED = threading.RLock()  # held while the global generators are seeded
 _ALIASES = {"sigma_denoiser": "g_param", "lambda_reg": "lambda"}  # names of deepinv's constructors
 
 
@@ -96,8 +95,7 @@ class FromOptim(MeasurementIteration):
 
         :return: tuple of modules.
         """
-        network = getattr(self.denoiser, "denoiser", None)
-        return (network,) if isinstance(network, nn.Module) else ()
+        return (network,) if isinstance(network := getattr(self.denoiser, "denoiser", None), nn.Module) else ()
 
     def numbers(self) -> dict[str, Any]:
         r"""The numbers of the algorithm, by deepinv's names.
@@ -121,7 +119,7 @@ class FromOptim(MeasurementIteration):
         given = getattr(owner, "custom_init", None)
         with torch.no_grad():
             if given is None and not isinstance(physics, LinearPhysics):
-                image = _start_of_non_linear(y, physics)
+                image = start_of_non_linear(y, physics)
                 given = None if image is None else (image, image.clone())
             start = self._init(y, physics, init=given)["est"]
         return start[0] if self._single else tuple(start)
@@ -142,13 +140,25 @@ class FromOptim(MeasurementIteration):
     def contractive_part(
         self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
     ) -> tuple[State, Callable[[Any], Any] | None]:
-        r"""For gradient descent with :class:`deepinv.optim.L2` and a linear physics :math:`x - \nabla g(x)`, as for :class:`DEGrad`.
-        For other algorithms the whole iteration."""
-        part = _part_of_descent(self, cast(Tensor, x), physics, exact)
-        return part or super().contractive_part(x, physics, *constants, exact=exact)
+        r"""The part that has to contract: :math:`x - \nabla g(x)` for gradient descent with :class:`deepinv.optim.L2` and a linear
+        physics, as for :class:`DEGrad`. For other algorithms it is the whole iteration.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: state.
+        :param deepinv.physics.Physics physics: forward operator.
+        :param torch.Tensor constants: as in :meth:`forward`.
+        :param bool exact: whether :math:`P` is to be exact.
+        :return: image of the part, and :math:`P` or ``None``.
+        """
+        own = _part_of_descent(self, cast(Tensor, x), physics, exact)
+        return own or super().contractive_part(x, physics, *constants, exact=exact)
 
     def natural(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
-        r"""For gradient descent the division by the stepsize and the weight of the prior. For other algorithms ``None``."""
+        r"""The division by stepsize and weight of the prior for gradient descent, else ``None``.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: state.
+        :param deepinv.physics.Physics physics: forward operator.
+        :return: a linear map of states, or ``None``; see :meth:`FixedPointIteration.natural`.
+        """
         return _units_of_descent(self)
 
     def output(self, state: State) -> Tensor:
@@ -194,40 +204,6 @@ def _part_of_descent(
         return None
     part = x - cast(Any, iteration.denoiser).grad(x, _parameters(iteration)["g_param"])
     return part, prox_of_zero(physics, x, float(fidelity.norm) / weight) if exact else None
-
-
-def _start_of_non_linear(y: Any, physics: Physics) -> Tensor | None:
-    r"""The inverse that a non-linear physics computes itself, such as the spectral method of phase retrieval; ``None`` if it has an
-    adjoint only."""
-    if type(physics).A_dagger is not Physics.A_dagger:
-        start = _own_inverse(y, physics)
-        if isinstance(start, Tensor):
-            return start
-    if hasattr(physics, "A_adjoint"):
-        return None
-    raise TypeError(
-        f"{type(physics).__name__} has no adjoint and no A_dagger that returns one image, so there is no start: give "
-        "custom_init=lambda y, physics: ... to the algorithm, or init= in the call of the model."
-    )
-
-
-def _own_inverse(y: Any, physics: Physics) -> Any:
-    r"""``physics.A_dagger(y)``, the same for every call. The global random generators are left as they were.
-
-    The spectral method gets its random start from a private generator. Another physics may draw numbers itself: meanwhile the global
-    generators of the CPU and of the device of ``y`` are seeded, so other threads should not draw from them.
-    """
-    if isinstance(physics, PhaseRetrieval) and type(physics).A_dagger is PhaseRetrieval.A_dagger:
-        image = physics.A_adjoint(y)
-        drawn = torch.randn(image.shape, dtype=image.dtype, generator=torch.Generator().manual_seed(0))
-        return physics.A_dagger(y, x=drawn.to(image.device))
-    device = next((t.device for t in as_tuple(y) if t.is_cuda), None)
-    with _SEEDED, torch.random.fork_rng([] if device is None else [device]):
-        torch.default_generator.manual_seed(0)
-        if device is not None:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
-        return physics.A_dagger(y)
 
 
 def _refuse_what_has_no_fixed_point(optim: BaseOptim) -> None:

@@ -1,0 +1,48 @@
+r"""Starts for physics that are not linear."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from deepinv.physics import PhaseRetrieval, Physics
+from torch import Tensor
+
+from deepinv_deq.states import as_tuple
+
+_SEEDED = threading.RLock()  # held while the global generators are seeded
+
+
+def start_of_non_linear(y: Any, physics: Physics) -> Tensor | None:
+    r"""The inverse that a non-linear physics computes itself, such as the spectral method of phase retrieval; ``None`` if it has an
+    adjoint only."""
+    if type(physics).A_dagger is not Physics.A_dagger:
+        start = _own_inverse(y, physics)
+        if isinstance(start, Tensor):
+            return start
+    if hasattr(physics, "A_adjoint"):
+        return None
+    raise TypeError(
+        f"{type(physics).__name__} has no adjoint and no A_dagger that returns one image, so there is no start: give "
+        "custom_init=lambda y, physics: ... to the algorithm, or init= in the call of the model."
+    )
+
+
+def _own_inverse(y: Any, physics: Physics) -> Any:
+    r"""``physics.A_dagger(y)``, the same for every call. The global random generators are left as they were.
+
+    The spectral method gets its random start from a private generator. Another physics may draw numbers itself: meanwhile the global
+    generators of the CPU and of the device of ``y`` are seeded, so other threads should not draw from them.
+    """
+    if isinstance(physics, PhaseRetrieval) and type(physics).A_dagger is PhaseRetrieval.A_dagger:
+        image = physics.A_adjoint(y)
+        drawn = torch.randn(image.shape, dtype=image.dtype, generator=torch.Generator().manual_seed(0))
+        return physics.A_dagger(y, x=drawn.to(image.device))
+    device = next((t.device for t in as_tuple(y) if t.is_cuda), None)
+    with _SEEDED, torch.random.fork_rng([] if device is None else [device]):
+        torch.default_generator.manual_seed(0)
+        if device is not None:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        return physics.A_dagger(y)
