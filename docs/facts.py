@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.benchmarks.part_tables import best_peer, goal
+from tests.benchmarks.ratios import best_peer, goal
 
 RECORDS = Path(__file__).parents[1] / "tests" / "benchmarks" / "records"
 

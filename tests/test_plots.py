@@ -14,7 +14,7 @@ def parts():
     return json.loads((plots.RECORDS / "cost-cpu.json").read_text())["parts"]
 
 
-@pytest.mark.parametrize("task", plots.TASKS)
+@pytest.mark.parametrize("task", plots.NAMES)
 @pytest.mark.parametrize("part", ["equal error", "inference"])
 def test_error_against_seconds_with_misses_hollow(parts, part, task):
     rows = parts[f"{part}, {task}"]["rows"]
@@ -32,7 +32,7 @@ def test_error_against_seconds_with_misses_hollow(parts, part, task):
     assert all(low < value < high for value in (height, *(row[measure] for row in rows)))
 
 
-@pytest.mark.parametrize("task", plots.TASKS)
+@pytest.mark.parametrize("task", plots.NAMES)
 def test_bars_of_memory(parts, task):
     (axis,) = plots.memory(parts, task).axes
     rows = [row for row in parts["memory"]["rows"] if row["task"] == task]

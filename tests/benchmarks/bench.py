@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepinv_deq._digest import digest
 from tests.benchmarks import tasks
+from tests.benchmarks.names import BATCH, OURS
 from tests.benchmarks.peers import Settings, ours
 from tests.benchmarks.tasks import CACHE, Task
 
-BATCH = {"ct": 4, "mri": 2}  # of the parts with trained denoisers
 IMAGES = {"ct": 1, "mri": 1}  # of the parts with contracting models
 ROUNDS = 5
-OURS = "deepinv-deq"
+# forward and backward tolerances in float64: at least ten times tighter than any that a method is tried at
+POINT, REFERENCE = (1e-7, 1e-5), (1e-8, 1e-5)
 
 
 class Bench:
@@ -33,9 +35,9 @@ class Bench:
         key = name, batch or BATCH[name], size
         return self._once(key, lambda: tasks.make(name, data=self.data, batch=key[1], size=size))
 
-    def contracting(self, name: str) -> Task:
+    def contracting(self, name: str, batch: int | None = None) -> Task:
         r"""A shipped model at the paper's size."""
-        count = IMAGES[name]
+        count = batch or IMAGES[name]
         return self._once((name, "contracting", count), lambda: tasks.contracting(name, data=self.data, batch=count))
 
     def _once(self, key: Any, make: Callable[[], Task]) -> Task:
@@ -50,32 +52,34 @@ class Bench:
     def fixed_point(self, name: str) -> Tensor:
         r"""The fixed point in float64, a hundred times as exact as is asked for."""
 
-        def solve() -> Tensor:
-            task = tasks.contracting(name, data=self.data, batch=IMAGES[name]).to(torch.float64)
-            model = ours(task, Settings(1e-7, 1e-5, 1500))
+        def solve(task: Task) -> Tensor:
+            model = ours(task, Settings(*POINT, 1500))
             with torch.no_grad():
                 x = model(task.y, task.physics)
             assert model.forward_stat.converged.all(), model.forward_stat.outcome
             return x
 
-        return self._kept(f"fixed-point-{name}", solve)
+        return self._kept("fixed-point", name, POINT, IMAGES[name], solve)
 
-    def reference(self, name: str) -> list[Tensor]:
-        r"""The gradient of the loss in float64, both solves far tighter than any method's."""
+    def reference(self, name: str, batch: int | None = None) -> list[Tensor]:
+        r"""The gradient of the loss in float64, both solves at least ten times tighter than any method's."""
 
-        def solve() -> list[Tensor]:
-            task = tasks.contracting(name, data=self.data, batch=IMAGES[name]).to(torch.float64)
-            model = ours(task, Settings(1e-6, 1e-4, 1500, 300))
+        def solve(task: Task) -> list[Tensor]:
+            model = ours(task, Settings(*REFERENCE, 3000, 2000))
             exact = gradient(task, model)
             assert model.forward_stat.converged.all() and model.hook.stat.converged.all(), model.forward_stat.outcome
             return exact
 
-        return self._kept(f"gradient-{name}", solve)
+        return self._kept("gradient", name, REFERENCE, batch or IMAGES[name], solve)
 
-    def _kept(self, what: str, solve: Callable[[], Any]) -> Any:
-        path = CACHE / f"contracting-{what}-{IMAGES[what.split('-')[-1]]}-{'data' if self.data else 'phantoms'}.pt"
+    def _kept(self, what: str, name: str, tolerances: tuple, batch: int, solve: Callable[[Task], Any]) -> Any:
+        r"""A result in float64 from disk, or solved and saved. The file name holds a digest of all it depends on."""
+        task = tasks.contracting(name, data=self.data, batch=batch)
+        made_of = digest([task.iteration.state_dict(), task.x, task.y, tolerances])[:16]
+        path = CACHE / f"contracting-{what}-{name}-{batch}-{made_of}.pt"
         if not path.exists():
-            torch.save(solve(), path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(solve(task.to(torch.float64)), path)
         return torch.load(path, weights_only=True)
 
 
@@ -98,17 +102,26 @@ def seconds(work: Callable[[], Any], device: str) -> float:
 
 
 def take_turns(
-    work: dict[Any, Callable[[], Any]], device: str, rounds: int = ROUNDS, first: dict[str, float] | None = None
-) -> dict[Any, float]:
-    r"""Median seconds of each, in rounds where all of them run after one another.
+    work: dict[Any, Callable[[], Any]],
+    device: str,
+    rounds: int = ROUNDS,
+    first: dict[str, float] | None = None,
+    beyond: float = float("inf"),
+) -> dict[Any, list[float]]:
+    r"""Seconds of each, in rounds where all of them run after one another.
 
-    Given a ``first`` time of each, who took three times as long as the quickest sits out: that ratio is not in doubt.
+    Given a ``first`` time of each, a method that took more than ``beyond`` times as long as ours is not run again.
     """
-    out = {name for name in first or {} if first[name] > 3 * min(first.values())}
+    first = first or {}
+    out = {name for name in first if first[name] > beyond * first[OURS]}
     times: dict[Any, list[float]] = {name: [first[name]] if name in out else [] for name in work}
     for _ in range(rounds):
         for name in (n for n in work if n not in out):
             times[name].append(seconds(work[name], device))
+    return times
+
+
+def medians(times: dict[Any, list[float]]) -> dict[Any, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 

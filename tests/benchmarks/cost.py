@@ -2,7 +2,7 @@ r"""What a DEQ costs, next to its peers, with the error of the gradient beside e
 
 .. code-block:: bash
 
-    python -m tests.benchmarks.cost --data ../shared/data      # all of it, about an hour on two cores
+    python -m tests.benchmarks.cost --data ../shared/data      # all of it, about three hours of one core
     python -m tests.benchmarks.cost --only sparse counts       # parts of it; the record keeps the others
     python docs/fill_tables.py                                 # the tables of docs/cost.md from the record
 
@@ -31,8 +31,10 @@ from tests.benchmarks.accelerator import accelerator, operations, tf32
 from tests.benchmarks.bench import BATCH, ROUNDS, Bench, say
 from tests.benchmarks.error import equal_error, equal_iterations, inference
 from tests.benchmarks.memory import memory, memory_cell, memory_growth
+from tests.benchmarks.names import measured
 from tests.benchmarks.optimum import backward_products, counts, other_solvers, over_the_limit
 from tests.benchmarks.options import learned_start, options, warm_starts
+from tests.benchmarks.penalty import penalty
 from tests.benchmarks.times import data_parallel, overhead, scaling, sparse
 
 RECORDS = Path(__file__).parent / "records"
@@ -48,6 +50,7 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     **{f"other solvers, {n}": lambda bench, n=n: other_solvers(bench, n) for n in BATCH},
     **{f"products, {n}": lambda bench, n=n: backward_products(bench, n) for n in BATCH},
     "overhead": overhead,
+    "penalty": penalty,
     "scaling": scaling,
     "data parallel": data_parallel,
     "learned start": learned_start,
@@ -98,6 +101,7 @@ def main() -> None:
             rows = PARTS[part](bench)
         record = json.loads(path.read_text()) if path.exists() else {"parts": {}}
         entry = {"rows": rows, "minutes": (time.time() - start) / 60, "date": time.strftime("%Y-%m-%d")}
+        entry |= measured(part)
         entry |= {"data": args.data is not None, "load": os.getloadavg()[0], "machine": machine(args.device)}
         record["parts"][part] = entry
         RECORDS.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ how far inside them we are, next to TorchDEQ on the same problem.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import platform
 import resource
@@ -19,6 +20,7 @@ from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet, ModularIDHook
 from tests.implicit.common import ei_loss, gradients, sup_loss
 from tests.problems import TEMPLATES, dense_gradient, imaging, relative_error, unrolled
 
+RELATIVE = {"f_stop_mode": "rel", "b_stop_mode": "rel"}  # TorchDEQ's criterion, as in peers.py
 RECORD = Path(__file__).parent / "records" / "exactness.json"
 
 
@@ -66,7 +68,7 @@ def ours_scaled(scale: float):
 
 def torchdeq_scaled(scale: float):
     model, physics, _, y = imaging(dtype=torch.float32)
-    deq = torchdeq.get_deq(f_max_iter=100, f_tol=1e-6, b_solver="anderson", ift=True)
+    deq = torchdeq.get_deq(f_max_iter=100, f_tol=1e-6, b_solver="anderson", ift=True, **RELATIVE)
 
     def reconstruct(y, physics):
         f = model.iteration.bind(y, physics)
@@ -85,7 +87,8 @@ def second_order(reconstruct, model, physics, y) -> list[torch.Tensor]:
 def errors_of_second_order() -> dict[str, float]:
     r"""Relative errors of a gradient of second order against an unrolled solve, float64, ours and TorchDEQ's."""
     model, physics, _, y = imaging()
-    deq = torchdeq.get_deq(f_max_iter=300, f_tol=1e-13, b_max_iter=300, b_tol=1e-13, b_solver="anderson", ift=True)
+    limits = {"f_max_iter": 300, "f_tol": 1e-13, "b_max_iter": 300, "b_tol": 1e-13}
+    deq = torchdeq.get_deq(b_solver="anderson", ift=True, **limits, **RELATIVE)
 
     def peer(y, physics):
         return deq(model.iteration.bind(y, physics), model.iteration.init(y, physics))[0][-1]
@@ -151,7 +154,7 @@ def main() -> None:
     )
     row("second order, one pass, float64, unrolled", errors_of_second_order())
     row("peak memory in MB, EI training", memory())
-    versions = {m.__name__: getattr(m, "__version__", "0.1.0") for m in (torch, dinv, torchdeq)}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepinv", "torchdeq")}
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps({"rows": rows, "versions": versions, "machine": platform.machine()}, indent=1) + "\n")
 

@@ -20,6 +20,7 @@ from deepinv_deq.maps import AffineMap
 from tests.benchmarks.tasks import Task
 
 IMAGE, ADJOINT = 1e-3, 1e-2
+MOST = 300  # products of full GMRES
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -86,9 +87,15 @@ def adjoint(f: Any, x: Tensor) -> Linear:
 
 
 def products_of_gmres(
-    linear: Linear, rhs: Tensor, error: Callable[[Tensor], float], target: float, inverse: Linear | None, left: bool
-) -> int:
-    r"""Products that full GMRES on ``d - linear(d) = rhs`` takes until ``error(d) <= target``; at most 300.
+    linear: Linear,
+    rhs: Tensor,
+    error: Callable[[Tensor], float],
+    target: float,
+    inverse: Linear | None,
+    left: bool,
+    most: int = MOST,
+) -> float:
+    r"""Products that full GMRES on ``d - linear(d) = rhs`` takes until ``error(d) <= target``; infinite if ``most`` do not suffice.
 
     :param Callable, None inverse: preconditioner, on the ``left`` (whose residual is least) or on the right.
     """
@@ -102,8 +109,8 @@ def products_of_gmres(
     r = precondition(rhs) if left else rhs
     beta = r.norm()
     basis, directions = [r / beta], []
-    h = torch.zeros(301, 300, dtype=torch.float64)
-    for k in range(1, 301):
+    h = torch.zeros(most + 1, most, dtype=torch.float64)
+    for k in range(1, most + 1):
         w, z = operator(basis[-1])
         directions.append(z)
         for _ in range(2):
@@ -118,10 +125,10 @@ def products_of_gmres(
         weights = torch.linalg.lstsq(h[: k + 1, :k], e).solution[:, 0]
         if error(sum(a * d for a, d in zip(weights, directions, strict=True))) <= target:
             return k
-    return 300
+    return float("inf")
 
 
-def forward_limit(task: Task, exact: Tensor, i: int) -> dict[str, int]:
+def forward_limit(task: Task, exact: Tensor, i: int) -> dict[str, float]:
     r"""Full GMRES for ``x* - x0`` with the Jacobian at ``x*``: one evaluation at ``x0`` for the residual, and its products."""
     f, x0, x_star = of_image(task, exact, i)
     linear, change = jacobian(f, x_star), x_star - x0
@@ -141,7 +148,7 @@ def cotangent(task: Task, exact: Tensor, i: int) -> Tensor:
     return exact[i : i + 1] - task.x[i : i + 1].to(exact)
 
 
-def adjoint_limit(task: Task, exact: Tensor, i: int) -> tuple[dict[str, int], Tensor]:
+def adjoint_limit(task: Task, exact: Tensor, i: int) -> tuple[dict[str, float], Tensor]:
     r"""Full GMRES on the adjoint equation, and its solution."""
     f, _, x_star = of_image(task, exact, i)
     linear, g = adjoint(f, x_star), cotangent(task, exact, i)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks import tasks
-from tests.benchmarks.bench import BATCH, OURS, Bench, parameters, say
+from tests.benchmarks.bench import BATCH, Bench, parameters, say
 from tests.benchmarks.live_bytes import LiveBytes
+from tests.benchmarks.names import OURS
 from tests.benchmarks.peers import METHODS, Settings, whole_batch
 from tests.benchmarks.tasks import ROOT, Task
 

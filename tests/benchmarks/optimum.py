@@ -9,7 +9,8 @@ import torch
 
 from deepinv_deq import Solver
 from tests.benchmarks import limits, others, tasks
-from tests.benchmarks.bench import BATCH, IMAGES, OURS, Bench, counting, gradient, parameters, say
+from tests.benchmarks.bench import BATCH, IMAGES, Bench, counting, gradient, parameters, say
+from tests.benchmarks.names import OURS
 from tests.benchmarks.peers import Settings, ours
 
 DEPTHS = (5, 16, 40)  # of Anderson's memory, besides the default

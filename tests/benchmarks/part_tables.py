@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.benchmarks.limits import ADJOINT
+from tests.benchmarks.limits import ADJOINT, MOST
+from tests.benchmarks.names import NAMES, OURS
+from tests.benchmarks.others import MOST as MOST_OF_OTHERS
+from tests.benchmarks.ratios import over_limit, ratio
 
-NAMES = {"ct": "CT 128×128", "mri": "MRI 256×256"}
-OURS = "deepinv-deq"
 Row = dict[str, Any]
-
-
-def goal(rows: list[Row]) -> float:
-    r"""Error of the gradient at which EI steps are compared; it was the same in all records that do not name it."""
-    return rows[0].get("goal", 1e-2)
-
-
-def best_peer(rows: list[Row]) -> tuple[float, bool]:
-    r"""Time of the fastest of the other methods that are exact enough, over ours; where none is, of the fastest, and ``False``."""
-    others = [row for row in rows if not row["method"].startswith(OURS)]
-    exact = [row for row in others if row.get("exact enough", True)]
-    return min(row["ratio"] for row in exact or others), bool(exact)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -31,7 +20,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def _methods(rows: list[Row]) -> str:
     def settings(row: Row) -> str:
         tolerances = row.get("tolerances", [row["tolerance"]] if "tolerance" in row else [])
-        return ", ".join(f"{t:.0e}" for t in tolerances)
+        return ", ".join(f"{t:.1e}".replace(".0e", "e") for t in tolerances)
 
     exactness = next(name for name in ("gradient error", "error", "residual") if name in rows[0])
     header = ["method", "tolerances", "evaluations", "VJPs", exactness, "seconds", "/ ours"]
@@ -39,7 +28,7 @@ def _methods(rows: list[Row]) -> str:
     for row in rows:
         error = f"{row[exactness]:.1e}" + ("" if row.get("exact enough", True) else " (missed)")
         products = f"{row['vjps']:.1f}" if "vjps" in row else "–"
-        numbers = [f"{row['evaluations']:.1f}", products, error, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}"]
+        numbers = [f"{row['evaluations']:.1f}", products, error, f"{row['seconds']:.2f}", ratio(row)]
         body.append([row["method"], settings(row) or "–", *numbers])
     return markdown(header, body)
 
@@ -68,15 +57,21 @@ def _products(rows: list[Row]) -> str:
     )
 
 
+def _limit(count: float | None) -> str:
+    if count is None:
+        return "–"
+    return f"{count:.0f}" if count < float("inf") else f"> {MOST}"
+
+
 def _over_the_limit(rows: list[Row]) -> str:
     header = ["what", "image", "full GMRES, plain", "full GMRES, preconditioned", "solver", "taken", "/ limit"]
     body = []
     for r in rows:
-        limits = [str(r["variants"].get(kind, "–")) for kind in ("plain", "preconditioned")]
+        limits = [_limit(r["variants"].get(kind)) for kind in ("plain", "preconditioned")]
         for method in (m for m in r if m.partition(",")[0] in ("anderson", "broyden", "gmres")):
             missed = r.get("error", 0.0) > ADJOINT
-            ratio = f"missed: error {r['error']:.1e}" if missed else f"{r[method] / r['optimum']:.2f}"
-            taken = [f"{r[method]:.0f}", ratio]
+            over = f"missed: error {r['error']:.1e}" if missed else f"{over_limit(r, method):.2f}"
+            taken = [_limit(r[method]), over.replace("inf", "–")]
             body.append([r["what"], str(r["image"] + 1), *limits, method, *taken])
     return markdown(header, body)
 
@@ -87,7 +82,14 @@ def _other_solvers(rows: list[Row]) -> str:
         failed = r.get("failed") or ("" if r["reached"] else f"not reached: {r['error']:.1e}")
         numbers = [f"{r['evaluations']:.0f}", str(r["products"]), failed]
         body.append([r["method"], "ours" if r["preconditioned"] else "none", *numbers])
-    return markdown(["solver", "preconditioner", "evaluations", "products", ""], body)
+    notes = [
+        f"One image. Solvers of other libraries have their default settings and are stopped after {MOST_OF_OTHERS} evaluations and products."
+    ]
+    for method, products in {
+        r["method"]: r["products"] for r in rows if r["evaluations"] <= 1 and not r["reached"]
+    }.items():
+        notes.append(f"{method}: the {products} products end before the first Newton step.")
+    return markdown(["solver", "preconditioner", "evaluations", "products", ""], body) + "\n\n" + " ".join(notes)
 
 
 def _counts(rows: list[Row]) -> str:
@@ -105,6 +107,11 @@ def _counts(rows: list[Row]) -> str:
 
 def _overhead(rows: list[Row]) -> str:
     return markdown(["task", "share of a step"], [[NAMES[r["task"]], f"{100 * r['share']:.1f} %"] for r in rows])
+
+
+def _penalty(rows: list[Row]) -> str:
+    body = [[NAMES[r["task"]], r["step"], f"{r['seconds']:.2f}", f"{100 * r['share']:.0f} %"] for r in rows]
+    return markdown(["task", "training step", "seconds of the step", "one measurement of ContractionLoss"], body)
 
 
 def _scaling(rows: list[Row]) -> str:
@@ -199,9 +206,13 @@ TABLES = {
     "equal iterations": ("An EI step with 5 iterations in every solve", _methods),
     "inference": ("Reconstruction at equal true error (1e-3 of the fixed point in float64)", _methods),
     "over the limit": ("Evaluations and products over the limit, per image", _over_the_limit),
-    "other solvers": ("Solvers of other libraries on the same map, one image", _other_solvers),
+    "other solvers": (
+        f"Solvers of other libraries, one image, default restarts, at most {MOST_OF_OTHERS} evaluations and products",
+        _other_solvers,
+    ),
     "products": ("Vector-Jacobian products of the adjoint solve", _products),
     "overhead": ("Algebra of the solvers", _overhead),
+    "penalty": ("ContractionLoss in units of a training step, one image", _penalty),
     "scaling": ("Growth of the time of a step", _scaling),
     "data parallel": (
         "An EI step of two processes that train one model, and of two that train one each",

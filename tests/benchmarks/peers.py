@@ -19,6 +19,7 @@ from torchdeq.solver import get_solver
 
 from deepinv_deq import DEGrad, DEQReconstructor, ModularIDHook, Solver
 from deepinv_deq.iterations.base import linear_reconstruction
+from tests.benchmarks.names import OURS
 from tests.benchmarks.tasks import Task
 
 Model = Callable[..., Tensor]
@@ -36,6 +37,10 @@ class Settings:
     def exactly(self, iterations: int) -> Settings:
         r"""Tolerances that are never met: every solve takes this many iterations."""
         return replace(self, forward_tol=1e-30, backward_tol=1e-30, forward_iter=iterations, backward_iter=iterations)
+
+
+# near what ours takes at equal gradient error
+TYPICAL = {"ct": Settings(1e-6, 1e-3, 1500, 600), "mri": Settings(3e-4, 1e-2, 300, 200)}
 
 
 def ours(task: Task, s: Settings, **solver) -> DEQReconstructor:
@@ -155,7 +160,7 @@ def figure_2(task: Task, s: Settings) -> Model:
 
 
 METHODS: dict[str, Callable[[Task, Settings], Model]] = {
-    "deepinv-deq": ours,
+    OURS: ours,
     "deepinv DEQ": deepinv,
     "deepinv DEQ, Anderson": deepinv_anderson,
     "TorchDEQ ift, Anderson": torchdeq_ift,

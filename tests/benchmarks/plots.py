@@ -12,9 +12,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # when this file runs by itself
+from tests.benchmarks.names import NAMES, OURS  # noqa: E402
+
 RECORDS = Path(__file__).parent / "records"
-TASKS = {"ct": "CT 128×128", "mri": "MRI 256×256"}
-OURS = "deepinv-deq"
 MARKERS = "osD^vPX*dh"
 MEASURES = {  # what a part may measure: the label of its axis, and the goal
     "gradient error": ("relative error of the gradient", 1e-2),
@@ -28,7 +29,7 @@ def draw(folder: Path) -> list[Path]:
     parts = json.loads((RECORDS / "cost-cpu.json").read_text())["parts"]
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"faults": faults(json.loads((RECORDS / "faults.json").read_text()))}
-    for task in TASKS:
+    for task in NAMES:
         figures[f"memory-{task}"] = memory(parts, task)
         figures[f"step-{task}"] = scatter(parts, "equal error", task, "EI step")
         figures[f"inference-{task}"] = scatter(parts, "inference", task, "reconstruction")
@@ -87,7 +88,7 @@ def memory(parts: dict[str, Any], task: str) -> Any:
     rows = [row for row in parts["memory"]["rows"] if row["task"] == task]
     rows = [row for row in rows if row.get("what", "peers") == "peers"]
     colour, peaks = colours(parts), [row["MB"] for row in rows]
-    figure, axis = new((5.4, 3), f"{TASKS[task]}: peak memory")
+    figure, axis = new((5.4, 3), f"{NAMES[task]}: peak memory")
     bars = axis.barh([row["method"] for row in rows], peaks, color=[colour[row["method"]] for row in rows])
     axis.bar_label(bars, labels=[f"{peak:,.0f} MB" for peak in peaks], padding=3, fontsize="small")
     plain(axis, "x", [10 ** math.floor(math.log10(min(peaks))), 2 * max(peaks)])
@@ -102,7 +103,7 @@ def scatter(parts: dict[str, Any], part: str, task: str, title: str) -> Any:
     measure = next(measure for measure in MEASURES if measure in rows[0])
     label, goal = MEASURES[measure]
     goal = rows[0].get("goal", goal)
-    figure, axis = new((5.4, 4.2), f"{TASKS[task]}: {title}")
+    figure, axis = new((5.4, 4.2), f"{NAMES[task]}: {title}")
     for k, row in enumerate(rows):
         mark = {"marker": MARKERS[k % len(MARKERS)], "mec": colour[row["method"]], "ms": 9, "mew": 1.8, "ls": ""}
         label_of = row["method"] + ("" if row["exact enough"] else " (missed)")

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from deepinv_deq import EquilibriumUNet, Solver
+from deepinv_deq._digest import digest
 from tests.benchmarks import limits, tasks
 from tests.benchmarks.peers import Settings, ours
 from tests.benchmarks.tasks import CACHE, Task
 
 EPOCHS = 60
+POINTS = Settings(forward_tol=1e-4, forward_iter=100)  # of the fixed points to learn
 
 
 class Start(dinv.models.Reconstructor):
@@ -38,16 +40,22 @@ class Start(dinv.models.Reconstructor):
         return self.network(self._init(y, physics))
 
 
+def cached(task: Task, name: str, data: Path | None, test: int) -> Path:
+    r"""File of a trained start. Its name holds a digest of the model and the settings that the training depends on."""
+    made_of = digest([task.iteration.state_dict(), test, EPOCHS, POINTS.forward_tol, POINTS.forward_iter])[:16]
+    return CACHE / f"start-{name}-{'data' if data else 'phantoms'}-{made_of}.pt"
+
+
 def learned(task: Task, name: str, data: Path | None, test: int) -> Start:
     r"""Train a start on the fixed points of all images but the last ``test`` ones."""
-    path = CACHE / f"start-{name}-{'data' if data else 'phantoms'}.pt"
+    path = cached(task, name, data, test)
     start = Start(task, EquilibriumUNet(task.x.shape[1], channels=(16, 32, 64)))
     if path.exists():
         start.load_state_dict(torch.load(path, weights_only=True))
         return start.eval()
     others = tasks.contracting(name, data=data, batch=10_000)
     y = others.y[:-test]
-    model = ours(task, Settings(forward_tol=1e-4, forward_iter=100))
+    model = ours(task, POINTS)
     with torch.no_grad():
         points = torch.cat([model(part, task.physics) for part in y.split(1)])
     torch.manual_seed(0)

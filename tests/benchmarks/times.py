@@ -11,8 +11,8 @@ import deepinv as dinv
 import torch
 
 from tests.benchmarks import scale, tasks
-from tests.benchmarks.bench import BATCH, ROUNDS, Bench, gradient, say, seconds, take_turns
-from tests.benchmarks.peers import Settings, ours
+from tests.benchmarks.bench import BATCH, ROUNDS, Bench, gradient, medians, say, seconds, take_turns
+from tests.benchmarks.peers import TYPICAL, Settings, ours
 from tests.problems import relative_error
 
 
@@ -20,8 +20,8 @@ def overhead(bench: Bench) -> list[dict[str, Any]]:
     r"""Share of an EI step that is neither the iteration, its products, nor the loss: the solvers' own algebra."""
     rows = []
     for name in BATCH:
-        task = bench.task(name)
-        model = ours(task, Settings(1e-4, 1e-3, 200, 200))
+        task = bench.contracting(name)
+        model = ours(task, TYPICAL[name])
         gradient(task, model)
         shares = []
         for _ in range(ROUNDS):
@@ -68,7 +68,7 @@ def scaling(bench: Bench) -> list[dict[str, Any]]:
     for key, (task, passes) in cells.items():
         model = ours(task, Settings().exactly(scale.ITERATIONS))
         work[key] = lambda task=task, model=model, passes=passes: gradient(task, model, passes)
-    rows = scale.exponents(take_turns(work, bench.device, min(3, bench.rounds)))
+    rows = scale.exponents(medians(take_turns(work, bench.device, min(3, bench.rounds))))
     for row in rows:
         say(f"  {row}")
     return rows
@@ -101,8 +101,8 @@ def sparse(bench: Bench) -> list[dict[str, Any]]:
         "Tomography": lambda: (physics.A(x), physics.A_adjoint(y)),
         "SparseLinearPhysics": lambda: (built[0].A(x), built[0].A_adjoint(y)),
     }
-    medians = take_turns(work, bench.device, 4 * ROUNDS)
-    ratio = medians["Tomography"] / medians["SparseLinearPhysics"]
-    row = {"build seconds": build, "error": error, "seconds": medians, "ratio": ratio}
+    times = medians(take_turns(work, bench.device, 4 * ROUNDS))
+    ratio = times["Tomography"] / times["SparseLinearPhysics"]
+    row = {"build seconds": build, "error": error, "seconds": times, "ratio": ratio}
     say(f"  {row}")
     return [row]

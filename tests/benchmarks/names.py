@@ -1,0 +1,49 @@
+r"""Names, goals and descriptions that measurements, tables and plots share. Imports nothing, so that plots need no PyTorch."""
+
+from __future__ import annotations
+
+OURS = "deepinv-deq"
+BATCH = {"ct": 4, "mri": 2}  # images of parts that need a batch
+NAMES = {"ct": "CT 128×128", "mri": "MRI 256×256"}
+# time of the fastest other method over ours
+TARGETS = {
+    "equal error": {"ct": 5.0, "mri": 2.0},
+    "equal iterations": {"ct": 1.1, "mri": 1.1},
+    "inference": {"ct": 5.0, "mri": 2.0},
+}
+_OLDER, _SHIPPED, _BOTH = (
+    "older, 32-64-128 feature maps",
+    "`{task}-ei` as it ships, 16-32-64 feature maps",
+    "`ct-ei`, `mri-ei`",
+)
+_TEST = "the last test image"
+# what a part of the record measures: model and images
+MEASURED = {
+    "sparse": ("none", "4 random"),
+    "counts": (_OLDER, "CT 4, MRI 2"),
+    "memory": (_OLDER, "4"),
+    "growth of memory": (_OLDER, "2"),
+    "equal error": (_SHIPPED, _TEST),
+    "equal iterations": (_SHIPPED, _TEST),
+    "inference": (_SHIPPED, _TEST),
+    "over the limit": (_SHIPPED, _TEST),
+    "other solvers": (_SHIPPED, _TEST),
+    "products": (_OLDER, "{batch}"),
+    "overhead": (_BOTH + " as they ship", _TEST),
+    "penalty": (_BOTH + " as they ship, at the tolerances of their training", _TEST),
+    "scaling": ("untrained, 16-32-64 feature maps", "1 to 16"),
+    "data parallel": ("untrained, 16-32-64 feature maps", "2 in each process"),
+    "learned start": ("`ct-ei` as it ships, 16-32-64 feature maps", _TEST),
+    "options": (_SHIPPED, "the last {batch} test images"),
+    "warm starts": (_OLDER, "24 of 64×64 for training, 8 for the PSNR"),
+    "accelerator": (_BOTH, _TEST),
+    "operations": (_BOTH + " as they ship", _TEST),
+}
+
+
+def measured(part: str) -> dict[str, str]:
+    r"""Model and images of a part such as ``"inference, ct"``, for its record."""
+    kind, _, task = part.partition(", ")
+    model, images = MEASURED[kind]
+    names = {"task": task, "batch": BATCH.get(task)}
+    return {"model": model.format(**names), "images": images.format(**names)}

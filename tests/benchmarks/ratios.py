@@ -1,0 +1,39 @@
+r"""Ratios of the records: times of the other methods over ours, and counts over their limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.benchmarks.names import OURS
+
+Row = dict[str, Any]
+
+
+def goal(rows: list[Row]) -> float:
+    r"""Error of the gradient at which EI steps are compared; it was the same in all records that do not name it."""
+    return rows[0].get("goal", 1e-2)
+
+
+def best_peer(rows: list[Row]) -> tuple[float, bool]:
+    r"""Time of the fastest of the other methods that are exact enough, over ours; where none is, of the fastest, and ``False``."""
+    others = [row for row in rows if not row["method"].startswith(OURS)]
+    exact = [row for row in others if row.get("exact enough", True)]
+    return min(row["ratio"] for row in exact or others), bool(exact)
+
+
+def stopped(row: Row) -> bool:
+    r"""Whether a method was ended by a limit before it was exact enough, so that its time is a lower bound."""
+    return row.get("stopped", not row.get("exact enough", True))  # older records: a method that missed was ended
+
+
+def ratio(row: Row) -> str:
+    r"""Time over ours, as a table shows it."""
+    shown = f"{row['ratio']:.2f}"
+    products = f", {row['vjps']:.0f} VJPs" if "vjps" in row else ""
+    return f"≥ {shown} (stopped after {row['evaluations']:.0f} evaluations{products})" if stopped(row) else shown
+
+
+def over_limit(row: Row, method: str) -> float:
+    r"""Taken over the limit; infinite where either was not reached."""
+    taken = row[method] / row["optimum"]
+    return taken if 0 < taken < float("inf") else float("inf")
