@@ -140,7 +140,7 @@ class FromOptim(MeasurementIteration):
     def contractive_part(
         self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
     ) -> tuple[State, Callable[[Any], Any] | None]:
-        r"""The part that has to contract: :math:`x - \nabla g(x)` for gradient descent with :class:`deepinv.optim.L2` and a linear
+        r"""The part that has to contract: :math:`x - \nabla g(x)` for gradient descent with ``deepinv.optim.L2`` and a linear
         physics, as for :class:`DEGrad`. For other algorithms it is the whole iteration.
 
         :param torch.Tensor, tuple[torch.Tensor, ...] x: state.
