@@ -124,8 +124,8 @@ def commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def surroundings(device: str) -> dict[str, Any]:
-    r"""What a cell ran on."""
+def surroundings(device: str, code: str | None) -> dict[str, Any]:
+    r"""What a cell ran on; ``code`` is the :func:`commit` at its start, since the tree may move on while it runs."""
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     threads = torch.get_num_threads()
     name = f"{platform.machine()}, {threads} thread{'s' * (threads != 1)}"
@@ -136,6 +136,6 @@ def surroundings(device: str) -> dict[str, Any]:
         "device": name,
         "peak_memory_mb": round(memory / 1e6),
         "versions": versions,
-        "commit": commit(),
+        "commit": code,
         "date": time.strftime("%Y-%m-%d"),
     }

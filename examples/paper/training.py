@@ -47,7 +47,7 @@ def run_cell(
     :raises settings.NotSearched: if nothing was searched for this cell.
     """
     set_up()
-    code = commit()  # the tree may move on while this runs
+    code = commit()
     torch.manual_seed(seed)
     task = make_task(task_name, scale, data, validate=validate, device=device)
     s = settings_of(task_name, method, loss, scale, found_settings(), defaults=defaults) | (override or {})
@@ -71,8 +71,7 @@ def run_cell(
         "untrained": untrained,
         "curve": history,
         "validation": validate,
-        **surroundings(device),
-        "commit": code,
+        **surroundings(device, code),
     }
     return record, model
 
@@ -91,7 +90,7 @@ def measure_again(record: dict[str, Any], weights: Path, *, data: Path, device: 
     )
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     measured = evaluate(task, model.to(device), config)
-    return record | measured | {"config": config, "measured_again": surroundings(device)}
+    return record | measured | {"config": config, "measured_again": surroundings(device, commit())}
 
 
 def train(
