@@ -65,7 +65,8 @@ _OF_DEQS = (
     "context",
     "saturation",
 )
-_SHARED = ("lr", "grad_clip")  # what the settings of another method or loss say about this one
+# what the settings of another method or loss say about this one; those of the same method also say how strong the penalty must be
+_SHARED = ("lr", "grad_clip")
 _RELATED_SCALES = {"paper": ("small",)}
 
 
@@ -97,7 +98,8 @@ def settings_of(
         known = found.get(at, {}).get(task, {}).get(who, {}).get(what)
         if known is not None:
             same = (who, what) == (family, loss)
-            kept = known if same else {k: v for k, v in known.items() if k in _SHARED}
+            shared = _SHARED + ("contraction_weight",) * (who == family)
+            kept = known if same else {k: v for k, v in known.items() if k in shared}
             return s | kept | {"settings_from": f"{at}/{task}/{who}/{what}"}
     if defaults:
         return s | {"settings_from": "defaults"}
