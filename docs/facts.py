@@ -32,4 +32,4 @@ def _speed(parts: dict, task: str) -> str:
     aim = f"a gradient within {100 * goal(part['rows']):.0f} % (record of {part['date']})"
     if reached:
         return f"With ``{name}`` and {aim}, a training step of the fastest other implementation takes {ratio:.2f} times as long."
-    return f"With ``{name}``, the other implementations miss {aim}, though their training steps take at least {ratio:.1f} times as long as ours."
+    return f"With ``{name}``, every other implementation was stopped before it had {aim}, after at least {ratio:.1f} times the time of our step."

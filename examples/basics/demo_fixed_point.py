@@ -35,12 +35,14 @@ model = DEQReconstructor.from_pretrained("ct-ei-small").eval()
 # Four starts, one limit
 # ----------------------
 #
-# A solver accepts any function, so a wrapper can record the points at which the iteration is evaluated. The wrapper has the
-# preconditioner of the iteration, because the solver uses it.
+# A solver accepts any function, so a wrapper can record the points at which the iteration is evaluated. The wrapper also offers
+# what the solver uses of the iteration: its residual, its preconditioner, and the units of the criterion.
 
 
 class Recorded:
     r"""An iteration that records the points of its evaluations."""
+
+    has_own_step = True  # step(x) computes F(x) - x
 
     def __init__(self, f):
         self.f, self.points = f, []
@@ -49,8 +51,15 @@ class Recorded:
         self.points.append(x.clone())
         return self.f(x)
 
+    def step(self, x):
+        self.points.append(x.clone())
+        return self.f.step(x)
+
     def preconditioner(self, x):
         return self.f.preconditioner(x)
+
+    def natural(self, x):
+        return self.f.natural(x)
 
 
 starts = {

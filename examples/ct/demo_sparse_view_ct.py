@@ -87,7 +87,7 @@ physics = dinv.physics.Tomography(
     angles=args.views, img_width=args.size, normalize=True, adjoint_via_backprop=True, device=args.device
 )
 sqnorm = float(physics.operator_norm) ** 2
-if torch.device(args.device).type == "cpu":  # the same operator as a sparse matrix, some 20 times faster
+if torch.device(args.device).type == "cpu":  # the same operator as a sparse matrix, more than ten times as fast
     physics = SparseLinearPhysics.from_physics(physics, (1, args.size, args.size))
 
 with torch.no_grad():

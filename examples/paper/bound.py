@@ -36,7 +36,7 @@ def measure(
     seed: int = 0,
     saturation: float | None = None,
 ) -> dict[str, Any]:
-    r"""Train with one bound, and write what it came to.
+    r"""Train with one bound, and write the results.
 
     :param int epochs: epochs of the training, default those of the scale.
     :param float saturation: of the network in the place of the task's; 0 for none.

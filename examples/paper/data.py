@@ -25,8 +25,8 @@ TASKS = ("ct", "mri")
 NOISE = 0.05  # standard deviation in k-space, section 4.1.2
 CHANNELS = (16, 32, 64)
 
-# "paper" has the paper's size (MRI: 256 pixels, not 320), "small" is what two CPU cores train in an hour a task. Epochs are such that a
-# supervised DEQ takes 3 minutes ("small") or 20 minutes ("paper") of one core, and every other learned method at least as long.
+# "paper" has the paper's size on CT, and 256 instead of 320 pixels on MRI, "small" is what two CPU cores train in an hour a task. Epochs are such that a
+# supervised DEQ takes 3 minutes ("small") or 20 minutes ("paper") of one core.
 SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "ct": {

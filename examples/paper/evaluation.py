@@ -94,7 +94,7 @@ def plain_certificate(certificate: Certificate) -> dict[str, Any]:
 
 
 def ei_loss(task: Task, model: Any, x_hat: torch.Tensor) -> float:
-    r"""The equivariance term of eq. (3) on the test images: whether a model that is worse is so by what it was trained for."""
+    r"""The equivariance term of eq. (3) on the test images. It shows whether a lower PSNR comes with a larger EI loss."""
     rng = torch.Generator(task.x.device).manual_seed(0)
     rotations = dinv.transform.Rotate(n_trans=1, multiples=1, positive=True, rng=rng, interpolation_mode="bilinear")
     loss = dinv.loss.EILoss(rotations, apply_noise=False)

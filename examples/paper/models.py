@@ -199,7 +199,7 @@ def _rows(values: Tensor, like: Tensor) -> Tensor:
 
 
 class WithoutSigma(nn.Module):
-    r"""deepinv hands every denoiser a noise level; these are blind."""
+    r"""deepinv passes a noise level to every denoiser. This wrapper ignores it."""
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()

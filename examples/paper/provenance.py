@@ -15,7 +15,7 @@ from settings import found_settings, is_borrowed, outdated_settings
 
 
 def provenance(records: Records) -> str:
-    r"""What was run where, and what was not."""
+    r"""Devices, versions, dates and times of the records, and how many cells lack one."""
     wanted = set(matrix(records.scale))
     done = {(c["task"], c["method"], c["loss"], c["seed"]) for c in (r["config"] for r in records.all)}
     parts = [f"{len(done & wanted)} of {len(wanted)} cells at scale *{records.scale}* have a valid record"]

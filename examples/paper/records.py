@@ -79,7 +79,7 @@ def folder_of(record: Path) -> Path:
 
 
 def read_record(path: Path) -> Row | None:
-    r"""A finished record; ``None`` if there is none, or it is broken, which is said."""
+    r"""A finished record; ``None`` if there is none, or the file is broken, which prints a message."""
     try:
         record = json.loads(path.read_text())
         record["psnr"]["mean"], record["config"]["method"]
@@ -92,7 +92,7 @@ def read_record(path: Path) -> Row | None:
 
 
 def write(path: Path, text: str) -> None:
-    r"""Write a file at once or not at all."""
+    r"""Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     partial.write_text(text)

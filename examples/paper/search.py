@@ -8,8 +8,8 @@ Choose hyperparameters on validation images
     python examples/paper/search.py --all --jobs 2
 
 Trains on the first 80 of the 90 training images and measures PSNR on the other 10; the test images are never seen. From the
-defaults, one hyperparameter after another takes the best of a few values (coordinate descent), and of values for which some
-solve of a DEQ misses its tolerance only if all do. Every trial goes to
+defaults, one hyperparameter after another takes the best of a few values (coordinate descent). A value for which a solve of a DEQ
+misses its tolerance wins only if solves miss it for every value. Every trial goes to
 ``examples/paper/search``, what won to ``examples/paper/settings.json``, where ``run.py`` finds it. Of the unrolled networks, that
 with 3 layers decides for all. Where trainings differ much by their seed, as those of EI on noisy MRI do, whole ones of several seeds decide:
 

@@ -2,7 +2,7 @@ r"""
 Hyperparameters of a cell: defaults, and what the search found
 ==============================================================
 
-A cell never trains with defaults that nothing was searched for, unless that is asked for. Where its own search is not on record, it
+A cell without a search trains with defaults only with ``--defaults``. Where its own search is not on record, it
 takes the settings of the nearest search, in the order of :func:`sources`; its record says which, under ``settings_from``.
 """
 

@@ -9,7 +9,7 @@ Certify the models that ship
 
 Loads ``ct-ei``, ``ct-ei-small`` and ``mri-ei`` as a user does, and certifies their reconstructions of test images: under the conditions of their training,
 and under others (more pixels, other numbers of views, other accelerations, other anatomy, photographs). Each condition is written to
-``shipped.json`` at once. ``tables.py`` makes the table.
+``shipped.json`` at once. ``docs/fill_tables.py`` writes the table.
 """
 
 import argparse

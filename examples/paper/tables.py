@@ -144,7 +144,7 @@ def _italic(numbers: Iterable[float]) -> list[str]:
 
 
 def objectives(records: Records) -> str:
-    r"""What the equivariance term of EI says of the trained models, beside what is true."""
+    r"""The equivariance term of EI on the test images, next to the PSNR."""
     body = []
     for task in TASKS:
         for loss in losses_of(task, "deq-id"):
@@ -180,7 +180,7 @@ def bounds() -> str:
 
 
 def summary() -> str:
-    r"""Table 1 in short, for the README: what DEQs have records of, against the best of the methods that are none."""
+    r"""Table 1 for the README: trainings of DEQs on record, and the best rival."""
     body = []
     for scale in reversed(SCALES):
         records = Records(scale)

@@ -36,7 +36,7 @@ class Bench:
         return self._once(key, lambda: tasks.make(name, data=self.data, batch=key[1], size=size))
 
     def contracting(self, name: str, batch: int | None = None) -> Task:
-        r"""A shipped model at the paper's size."""
+        r"""A shipped model at the size of its training."""
         count = batch or IMAGES[name]
         return self._once((name, "contracting", count), lambda: tasks.contracting(name, data=self.data, batch=count))
 

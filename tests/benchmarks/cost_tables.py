@@ -153,7 +153,7 @@ def _targets(parts: dict[str, Any]) -> str:
         near = [r.get("error", 0.0) <= ADJOINT for r in cells]
         methods = ["anderson" if "anderson" in r else "gmres" for r in cells]
         values = [over_limit(r, m) if n else float("inf") for r, m, n in zip(cells, methods, near, strict=True)]
-        add(f"evaluations, products over the limit ({NAMES[task]})", "≤ 1.3", values, max(values, default=9.0) <= 1.3)
+        add(f"evaluations, VJPs over the limit ({NAMES[task]})", "≤ 1.3", values, max(values, default=9.0) <= 1.3)
     counted = rows.get("counts", [])
     taped = [r["taped per pass"] for r in counted if "passes" in r]
     add("evaluations of F with an autograd graph, per pass", "1", sorted(set(taped)), set(taped) == {1.0})

@@ -83,13 +83,15 @@ def _other_solvers(rows: list[Row]) -> str:
         numbers = [f"{r['evaluations']:.0f}", str(r["products"]), failed]
         body.append([r["method"], "ours" if r["preconditioned"] else "none", *numbers])
     notes = [
-        f"One image. Solvers of other libraries have their default settings and are stopped after {MOST_OF_OTHERS} evaluations and products."
+        f"One image. Solvers of other libraries have their default settings and are stopped after {MOST_OF_OTHERS} evaluations and Jacobian products."
     ]
     for method, products in {
         r["method"]: r["products"] for r in rows if r["evaluations"] <= 1 and not r["reached"]
     }.items():
-        notes.append(f"{method}: the {products} products end before the first Newton step.")
-    return markdown(["solver", "preconditioner", "evaluations", "products", ""], body) + "\n\n" + " ".join(notes)
+        notes.append(f"{method}: the {products} Jacobian products end before the first Newton step.")
+    return (
+        markdown(["solver", "preconditioner", "evaluations", "Jacobian products", ""], body) + "\n\n" + " ".join(notes)
+    )
 
 
 def _counts(rows: list[Row]) -> str:
@@ -205,9 +207,9 @@ TABLES = {
     "equal error": ("An EI step at equal gradient error, against float64", _methods),
     "equal iterations": ("An EI step with 5 iterations in every solve", _methods),
     "inference": ("Reconstruction at equal true error (1e-3 of the fixed point in float64)", _methods),
-    "over the limit": ("Evaluations and products over the limit, per image", _over_the_limit),
+    "over the limit": ("Evaluations and VJPs over the limit, per image", _over_the_limit),
     "other solvers": (
-        f"Solvers of other libraries, one image, default restarts, at most {MOST_OF_OTHERS} evaluations and products",
+        f"Solvers of other libraries, one image, default restarts, at most {MOST_OF_OTHERS} evaluations and Jacobian products",
         _other_solvers,
     ),
     "products": ("Vector-Jacobian products of the adjoint solve", _products),

@@ -90,10 +90,7 @@ def make(
 
 
 def contracting(name: str, *, data: Path | None, batch: int, size: int | None = None) -> Task:
-    r"""A model that ships, whose iteration contracts, at the paper's size: CT 128×128 with 50 views, MRI 256×256, 8×.
-
-    Both were trained at this size.
-    """
+    r"""A model that ships, whose iteration contracts, at the size of its training: CT 128×128 with 50 views, MRI 256×256, 8×."""
     # of the images of :func:`make` the last: the models that ship were tested on those, and not trained on them
     task = make(name, data=data, batch=1, size=size, net=nn.Identity())
     side = task.x.shape[-1]
