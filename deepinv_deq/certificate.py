@@ -12,7 +12,7 @@ from deepinv.loss.metric import PSNR
 from torch import Tensor, nn
 
 from deepinv_deq import compat
-from deepinv_deq.checks import check_finite, own_start
+from deepinv_deq.checks import check_finite, check_ground_truth, own_start
 from deepinv_deq.implicit.context import as_in_forward
 from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.iterations.checks import unsuitable_layer
@@ -148,8 +148,8 @@ def certify(
     :param int products: number of vector-Jacobian products for the spectral radius.
     :param torch.nn.Module, None metric: metric of the PSNRs, default :class:`deepinv.loss.metric.PSNR`.
     :return: the certificate.
-    :raises ValueError: if a layer couples the samples or changes between evaluations (batch norm or dropout in training mode), if
-        ``y`` has NaN or Inf, or if ``products`` is not an integer of at least 1.
+    :raises ValueError: for a layer that couples samples or changes between evaluations (batch norm or dropout in training mode), NaN or
+        Inf in ``y``, an ``x_gt`` of another shape, or ``products`` that is no positive integer.
     """
     if unstable := unsuitable_layer(iteration):
         raise ValueError(f"There is no fixed point to certify: {unstable} model.eval() does that.")
@@ -162,8 +162,8 @@ def certify(
         f = iteration.bind(y, physics)
         x0 = own_start(f, iteration, y, physics)
         state, stat = quiet(f, x0)
-        x = iteration.output(state)
-        reached = {"start": x}
+        reached = {"start": (x := iteration.output(state))}
+        check_ground_truth(x_gt, x)
         longer = replace(quiet, max_iter=_LONGER * solver.max_iter)
         tenth, _ = replace(longer, tol=solver.tol / 10)(f, state)
         fine, fine_stat = replace(longer, tol=solver.tol / 30)(f, tenth)

@@ -44,6 +44,17 @@ def check_finite(y: Any) -> None:
             )
 
 
+def check_ground_truth(x_gt: Tensor | None, x: Tensor) -> None:
+    r"""Raise if a ground truth does not belong to a reconstruction.
+
+    :param torch.Tensor, None x_gt: ground truth, if there is one.
+    :param torch.Tensor x: the reconstruction.
+    :raises ValueError: with both shapes.
+    """
+    if x_gt is not None and x_gt.shape != x.shape:
+        raise ValueError(f"x_gt must have the shape of the reconstruction, {tuple(x.shape)}, got {tuple(x_gt.shape)}.")
+
+
 def own_start(f: Any, iteration: FixedPointIteration, y: Any, physics: Physics) -> State:
     r"""The iteration's own starting point. A bound map computes it with replicas: nothing is cached on the user's physics.
 

@@ -9,6 +9,7 @@ import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor
 
+from deepinv_deq.checks import check_ground_truth
 from deepinv_deq.maps import Map
 from deepinv_deq.states import Rows, State
 
@@ -87,10 +88,7 @@ class Course(Map):
         if self._x_gt is None:
             return
         image = self._output(x)
-        if image.shape != self._x_gt.shape:
-            raise ValueError(
-                f"x_gt must have the shape of the reconstruction, {tuple(image.shape)}, got {tuple(self._x_gt.shape)}."
-            )
+        check_ground_truth(self._x_gt, image)
         values = PSNR()(image, self._x_gt).tolist()
         for row, value in zip(self._rows.tolist(), values, strict=True):
             self._samples[row].append(value)

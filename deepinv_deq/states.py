@@ -81,11 +81,18 @@ class Layout:
 
     def pack(self, state: State) -> Tensor:
         r"""The matrix of a state."""
-        tensors = as_tuple(state)
+        tensors = as_tuple(state) if isinstance(state, (Tensor, tuple, list)) else ()
+        if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+            raise TypeError(f"The map must return a state, a tensor or a tuple of tensors, got {type(state).__name__}.")
         if [t.shape for t in tensors] != [t.shape for t in self.like]:
             raise ValueError(
                 f"The map must return the shape it is given: {[tuple(t.shape) for t in self.like]} became "
                 f"{[tuple(t.shape) for t in tensors]}."
+            )
+        if [t.is_complex() for t in tensors] != [t.is_complex() for t in self.like]:
+            raise TypeError(
+                f"The map must return real numbers for real ones, and complex ones for complex ones: {[t.dtype for t in self.like]} "
+                f"became {[t.dtype for t in tensors]}. Start from a state of the right type (init)."
             )
         reals = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
         rows = [t.reshape(self.batch, size) for t, size in zip(reals, self.sizes, strict=True)]

@@ -158,7 +158,7 @@ def test_solvers_of_others_say_how_they_were_stopped():
     rows += [row | {"method": "optimistix Newton, GMRES", "evaluations": 1, "products": 199}]
     title, table = TABLES["other solvers"]
     assert "One image" in table(rows) and "200 evaluations" in title
-    assert "optimistix Newton, GMRES: the 199 products end before" in table(rows)
+    assert "optimistix Newton, GMRES: the 199 Jacobian products end before" in table(rows)
     assert "end before" not in table(rows[:1])
 
 

@@ -7,7 +7,7 @@ import torch
 from deepinv.physics import Denoising
 from torch import nn
 
-from deepinv_deq import DEADMM, DEProx, DEQReconstructor
+from deepinv_deq import DEADMM, DEProx, DEQReconstructor, ModularIDHook
 from tests.problems import F64, deq, imaging
 
 GOOD = torch.full((2, 1, 4, 4), 0.3, dtype=F64)
@@ -143,3 +143,37 @@ def test_init_can_be_overridden(of_instance):
         model.iteration.init = init
     with pytest.raises(RuntimeError, match="the start of Denoising"):
         model(torch.rand(1, 1, 4, 4, dtype=F64), Denoising())
+
+
+WRONG = {
+    "a tensor": (lambda y: {"constants": y}, "constants.*must return a tuple of tensors, got Tensor"),
+    "a number": (
+        lambda y: {"constants": (y, 2.0)},
+        r"constants.*must return a tuple of tensors, got \['Tensor', 'float'\]",
+    ),
+    "nothing": (lambda y: {"constants": None}, "constants.*must return a tuple of tensors, got NoneType"),
+    "no image": (lambda y: {"forward": None}, "must return a state, a tensor or a tuple of tensors, got NoneType"),
+    "complex": (lambda y: {"forward": y + 0j}, "must return real numbers for real ones"),
+    "no start": (lambda y: {"init": None}, r"init.*with the batch \(2\) in dimension 0, got NoneType"),
+    "no batch": (lambda y: {"init": y[0]}, r"init.*with the batch \(2\) in dimension 0, got \[\(1, 4, 4\)\]"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_an_iteration_returns_by_mistake_is_named(what):
+    y = torch.rand(2, 1, 4, 4, dtype=F64)
+    returned, message = WRONG[what]
+    ((method, value),) = returned(y).items()
+    own = type("Own", (DEProx,), {method: lambda self, *_: value})
+    with pytest.raises((TypeError, ValueError), match=message):
+        imaging(own)[0](y, Denoising())
+
+
+def test_ground_truths_solvers_and_measurements_that_cannot_be_right():
+    model, physics, x, y = imaging(DEProx)
+    with pytest.raises(ValueError, match="x_gt must have the shape of the reconstruction"):
+        model.certify(y, physics, x_gt=x[:1])
+    with pytest.raises(TypeError, match="solver must be a Solver, got 'gmres'"):
+        ModularIDHook("gmres")
+    with pytest.raises(ValueError, match="need a batch dimension"):
+        model(y.sum(), physics)

@@ -40,6 +40,17 @@ def has_hooks(module: nn.Module) -> bool:
     return any(vars(module).get(name) for name in HOOKS)
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    r"""Whether hooks see or change what a call of a module is given or returns."""
+    return any(vars(module).get(name) for name in HOOKS if name.startswith("_forward"))
+
+
+def has_global_hooks() -> bool:
+    r"""Whether all modules have a forward hook. Without the names: no."""
+    of = "torch.nn.modules.module._global_forward"
+    return bool(find(f"{of}_hooks") or find(f"{of}_pre_hooks"))
+
+
 def version(t: Tensor) -> int | None:
     r"""How often a tensor was changed in place; ``None`` for inference tensors, which do not count.
 

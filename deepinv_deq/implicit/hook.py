@@ -93,6 +93,8 @@ class ModularIDHook:
     def __init__(self, solver: Solver | None = None, *, mode: Literal["implicit", "jfb"] = "implicit"):
         if mode not in _MODES:
             raise ValueError(f"Unknown mode {mode!r}: must be one of {', '.join(_MODES)}.")
+        if not isinstance(solver, (Solver, type(None))):
+            raise TypeError(f"solver must be a Solver, got {solver!r}: write ModularIDHook(Solver({solver!r})).")
         self.solver = Solver("gmres", max_iter=50, tol=1e-3) if solver is None else solver
         self.mode = mode
         self.stat: SolverStat | None = None

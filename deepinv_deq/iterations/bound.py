@@ -12,6 +12,7 @@ from deepinv_deq.compat import has_hooks, version
 from deepinv_deq.iterations.capture import Capture, Put, diagnose
 from deepinv_deq.iterations.checks import OwnInput, changed
 from deepinv_deq.iterations.replica import Replica
+from deepinv_deq.iterations.starts import checked_start
 from deepinv_deq.maps import Map
 from deepinv_deq.states import Rows, State, as_tuple
 
@@ -148,7 +149,7 @@ class BoundIteration(Map):
         :param torch.Tensor y: measurement.
         :return: a state, without gradient.
         """
-        return self._iteration.init(y, self._physics)
+        return checked_start(self._iteration.init(y, self._physics), self._iteration, self._capture.batch)
 
     def preconditioner(self, x: State) -> Callable[[State], State] | None:
         r"""An approximate inverse of :math:`I - \partial F / \partial x`, see :meth:`FixedPointIteration.preconditioner`.

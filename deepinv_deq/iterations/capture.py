@@ -49,7 +49,10 @@ class Capture:
         self.levels = sigma if isinstance(sigma, Tensor) and sigma.ndim else None  # one row per sample
         # the measurements are for a diagnosis only: a map lives until backward, and must not keep them alive
         self._y = weakref.ref(y) if type(y).__weakrefoffset__ else lambda: y
-        self.batch = len(y if isinstance(y, Tensor) else y[0])
+        first = y if isinstance(y, Tensor) else y[0]
+        if not first.ndim:
+            raise ValueError(f"Measurements need a batch dimension, got a single number of shape (): {first}.")
+        self.batch = len(first)
         self.iteration, self.physics = self.pristine.roots
         self.physics.__dict__["_origin"] = Origin(weakref.ref(physics), self.pristine, 1, self.batch)
         self._copies = self._copy_inference_tensors()

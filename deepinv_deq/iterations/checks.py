@@ -58,8 +58,10 @@ class Watch:
 def _mark(t: Tensor) -> tuple[Any, ...]:
     r"""What tells that a tensor was changed: its version, and its memory and type, which ``t.data = ...`` changes."""
     address = None
-    if t.layout is torch.strided and type(t) in (Tensor, nn.Parameter):
-        with contextlib.suppress(RuntimeError):  # tensors inside of torch.func have no address
+    if t.layout is torch.strided:
+        with contextlib.suppress(
+            RuntimeError, TypeError, NotImplementedError
+        ):  # tensors inside of torch.func have no address
             address = t.data_ptr()
     return version(t), t.dtype, address
 

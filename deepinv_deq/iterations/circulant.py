@@ -19,7 +19,7 @@ from deepinv.physics import Physics
 from torch import Tensor
 
 from deepinv_deq.compat import random_numbers, version
-from deepinv_deq.iterations.objects import fingerprint
+from deepinv_deq.iterations.fingerprint import fingerprint
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import sample_tensors
 from deepinv_deq.states import Rows

@@ -21,8 +21,8 @@ _PASS_ON = frozenset(
     # elementwise; what has no NaN anywhere is not listed, because it needs no proof
     """add sub rsub mul div neg reciprocal addcmul addcdiv lerp abs exp expm1 log log1p log2 sin cos tan tanh sinh cosh atan
     sigmoid logit sqrt rsqrt square erf erfc relu leaky_relu elu celu gelu silu mish softplus hardtanh hardswish relu6 clamp
-    clamp_min clamp_max minimum maximum _prelu_kernel _softmax _log_softmax glu _conj real imag conj_physical copy where
-    masked_fill _to_copy to clone detach alias lift_fresh positive
+    clamp_min clamp_max minimum maximum _prelu_kernel _softmax _log_softmax glu _conj real imag conj_physical copy
+    _to_copy to clone detach alias lift_fresh positive
     """.split()
     # linear
     + """convolution mm bmm mv dot vdot addmm addmv baddbmm matmul linear einsum _sparse_mm sum mean cumsum var std norm
@@ -39,9 +39,11 @@ _PASS_ON = frozenset(
     + """view _unsafe_view view_as reshape _reshape_alias view_as_complex view_as_real permute transpose t expand squeeze
     unsqueeze flatten unflatten cat stack split split_with_sizes chunk unbind select slice narrow diagonal unfold as_strided roll
     flip repeat tile pixel_shuffle pixel_unshuffle channel_shuffle constant_pad_nd reflection_pad1d reflection_pad2d
-    reflection_pad3d replication_pad1d replication_pad2d replication_pad3d im2col col2im index index_select gather contiguous
+    reflection_pad3d replication_pad1d replication_pad2d replication_pad3d im2col col2im contiguous
     """.split()
 )
+# A condition or an index may be computed from a tensor that changes later: what is not selected now counts, too.
+_SELECT = frozenset("where masked_fill index index_select gather".split())
 _OWN_INPUTS = {"grid_sampler_2d": 1, "grid_sampler_3d": 1}  # number of leading arguments that may have NaN
 _ONLY_SHAPES = frozenset(
     "ones_like zeros_like empty_like full_like new_empty new_zeros new_ones new_full promote_types".split()
@@ -82,9 +84,23 @@ def _listed(name: str, args: Any, kwargs: Any) -> bool:
         return True
     if name in _SEE_VALUES:  # the code of deepinv's physics was read
         return _caller().startswith("deepinv.physics") and not any(_has_nan(t) for t in _tensors((args, kwargs)))
+    if name in _SELECT and _keeps_nan(name, *args):
+        return True
     if name in _ONLY_SHAPES or (name in _PASS_ON and _stays_floating(name, args, kwargs)):
         return True
     return not any(_has_nan(t) for t in _tensors((args[_OWN_INPUTS.get(name, 0) :], kwargs)))
+
+
+def _keeps_nan(name: str, x: Tensor, *args: Any) -> bool:
+    r"""Whether the result of a selection has every NaN of its arguments."""
+    if name == "where":  # x is the condition
+        lost = ((x if i else ~x, t) for i, t in enumerate(args) if isinstance(t, Tensor))
+        return not any(_has_nan(torch.where(where, t, torch.zeros(()).to(t))) for where, t in lost)
+    if name == "masked_fill":
+        return not _has_nan(torch.where(args[0], x, torch.zeros(()).to(x)))
+    count = torch.isnan(x).sum()
+    chosen = getattr(torch.ops.aten, name)(x, *args)
+    return chosen.shape == x.shape and bool(torch.isnan(chosen).sum() == count)
 
 
 def _stays_floating(name: str, args: Any, kwargs: Any) -> bool:

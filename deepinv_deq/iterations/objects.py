@@ -1,4 +1,4 @@
-r"""Private copies of plain objects, containers and functions, and what tells whether something in them changed."""
+r"""Private copies of plain objects, containers and functions."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import contextlib
 import copy
 import enum
 import functools
-import numbers
 import sys
 import types
+import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from deepinv_deq.compat import HOOKS, OF_MODULES
 
 SHARED = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
@@ -27,7 +25,7 @@ SHARED = frozenset(
 Cached = type(functools.lru_cache(lambda: None))  # a class of C
 _CONTAINERS = (dict, list, set, deque, bytearray, array, np.ndarray, types.SimpleNamespace)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
-_LIBRARIES = _FOREIGN | {"deepinv", "deepinv_deq"}
+LIBRARIES = _FOREIGN | {"deepinv", "deepinv_deq"}
 
 
 def shallow(value: Any) -> Any:
@@ -77,11 +75,20 @@ def of_class(twin: Any, replicate: Callable[[Any], Any]) -> None:
     derived: set[str] = set()  # names that more derived classes define: the methods and properties among them must stay
     for base in type(twin).__mro__ if hasattr(twin, "__dict__") else ():
         names = dict(vars(base))
-        for name, value in names.items() if _library(base) not in _LIBRARIES else ():
+        for name, value in names.items() if library(base) not in LIBRARIES else ():
             data = isinstance(value, (Tensor, nn.Module)) or not (callable(value) or hasattr(value, "__get__"))
+            if type(value) is Cached and name not in derived:  # the cache of the class would keep every replica alive
+                twin.__dict__.setdefault(name, _cached_method(value, weakref.ref(twin)))
             if data and name not in derived and not name.startswith("__") and not hasattr(type(value), "__set__"):
                 twin.__dict__.setdefault(name, replicate(value))
         derived.update(names)
+
+
+def _cached_method(cached: Any, of: weakref.ref[Any]) -> Any:
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return cached.__wrapped__(of(), *args, **kwargs)
+
+    return functools.lru_cache(**cached.cache_parameters())(method)
 
 
 def of_function(
@@ -145,7 +152,7 @@ def slots(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
-def _library(kind: Any) -> str:
+def library(kind: Any) -> str:
     return kind.__module__.partition(".")[0]
 
 
@@ -154,81 +161,6 @@ def is_plain(kind: Any) -> bool:
     r"""Whether objects of a class are plain Python objects or containers, which can be replicated part by part."""
     if issubclass(kind, _CONTAINERS) or kind.__module__ == "collections":
         return True
-    if _library(kind) in _FOREIGN or issubclass(kind, (type, enum.Enum)):
+    if library(kind) in _FOREIGN or issubclass(kind, (type, enum.Enum)):
         return False
     return not any(hasattr(kind, name) for name in ("__del__", "_shared_by_replicas"))
-
-
-def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = None) -> Any:
-    r"""What tells whether anything but tensors changed: code, numbers, containers, plain objects.
-
-    :param object value: a module or any other object.
-    :param Container skip: names of attributes that do not matter.
-    :param set, None seen: objects that are in the fingerprint already.
-    :return: hashable; equal where nothing changed.
-    """
-    kind: Any = type(value)
-    if kind in _VALUES:
-        return value
-    seen = set() if seen is None else seen
-    if id(value) in seen or isinstance(value, Tensor) or (seen and isinstance(value, nn.Module)):
-        return kind  # tensors are compared by their versions, modules are in the list of all modules
-    if getattr(kind, "_shared_by_replicas", False):
-        return kind  # Derived data of this package; ignored in comparisons.
-    seen.add(id(value))
-
-    def inside(parts: Iterable[Any]) -> Any:
-        return tuple(fingerprint(part, skip, seen) for part in parts)
-
-    if isinstance(value, nn.Module):
-        own = {name: item for name, item in vars(value).items() if name not in OF_MODULES}
-        # replicas share hooks, and what a hook records changes all the time
-        found = [hook for name in sorted(HOOKS) for hook in vars(value).get(name, {}).values()]
-        hooks = tuple(_Same(getattr(hook, "__func__", hook)) for hook in found)
-        names = tuple(name for name, _ in value.named_children())
-        return kind, _code(kind), value.training, names, hooks, fingerprint(own, skip, seen)
-    if kind is types.FunctionType:
-        cells = contents(value)
-        return value.__code__, inside([value.__defaults__, value.__kwdefaults__, value.__dict__, *cells])
-    if kind is types.MethodType:
-        return inside([value.__func__, value.__self__])
-    if kind is functools.partial:
-        return inside([value.func, value.args, value.keywords])
-    if kind is Cached:
-        return inside([value.__wrapped__])
-    if isinstance(value, Mapping):
-        return kind, tuple((str(key), fingerprint(item, skip, seen)) for key, item in value.items() if key not in skip)
-    if isinstance(value, (list, tuple, deque)):
-        return kind, inside(value)
-    if isinstance(value, (set, frozenset)):
-        return kind, frozenset(inside(value))
-    if hasattr(value, "tobytes"):
-        return kind, value.tobytes()
-    if is_plain(kind):
-        own = {name: getattr(value, name, None) for name in (*slots(kind), "__dict__")}
-        return kind, fingerprint(own, skip, seen)
-    if isinstance(value, (numbers.Number, range, slice)):
-        return kind, repr(value)
-    return _Same(value)
-
-
-class _Same:
-    r"""An object that replicas share, such as a generator: equal to itself only."""
-
-    def __init__(self, value: Any):
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._value is other._value
-
-    def __hash__(self) -> int:
-        return id(self._value)
-
-
-_VALUES = SHARED | {torch.Size, types.BuiltinFunctionType, type} - {torch.Generator}
-
-
-def _code(kind: type) -> tuple[Any, ...]:
-    r"""The code of the user's classes, whose methods may be replaced."""
-    user = (base for base in kind.__mro__ if _library(base) not in _LIBRARIES)
-    return tuple(f.__code__ for base in user for f in vars(base).values() if type(f) is types.FunctionType)

@@ -8,9 +8,11 @@ What cannot be made private is listed here, and only here:
 
 - A tensor that is changed *in place* is changed for both. :class:`Watch` notices this by the tensor's version counter and its
   address. PyTorch does not count changes through ``tensor.data.mul_(...)`` or a NumPy view of the tensor.
-- *Global variables* and the attributes of other classes are looked up in every evaluation. Make them attributes of the module.
+- *Global variables* and the attributes of other classes are looked up in every evaluation. Make them attributes of the module. Whether
+  samples are independent is tested again where a number or a text changes that the user's methods name directly.
 - *Hooks* are the user's functions themselves, so that what they record reaches the user. Tensors and modules in their closures are
-  watched, those deeper inside (in a list, in a module that holds the model itself) are not.
+  watched, those deeper inside (in a list, in a module that holds the model itself) are not. A batch is solved whole where a module
+  has forward hooks, since a hook may couple samples.
 - Objects of extension modules (random generators, C++ objects), weak dictionaries and resources (objects with ``__del__``) are
   shared.
 

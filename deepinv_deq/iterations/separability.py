@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepinv_deq import compat
 from deepinv_deq.iterations.dataflow import passes_nan_on
-from deepinv_deq.iterations.objects import fingerprint
+from deepinv_deq.iterations.fingerprint import fingerprint
 from deepinv_deq.states import as_tuple
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class Verdicts:
     :mod:`deepinv_deq.iterations.samples`; parameters never do. What is not in the table (the denoiser, a physics of a user) must
     treat samples one by one, with tensors that all samples share. This is proved for all values at once, at random states and
     tensors: no value of one sample reaches another (:mod:`deepinv_deq.iterations.dataflow`). The operations are the same at every
-    place in the batch, and for the number of samples in question. Without this proof, the batch is solved whole.
+    place in the batch, and for the number of samples in question. Without this proof, the batch is solved whole. So it is where a
+    module has forward hooks.
     """
 
     _shared_by_replicas = True
@@ -79,7 +80,8 @@ def _constants_are_known(f: Capture) -> bool:
 
 
 def _in_doubt(f: Capture) -> bool:
-    r"""Whether a buffer of the iteration has one row per sample, such as noise levels, or couples them in a known way."""
+    r"""Whether a buffer of the iteration has one row per sample, such as noise levels, or couples them in a known way, or a module
+    has forward hooks."""
     scalars = _settings(f) | {id(f.levels)}
     known = f.samples()
     samples = {id(t) for t in (known.rows if known else ()) if t is not f.levels}
@@ -90,6 +92,9 @@ def _in_doubt(f: Capture) -> bool:
             return True
         if id(found.tensor) in samples and 0 in found.roots:
             return True
+    # a hook may couple samples, depending on what it refers to, and the test would show it random images and NaN
+    if compat.has_global_hooks() or any(compat.has_forward_hooks(m) for root in f.pristine.modules for m in root):
+        return True
     batch_norms, _ = compat.layers_that_change()
     return any(isinstance(m, batch_norms) and m.training for m in f.pristine.modules[0])
 

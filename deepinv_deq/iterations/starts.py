@@ -1,4 +1,4 @@
-r"""Starts for physics that are not linear."""
+r"""Starts: whether they are states, and those for physics that are not linear."""
 
 from __future__ import annotations
 
@@ -9,9 +9,24 @@ import torch
 from deepinv.physics import PhaseRetrieval, Physics
 from torch import Tensor
 
-from deepinv_deq.states import as_tuple
+from deepinv_deq.states import State, as_tuple
 
 _SEEDED = threading.RLock()  # held while the global generators are seeded
+
+
+def checked_start(state: Any, iteration: Any, batch: int) -> State:
+    r"""What an iteration starts from, if it is a state of this batch.
+
+    :raises ValueError: with what was found.
+    """
+    tensors = as_tuple(state) if isinstance(state, (Tensor, tuple)) else ()
+    if all(isinstance(t, Tensor) for t in tensors) and any(t.shape[:1] == (batch,) for t in tensors):
+        return state
+    found: Any = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in tensors]
+    raise ValueError(
+        f"{type(iteration).__name__}.init(y, physics) must return a tensor or a tuple of tensors with the batch ({batch}) in "
+        f"dimension 0, got {found or type(state).__name__}."
+    )
 
 
 def start_of_non_linear(y: Any, physics: Physics) -> Tensor | None:

@@ -214,9 +214,14 @@ def all_constants(iteration: Any, y: Any, physics: Any) -> tuple[Tensor, ...]:
     :param torch.Tensor y: measurement.
     :param deepinv.physics.Physics physics: forward operator.
     :return: tuple of tensors, handed to the iteration after ``x`` and ``physics``.
+    :raises TypeError: if the constants are no tuple of tensors.
     """
     context = (linear_reconstruction(y, physics),) if iteration.context else ()
-    return (*iteration.constants(y, physics), *context)
+    own = iteration.constants(y, physics)
+    if not isinstance(own, (tuple, list)) or not all(isinstance(c, Tensor) for c in own):
+        what = [type(c).__name__ for c in own] if isinstance(own, (tuple, list)) else type(own).__name__
+        raise TypeError(f"{type(iteration).__name__}.constants(y, physics) must return a tuple of tensors, got {what}.")
+    return (*own, *context)
 
 
 def constants_of_rows(iteration: Any, constants: tuple[Tensor, ...], rows: Rows) -> tuple[Tensor, ...] | None:

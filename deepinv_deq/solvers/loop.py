@@ -100,10 +100,11 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
     acceptance threshold, so that the transient growth of a non-normal map does not trap the solve.
 
     A sample that is done is frozen on the device at once. The host checks every ``sync_every`` evaluations. When at least
-    half of the samples are done, and the map can be restricted to the others, it is.
+    half of the samples are done, and the map can be restricted to the others, it is. Otherwise the last evaluation tells whether the
+    samples that were done before are still: the map may couple them.
     """
     tol, max_iter, eps = settings.tol, settings.max_iter, torch.finfo(x0.dtype).eps
-    x, best = x0, Best(x0)
+    x, best, whole = x0, Best(x0), problem
     rejections, age, slow, floor = torch.zeros_like(best.absolute).repeat(4, 1)
     mark = half = best.absolute
     active = torch.ones_like(best.converged)
@@ -155,6 +156,8 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
         x = where_rows(restart | ~finite_rows(x_next), fallback, x_next)
         x = x if as_they_are else where_rows(active, x, best.x)
 
+    if problem is whole:
+        best.measured_together(now, done, tol)
     return best.result()
 
 
@@ -166,7 +169,7 @@ class Best:
         self.absolute = torch.full((x0.shape[0],), torch.inf, dtype=torch.float64, device=x0.device)
         self.relative, self.plain = self.absolute.clone(), self.absolute.clone()
         self.nstep = torch.zeros_like(self.absolute)
-        self.converged, self.at_floor = torch.zeros_like(self.absolute, dtype=torch.bool).repeat(2, 1)
+        self.converged, self.at_floor, self.coupled = torch.zeros_like(self.absolute, dtype=torch.bool).repeat(3, 1)
         self.traces: tuple[list[Tensor], list[Tensor]] = [], []
         self._rows: Tensor | None = None  # which samples of the batch these are; None: all of them
         self._all: dict[str, Tensor] = {}
@@ -184,6 +187,13 @@ class Best:
             course = torch.where(active, new, best)
             trace.append(course if self._rows is None else trace[-1].index_copy(0, self._rows, course))
 
+    def measured_together(self, now: Evaluation, done: Tensor, tol: float) -> None:
+        r"""Take in the last evaluation. A sample that was done before others, and is not so now, is coupled with them."""
+        self.coupled = self.converged & ~done & ~(now.relative <= (ROUNDING * now.rounding).clamp_min(2 * tol))
+        self.converged = self.converged & ~self.coupled
+        for name in ("absolute", "relative", "plain"):
+            setattr(self, name, torch.where(self.coupled, getattr(now, name), getattr(self, name)))
+
     def keep(self, rows: Tensor) -> None:
         r"""Work on these samples only."""
         self._all = self._merged()
@@ -193,7 +203,7 @@ class Best:
             setattr(self, name, getattr(self, name)[rows])
 
     def _merged(self) -> dict[str, Tensor]:
-        names = "x", "absolute", "relative", "plain", "nstep", "converged", "at_floor"
+        names = "x", "absolute", "relative", "plain", "nstep", "converged", "at_floor", "coupled"
         mine = {name: getattr(self, name) for name in names}
         if self._rows is None:
             return mine
@@ -216,4 +226,4 @@ def information(found: dict[str, Tensor], traces: tuple[list[Tensor], list[Tenso
         "rel_trace": torch.stack(traces[1], dim=1).to(dtype),
         "nstep": found["nstep"].to(dtype),
     }
-    return info | {key: found[key] for key in ("converged", "at_floor", "singular") if key in found}
+    return info | {key: found[key] for key in ("converged", "at_floor", "singular", "coupled") if key in found}

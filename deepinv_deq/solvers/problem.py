@@ -119,7 +119,7 @@ class Problem:
 
     def leave(self, x: Tensor, info: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         r"""The solution and its statistics, in the units of the map. NaN for samples whose constant is not finite."""
-        info.setdefault("singular", torch.zeros_like(info["converged"]))
+        info = dict.fromkeys(("singular", "coupled"), torch.zeros_like(info["converged"])) | info
         if self.affine:
             x = (x * self.unit).masked_fill(self.lost[:, None], torch.nan)
             info["abs_lowest"], info["abs_trace"] = info["abs_lowest"] * self.unit[:, 0], info["abs_trace"] * self.unit

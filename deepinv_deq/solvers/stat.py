@@ -15,12 +15,16 @@ from deepinv_deq.states import Layout, State, norms
 
 _DRIFT = 100.0  # roundings by which the recurrence of a Krylov method may differ from the measured residual
 _WORSE = 10.0  # a missed tolerance is warned of again if the residual is this many times as large as before
-_PER_SAMPLE = ("abs_lowest", "rel_lowest", "plain_residual", "nstep", "converged", "at_floor", "singular")
+_PER_SAMPLE = ("abs_lowest", "rel_lowest", "plain_residual", "nstep", "converged", "at_floor", "singular", "coupled")
 _SINGULAR = (
     "The linear equation is singular or nearly so in {n} of {of} samples: F does not contract along some direction (1 is an "
     "eigenvalue of its Jacobian, or nearly so). Its fixed point is not unique or hardly determined, and the gradient must not be "
     "trusted. Train with ContractionLoss, use a contracting network (EquilibriumUNet with contraction below 1) or a larger data "
     "weight, or check that F depends on all of its state."
+)
+_COUPLED = (
+    "{n} of {of} samples reached it before others did, and have not now: the map couples the samples of the batch, or is not "
+    "deterministic. For a map that couples them, use Solver(..., batched=False)."
 )
 _TF32 = (
     "On this GPU, PyTorch may compute convolutions in TF32, whose rounding limits the residual: set "
@@ -31,6 +35,7 @@ _REMEDY = {
     "non-finite": "The map or its constant (for a gradient: the cotangent) is NaN or Inf: check weights, input and loss.",
     "floor": "",
     "singular": "",
+    "coupled": "",
 }
 
 
@@ -64,6 +69,7 @@ class SolverStat(_TorchDEQStat):
     - ``plain_residual`` (tensor of shape ``(B,)``): :math:`\|F(x) - x\| / \|F(x)\|` of the point that was returned.
     - ``at_floor`` and ``singular`` (``bool`` tensors of shape ``(B,)``): why a sample stopped early: rounding allows no smaller
       residual, or the linear equation is singular or nearly so.
+    - ``coupled`` (``bool`` tensor of shape ``(B,)``): whether a sample had met its tolerance, and no longer did when the others had changed.
     - ``outcome`` (``str``): one sentence for humans.
 
     ``nstep`` is the number of evaluations after which each sample was done. Traces have shape ``(B, n)``: column
@@ -138,8 +144,8 @@ class SolverStat(_TorchDEQStat):
         residual, at_floor = self.residual.double(), self["at_floor"]
         zero = residual.new_zeros(1)  # for an empty batch
         largest = [torch.cat([r, zero]).max() for r in (residual, torch.where(at_floor, residual, 0.0))]
-        numbers = [t.sum().double() for t in (self.converged, at_floor, self["singular"])]
-        worst, floor, good, at_floor, singular = compat.numbers(torch.stack([*largest, *numbers]))
+        numbers = [t.sum().double() for t in (self.converged, at_floor, self["singular"], self["coupled"])]
+        worst, floor, good, at_floor, singular, coupled = compat.numbers(torch.stack([*largest, *numbers]))
         said = [
             f"{method}: {good:.0f} of {len(residual)} samples reached the relative residual {tol:.1e} in "
             f"{self.evaluations} evaluations (largest residual {worst:.1e})."
@@ -152,6 +158,8 @@ class SolverStat(_TorchDEQStat):
             said.append(f"{precision} cannot reach {tol:.1e} (floor about {floor:.1e}): {finer}.")
         if singular:
             said.append(_SINGULAR.format(n=int(singular), of=len(residual)))
+        if coupled:
+            said.append(_COUPLED.format(n=int(coupled), of=len(residual)))
         self["outcome"] = " ".join(said)
 
     def verify(self, layout: Layout, x: State, fx: State, offset: State, method: str, tol: float) -> float | None:
@@ -187,6 +195,8 @@ class SolverStat(_TorchDEQStat):
             return "non-finite"
         if bool(self["singular"].any()):
             return "singular"
+        if bool(self["coupled"].any()):
+            return "coupled"
         return "floor" if bool((self["at_floor"] | ~missed).all()) else "tolerance"
 
 

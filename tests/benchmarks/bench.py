@@ -17,6 +17,7 @@ from tests.benchmarks import tasks
 from tests.benchmarks.names import BATCH, OURS
 from tests.benchmarks.peers import Settings, ours
 from tests.benchmarks.tasks import CACHE, Task
+from tests.observe import observing
 
 IMAGES = {"ct": 1, "mri": 1}  # of the parts with contracting models
 ROUNDS = 5
@@ -140,16 +141,13 @@ def counting(task: Task) -> Iterator[dict[str, float]]:
             count["vjps"] += len(g) / len(task.x)
             return g
 
-    def watch(module, args, out: Tensor) -> Tensor:
+    def watch(out: Tensor) -> Tensor:
         count["evaluations"] += len(out) / len(task.x)
         count["taped"] += len(out) / len(task.x) * out.requires_grad
         return Probe.apply(out) if out.requires_grad else out
 
-    handle = task.iteration.denoiser.register_forward_hook(watch)
-    try:
+    with observing(task.iteration.denoiser, watch):
         yield count
-    finally:
-        handle.remove()
 
 
 def say(text: str) -> None:

@@ -23,6 +23,7 @@ from deepinv_deq import (
     Solver,
 )
 from tests.implicit.common import ei_loss, gradients
+from tests.observe import observe
 from tests.problems import (
     F64,
     TEMPLATES,
@@ -44,10 +45,10 @@ def test_chunks_do_not_change_the_gradient_and_evaluate_every_sample_once(templa
         model.hook.solver = Solver("gmres", max_iter=200, tol=1e-13, chunk_size=size)
         taped[size] = []
 
-        def count(module, args, out, sizes=taped[size]):
+        def count(out, sizes=taped[size]):
             sizes += [len(out)] if out.requires_grad else []
 
-        model.iteration.denoiser.register_forward_hook(count)
+        observe(model.iteration.denoiser, count)
         results[size] = gradients(ei_loss(model, y.requires_grad_(), physics), model, [y])
         assert mode == "jfb" or len(model.hook.stat["nstep"]) == 5
     for size in (1, 2):
@@ -74,7 +75,7 @@ def test_chunks_build_one_graph_at_a_time():
         def backward(ctx, g):
             return g
 
-    model.iteration.denoiser.register_forward_hook(lambda m, i, out: Probe.apply(out))
+    observe(model.iteration.denoiser, Probe.apply)
     gc.disable()
     try:
         ei_loss(model, y, physics).backward()

@@ -98,3 +98,15 @@ def test_own_input_tells_from_one_evaluation_whether_copies_are_necessary(inplac
     for _ in range(3):
         assert torch.equal(network(x), kept.relu()) and torch.equal(x, kept)
     assert guard.writes is inplace
+
+
+def test_the_memory_of_a_subclass_of_tensors_is_watched():
+    class Own(torch.Tensor):
+        pass
+
+    t = torch.ones(3).as_subclass(Own)
+    watch = Watch([], (t,))
+    watch.check()
+    t.data = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        watch.check()

@@ -10,7 +10,7 @@ import torch
 from deepinv.physics import Inpainting, LinearPhysics
 from torch import nn
 
-from deepinv_deq import DEProx
+from deepinv_deq import DEGrad, DEProx, DEQReconstructor
 from deepinv_deq.iterations.replica import Replica
 from tests.iterations.contents import GAIN, Plain, gradients
 from tests.problems import F64, SmallDenoiser, assert_unrolled_gives_the_same, deq, relative_error, rng
@@ -153,3 +153,30 @@ def test_a_method_takes_the_place_of_data_of_a_base_class():
         assert torch.equal(Replica([where]).roots[0].adjoint(x), 1.5 * x)
     iteration = DEProx(Network(), stepsize=0.5).double()
     torch.testing.assert_close(iteration.bind(x, Operator())(x), 1.5 * (x - 0.5 * (1.5**2 * x - 1.5 * x)))
+
+
+@pytest.mark.parametrize("maxsize", [None, 4])
+def test_a_cached_method_of_a_class_keeps_no_replica_alive(maxsize):
+    class Dense(LinearPhysics):
+        @functools.lru_cache(maxsize=maxsize)  # noqa: B019
+        def matrix(self, n):
+            return self.factor * torch.eye(n, dtype=F64)[: n // 2]
+
+        def A(self, x, **_):
+            return x.flatten(1) @ self.matrix(x[0].numel()).T
+
+        def A_adjoint(self, y, **_):
+            return (y @ self.matrix(2 * y.shape[1])).reshape(len(y), 1, 4, 4)
+
+    physics = Dense()
+    physics.factor = 1.0
+    model = DEQReconstructor(DEGrad(SmallDenoiser(), stepsize=0.3)).to(F64)
+    y = torch.rand(2, 8, dtype=F64, generator=rng())
+    for factor in (1.0, 0.5):
+        physics.factor = factor
+        x_hat = model(y, physics)
+        physics.matrix.cache_clear()
+        torch.testing.assert_close(model(y, physics), x_hat)
+    assert Dense.matrix.cache_info().currsize == 0
+    physics.A_adjoint(y)
+    assert Dense.matrix.cache_info().currsize == 1

@@ -12,6 +12,7 @@ from torch import nn
 
 from deepinv_deq import DEADMM, DEHQS, DEGrad, DEProx, DEQReconstructor, FromOptim, Solver
 from deepinv_deq.physics import SparseLinearPhysics
+from tests.observe import observe
 from tests.problems import F64, MatrixPhysics, SmallDenoiser, imaging, random_mask, relative_error, rng
 
 
@@ -137,7 +138,7 @@ def test_physics_of_deepinv_are_restricted_exactly(name, rows):
 def test_whether_a_map_can_be_restricted_is_measured_once():
     model, physics, x, _ = imaging(batch=4)
     calls = []
-    model.iteration.denoiser.register_forward_hook(lambda m, i, out: calls.append(len(out)))
+    observe(model.iteration.denoiser, lambda out: calls.append(len(out)))
     for _ in range(3):  # other measurements of the same make
         x = x.flip(0)
         assert restricts(model.iteration.bind(physics.A(x), physics), x)

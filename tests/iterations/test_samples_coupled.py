@@ -2,6 +2,7 @@ r"""Maps that couple their samples are not restricted to some of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import deepinv as dinv
@@ -10,6 +11,7 @@ import torch
 from deepinv.physics import Inpainting
 from torch import nn
 
+from deepinv_deq import Solver
 from tests.iterations.common import solve
 from tests.problems import F64, SmallDenoiser, random_mask, rng
 
@@ -121,8 +123,14 @@ def couple(x, on=True):
     return x - 0.3 * x.mean(0, keepdim=True) if on else x
 
 
-@pytest.mark.parametrize("what", ["number", "function", "partial", "hook", "method of the class", "index", "buffer"])
-def test_a_verdict_does_not_outlive_what_it_was_made_of(what):
+ON = False
+
+
+KINDS = "number function partial hook static global gate index buffer".split() + ["method of the class"]
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_a_verdict_does_not_outlive_what_it_was_made_of(what, monkeypatch):
     kind = type("Own", (Function,), {})
     denoiser = kind(lambda x, on: couple(x, on), on=False)
     if what == "partial":
@@ -132,9 +140,18 @@ def test_a_verdict_does_not_outlive_what_it_was_made_of(what):
         denoiser.inside = {"table": torch.ones(5, dtype=F64), "i": torch.zeros(5, dtype=torch.long)}
         if what == "buffer":
             denoiser.inside["i"] = torch.arange(5)
+    if what == "static":
+        kind.of = staticmethod(lambda x: x)
+        kind.forward = lambda self, x: self.of(self.net(x))
+    if what == "global":
+        kind.forward = lambda self, x: couple(self.net(x), ON)
+    if what == "gate":
+        denoiser = kind(lambda x, gate: torch.where(gate > 0, couple(x), x))
+        denoiser.register_buffer("gate", torch.tensor(-1.0, dtype=F64))
+        denoiser.forward = lambda x: denoiser.function(denoiser.net(x), denoiser.gate)
     model = solve(1, denoiser=denoiser)  # which keeps the verdicts
     restricted = bound(denoiser, model).select(slice(0, 1)) is not None
-    assert restricted is (what != "buffer")
+    assert restricted is (what not in ("buffer", "gate"))  # a gate may open later
     if what == "number":
         denoiser.inside["on"] = True
     elif what == "function":
@@ -145,6 +162,47 @@ def test_a_verdict_does_not_outlive_what_it_was_made_of(what):
         denoiser.register_forward_hook(lambda m, i, out: couple(out))
     elif what == "method of the class":
         kind.forward = lambda self, x: couple(x)
+    elif what == "static":
+        kind.of = staticmethod(couple)
+    elif what == "global":
+        monkeypatch.setitem(globals(), "ON", True)
     elif what == "index":
         denoiser.inside["i"] = torch.arange(5)
     assert bound(denoiser, model).select(slice(0, 1)) is None
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_see_the_images_of_the_solve_only(everywhere):
+    model, seen = solve(1, denoiser=SmallDenoiser(channels=3)), []
+
+    def record(module, args, out):
+        seen.append((len(out), bool(torch.isfinite(out).all())))
+
+    register = nn.modules.module.register_module_forward_hook if everywhere else None
+    handle = (register or model.iteration.denoiser.register_forward_hook)(record)
+    try:
+        assert bound(model.iteration.denoiser, model).select(slice(0, 1)) is None
+    finally:
+        handle.remove()
+    assert set(seen) == {(3, True)}
+    assert bound(model.iteration.denoiser, model).select(slice(0, 1)) is not None
+
+
+@pytest.mark.parametrize("method", ["anderson", "broyden", "fixed_point_iter"])
+def test_samples_that_are_coupled_have_not_converged_before_the_others(method):
+    images = torch.rand(3, 4, dtype=F64, generator=rng()) * torch.tensor([[1.0], [10.0], [100.0]], dtype=F64)
+
+    def f(x, weight):
+        return 0.5 * torch.tanh(x) + weight * x.mean(0, keepdim=True) + images
+
+    solver = Solver(method, tol=1e-3, max_iter=500, on_failure="ignore")
+    x, stat = solver(lambda x: f(x, 0.45), images)
+    residual = (f(x, 0.45) - x).norm(dim=1) / x.norm(dim=1)
+    torch.testing.assert_close(stat.residual[stat["coupled"]], residual[stat["coupled"]])
+    assert bool((residual[stat.converged] <= 2e-3).all())
+    if bool(stat["coupled"].any()):
+        assert "couples the samples of the batch" in stat.outcome and "batched=False" in stat.outcome
+    alone, stat = solver(lambda x: f(x, 0.0), images)
+    assert bool(stat.converged.all()) and not bool(stat["coupled"].any())
+    joint, stat = dataclasses.replace(solver, batched=False)(lambda x: f(x, 0.45), images)
+    assert bool(stat.converged.all()) and bool(((f(joint, 0.45) - joint).norm() <= 1e-3 * joint.norm()))
