@@ -15,5 +15,5 @@ class Picard(Method):
     preconditioned = False  # a preconditioned step would be another iteration than the one that was asked for
 
     def update(self, x: Tensor, fx: Tensor, restart: Tensor) -> Tensor:
-        r"""A step along the residual."""
-        return fx if self.damping == 1.0 else x + self.damping * self.residual
+        r"""A step along the residual. A copy: a function may return the same tensor in every call."""
+        return fx.clone() if self.damping == 1.0 else x + self.damping * self.residual

@@ -160,7 +160,7 @@ class Solver:
                 f"The PSNR of the iterates cannot be recorded with {self.method!r}, which evaluates the map at directions: use "
                 "another method, or compute_metrics=True without x_gt."
             )
-        start = layout.pack(x0)
+        start = layout.pack(x0).clone()  # which may be the answer
         precondition = self.precondition and self.batched and method is not None and method.preconditioned
         autocast = Autocast(start.device.type)
         with autocast.off():  # the problem evaluates the map in the caller's setting

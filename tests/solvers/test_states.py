@@ -2,6 +2,7 @@ r"""States of any shape, type and scale."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepinv_deq import ModularIDHook, Solver
+from deepinv_deq import ModularIDHook, Solver, states
 from deepinv_deq.maps import AffineMap
-from deepinv_deq.states import norms, unit_size
+from deepinv_deq.states import finite_rows, norms, unit_size, where_rows
 from tests.problems import F64, affine, relative_error
 from tests.solvers import NONLINEAR, OURS, norm
 
@@ -165,3 +166,30 @@ def test_the_unit_of_a_row_is_a_power_of_two_at_any_scale(size):
     x = torch.tensor([[0.5 * size, -size], [0.0, 0.0]], dtype=F64)
     assert unit_size(x)[:, 0].tolist() == [2.0 ** (math.frexp(size)[1] - 1), 1.0]
     assert norms(x)[0] == pytest.approx(math.sqrt(1.25) * size, rel=1e-14)
+
+
+def test_rows_are_selected_without_a_copy_where_the_host_knows_the_answer(monkeypatch):
+    a, b = torch.ones(2, 3), torch.zeros(2, 3)
+    for mask in itertools.product([False, True], repeat=2):
+        expected = torch.stack([a[0] if chosen else b[0] for chosen in mask])
+        assert torch.equal(where_rows(torch.tensor(mask), a, b), expected)
+    assert where_rows(torch.tensor([True, True]), a, b) is a and where_rows(torch.tensor([False, False]), a, b) is b
+    bad = torch.tensor([[1.0, torch.nan], [torch.inf, 0.0], [1e38, -1e38], [0.0, 0.0]])
+    for known in (True, False):
+        monkeypatch.setattr(states, "on_host", lambda t, known=known: known)
+        assert finite_rows(bad).tolist() == [False, False, True, True]
+        assert finite_rows(torch.zeros(2, 0)).tolist() == [True, True]
+
+
+@pytest.mark.parametrize("method", ["anderson", "broyden", "fixed_point_iter", "gmres"])
+def test_the_answer_is_no_view_of_the_start(method):
+    start = torch.zeros(2, 3, dtype=F64)
+    x, stat = Solver(method)(lambda x: x / 2, start)
+    assert bool(stat.converged.all()) and x.data_ptr() != start.data_ptr()
+
+
+def test_a_function_may_return_the_same_tensor_in_every_call():
+    image, start = torch.empty(1, 3, dtype=F64), torch.ones(1, 3, dtype=F64)
+    for method in ("anderson", "broyden", "fixed_point_iter"):
+        x, stat = Solver(method, tol=1e-10, max_iter=100)(lambda x: image.copy_(0.5 * x + 1), start)
+        torch.testing.assert_close(x, torch.full_like(x, 2.0))
