@@ -16,9 +16,10 @@ from deepinv_deq.checks import check_finite, check_ground_truth, own_start
 from deepinv_deq.implicit.context import as_in_forward
 from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.iterations.checks import unsuitable_layer
+from deepinv_deq.iterations.starts import noise_like, state_of
 from deepinv_deq.solvers import Solver
 from deepinv_deq.spectra import spectrum_of_part
-from deepinv_deq.states import State, norms, times
+from deepinv_deq.states import norms
 
 _LONGER = 3  # times max_iter, for solves from other starts and to smaller tolerances
 _SPREAD = 3.0  # two solves may differ by the sum of their errors, and the estimate is good to a small factor
@@ -32,6 +33,8 @@ class Certificate:
     :param torch.Tensor x: the reconstruction, of shape ``(B, C, H, W)``.
     :param torch.Tensor spectral_radius: largest modulus of an eigenvalue of the Jacobian that has to contract, at ``x``. Below 1 the
         fixed point is locally unique and the adjoint equation well-posed.
+    :param torch.Tensor rightmost: largest real part of an eigenvalue of this Jacobian. Below 1 the adjoint equation is well-posed and damped
+        iterations converge near ``x``, even if the radius is 1 or more.
     :param torch.Tensor norm: norm of the same Jacobian from below, in the norm of the preconditioner.
     :param torch.Tensor residual: the solver's criterion at ``x``.
     :param torch.Tensor converged: whether ``residual`` met the tolerance.
@@ -63,6 +66,7 @@ class Certificate:
 
     x: Tensor
     spectral_radius: Tensor
+    rightmost: Tensor
     norm: Tensor
     residual: Tensor
     converged: Tensor
@@ -170,7 +174,8 @@ def certify(
         reached["tenth"] = iteration.output(tenth)
         others = {name: longer(f, state_of(image, x0)) for name, image in _images(x, x_gt).items()}
         reached |= {name: iteration.output(other) for name, (other, _) in others.items()}
-        radius, norm = (t.expand(len(x)) for t in spectrum_of_part(f, state, products, batched=solver.batched))
+        found = spectrum_of_part(f, state, products, batched=solver.batched)
+        radius, norm, rightmost = (t.expand(len(x)) for t in found)
 
     def error(residual: Tensor) -> Tensor:
         return (residual / (1 - radius).clamp_min(1e-12)).to(x.real.dtype)
@@ -179,6 +184,7 @@ def certify(
     return Certificate(
         x=x,
         spectral_radius=radius,
+        rightmost=rightmost,
         norm=norm,
         residual=stat.residual.expand(len(x)),
         converged=stat.converged.expand(len(x)),
@@ -191,33 +197,6 @@ def certify(
         errors={name: torch.where(contracts, error(s.residual), torch.inf) for name, (_, s) in others.items()},
         solved={name: s.converged.expand(len(x)) for name, (_, s) in others.items()},
     )
-
-
-def noise_like(x: Tensor, rng: torch.Generator) -> Tensor:
-    r"""Uniform noise between zero and the largest modulus of each sample.
-
-    :param torch.Tensor x: images of shape ``(B, C, H, W)``, real or complex.
-    :param torch.Generator rng: random numbers, on the CPU.
-    :return: images of the same shape.
-    """
-    drawn = torch.rand((*x.shape, 2) if x.is_complex() else x.shape, generator=rng)
-    drawn = torch.view_as_complex(drawn) if x.is_complex() else drawn
-    return times(x.abs().flatten(1).amax(dim=1), drawn.to(x))
-
-
-def state_of(image: Tensor, start: State) -> State:
-    r"""A state to start from an image.
-
-    Further variables get the image, too: some iterations ignore the first. Those of another shape, or zero at the start, stay.
-
-    :param torch.Tensor image: image of shape ``(B, C, H, W)``.
-    :param torch.Tensor, tuple[torch.Tensor, ...] start: where the iteration starts by itself.
-    :return: a state of the shapes of ``start``.
-    """
-    if isinstance(start, Tensor):
-        return image
-    own = [(t != 0).flatten(1).any(dim=1) for t in start[1:]]  # of each sample, whether it starts at something
-    return image, *(times(some, image) if t.shape == image.shape else t for some, t in zip(own, start[1:], strict=True))
 
 
 def _images(x: Tensor, x_gt: Tensor | None) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from deepinv.loss import Loss
 from deepinv.physics import Physics
 from torch import Tensor, nn
 
-from deepinv_deq.certificate import noise_like, state_of
 from deepinv_deq.implicit.context import as_in_forward, usable
+from deepinv_deq.iterations.starts import noise_like, state_of
 from deepinv_deq.metrics import solving_model
 from deepinv_deq.spectra import jacobian_norm
 from deepinv_deq.states import State, as_tuple, minus, plus, times

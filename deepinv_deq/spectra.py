@@ -52,8 +52,8 @@ def jacobian_norm(
         return _dot(b, pb).to(b.dtype) / _length(b.detach(), pb) / norm
 
 
-def spectrum_of_part(f: Any, state: State, products: int, *, batched: bool = True) -> tuple[Tensor, Tensor]:
-    r"""Spectral radius and norm of the contractive part of a bound iteration, by Arnoldi's method for every sample.
+def spectrum_of_part(f: Any, state: State, products: int, *, batched: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Spectral radius, norm and largest real part of an eigenvalue of the contractive part of a bound iteration, by Arnoldi's method.
 
     The norm is an estimate from below. The radius of a non-normal Jacobian can err either way.
 
@@ -61,15 +61,16 @@ def spectrum_of_part(f: Any, state: State, products: int, *, batched: bool = Tru
     :param torch.Tensor, tuple[torch.Tensor, ...] state: point.
     :param int products: number of vector-Jacobian products.
     :param bool batched: whether the samples are independent, or the batch is one joint sample.
-    :return: spectral radius and norm, of shape ``(B,)``; of shape ``(1,)`` for a joint sample.
+    :return: radius, norm and largest real part for every sample, of shape ``(B,)``; of shape ``(1,)`` for a joint sample.
     """
     part = _Part(f, state, exact=True, batched=batched)
     start = part.random(torch.Generator().manual_seed(0))
     h = _arnoldi(part, start, products)[1]
     square = torch.nan_to_num(h[:, :products], nan=torch.inf, posinf=torch.finfo(h.dtype).max)
-    radius = torch.linalg.eigvals(square).abs().amax(dim=1)
-    dtype = start.dtype
-    return radius.to(dtype), torch.linalg.matrix_norm(square, 2).to(dtype)
+    eigenvalues = torch.linalg.eigvals(square)
+    norm = torch.linalg.matrix_norm(square, 2)
+    rightmost = torch.nan_to_num(eigenvalues.real.amax(dim=1), nan=torch.inf)
+    return eigenvalues.abs().amax(dim=1).to(start.dtype), norm.to(start.dtype), rightmost.to(start.dtype)
 
 
 def _arnoldi(part: _Part, w: Tensor, products: int) -> tuple[Tensor, Tensor]:

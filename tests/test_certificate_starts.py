@@ -12,7 +12,7 @@ from deepinv.physics import Denoising
 from torch import nn
 
 from deepinv_deq import ContractionFactor, DEGrad, DEProx, DEQReconstructor, EquilibriumUNet, FromOptim, Solver
-from deepinv_deq.certificate import state_of
+from deepinv_deq.iterations.starts import state_of
 from deepinv_deq.losses import ContractionLoss
 from tests.problems import F64, SmallDenoiser, imaging, relative_error, rng
 from tests.test_spectra import Scaled, columns

@@ -70,10 +70,21 @@ def test_an_exhausted_krylov_space_gives_the_radius(kind, accuracy, side, rank, 
     physics = MatrixPhysics(matrix / torch.linalg.matrix_norm(matrix, 2), side)  # P by conjugate gradients to 1e-4
     denoiser, x = kind(eigenvalues, side), torch.rand(1, 1, side, side, dtype=F64, generator=rng(seed))
     f = DEGrad(denoiser, stepsize=0.2, data_weight=20.0).to(F64).bind(physics.A(x), physics)
-    radius, norm = spectrum_of_part(f, x, 30)
+    radius, norm, _ = spectrum_of_part(f, x, 30)
     exact = torch.linalg.eigvals(part(DEGrad, denoiser, physics, 0.2, 20.0)).abs().max().expand(1)
     torch.testing.assert_close(radius, exact, rtol=accuracy, atol=0)
     torch.testing.assert_close(norm, exact, rtol=accuracy, atol=0)
+
+
+@pytest.mark.parametrize("products", [16, 30])
+def test_the_largest_real_part_is_no_modulus(products):
+    eigenvalues = torch.linspace(-1.3, 0.8, 16, dtype=F64)
+    physics = MatrixPhysics(torch.zeros(8, 16, dtype=F64), 4)
+    denoiser, x = Linear(eigenvalues, 4), torch.rand(1, 1, 4, 4, dtype=F64, generator=rng())
+    f = DEGrad(denoiser, stepsize=0.5).to(F64).bind(physics.A(x), physics)
+    radius, norm, rightmost = spectrum_of_part(f, x, products)
+    found = torch.cat([radius, norm, rightmost])
+    torch.testing.assert_close(found, torch.tensor([1.3, 1.3, 0.8], dtype=F64), rtol=1e-6, atol=0)
 
 
 class Apart(nn.Module):
@@ -112,7 +123,7 @@ def test_only_the_map_is_cast_by_autocast(template):
     x = torch.rand(2, 1, 8, 8)
     f = template(EquilibriumUNet(channels=(4, 8)), stepsize=0.5).eval().bind(physics.A(x), physics)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        radius, norm = spectrum_of_part(f, x, 30)
+        radius, norm, _ = spectrum_of_part(f, x, 30)
         loss_norm = jacobian_norm(f, x, iterations=6, rng=rng())
     for value in (radius, norm, loss_norm):
         torch.testing.assert_close(value, torch.full((2,), 0.9), rtol=2e-2, atol=0)

@@ -9,7 +9,7 @@ import torch
 from deepinv.physics import PhaseRetrieval, Physics
 from torch import Tensor
 
-from deepinv_deq.states import State, as_tuple
+from deepinv_deq.states import State, as_tuple, times
 
 _SEEDED = threading.RLock()  # held while the global generators are seeded
 
@@ -61,3 +61,30 @@ def _own_inverse(y: Any, physics: Physics) -> Any:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(0)
         return physics.A_dagger(y)
+
+
+def noise_like(x: Tensor, rng: torch.Generator) -> Tensor:
+    r"""Uniform noise between zero and the largest modulus of each sample.
+
+    :param torch.Tensor x: images of shape ``(B, C, H, W)``, real or complex.
+    :param torch.Generator rng: random numbers, on the CPU.
+    :return: images of the same shape.
+    """
+    drawn = torch.rand((*x.shape, 2) if x.is_complex() else x.shape, generator=rng)
+    drawn = torch.view_as_complex(drawn) if x.is_complex() else drawn
+    return times(x.abs().flatten(1).amax(dim=1), drawn.to(x))
+
+
+def state_of(image: Tensor, start: State) -> State:
+    r"""A state to start from an image.
+
+    Further variables get the image, too: some iterations ignore the first. Those of another shape, or zero at the start, stay.
+
+    :param torch.Tensor image: image of shape ``(B, C, H, W)``.
+    :param torch.Tensor, tuple[torch.Tensor, ...] start: where the iteration starts by itself.
+    :return: a state of the shapes of ``start``.
+    """
+    if isinstance(start, Tensor):
+        return image
+    own = [(t != 0).flatten(1).any(dim=1) for t in start[1:]]  # of each sample, whether it starts at something
+    return image, *(times(some, image) if t.shape == image.shape else t for some, t in zip(own, start[1:], strict=True))

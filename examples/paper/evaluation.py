@@ -85,6 +85,7 @@ def plain_certificate(certificate: Certificate) -> dict[str, Any]:
         "psnr": {name: summary(values) for name, values in certificate.psnr.items()},
         "spread_db": summary(db.amax(dim=0) - db.amin(dim=0)),
         "spectral_radius": summary(certificate.spectral_radius),
+        "rightmost": summary(certificate.rightmost),
         "error": certificate.error.tolist(),
         "residual": certificate.residual.tolist(),
         "converged": int(certificate.converged.sum()),

@@ -143,7 +143,7 @@ def test_the_contractive_part_is_that_of_the_subclass(template):
     torch.manual_seed(0)
     physics, x = MatrixPhysics(torch.eye(36, dtype=F64)[:20] * 1.2, 6), torch.rand(1, 1, 6, 6, dtype=F64)
     f = template(SmallDenoiser().double(), stepsize=0.3).bind(physics.A(x), physics)
-    radius, _ = spectrum_of_part(f, x, products=40)
+    radius, *_ = spectrum_of_part(f, x, products=40)
     part = (lambda x: f._iteration.denoise(x)) if template in (Sharp, DEGrad) else f
     j = torch.autograd.functional.jacobian(part, x).reshape(36, 36)
     if template in (Sharp, DEGrad):
