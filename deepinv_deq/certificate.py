@@ -33,8 +33,8 @@ class Certificate:
     :param torch.Tensor x: the reconstruction, of shape ``(B, C, H, W)``.
     :param torch.Tensor spectral_radius: largest modulus of an eigenvalue of the Jacobian that has to contract, at ``x``. Below 1 the
         fixed point is locally unique and the adjoint equation well-posed.
-    :param torch.Tensor rightmost: largest real part of an eigenvalue of this Jacobian. Below 1 the adjoint equation is well-posed and damped
-        iterations converge near ``x``, even if the radius is 1 or more.
+    :param torch.Tensor rightmost: largest real part of an eigenvalue of this Jacobian. Below 1 the adjoint equation is well-posed, even
+        if the radius is 1 or more.
     :param torch.Tensor norm: norm of the same Jacobian from below, in the norm of the preconditioner.
     :param torch.Tensor residual: the solver's criterion at ``x``.
     :param torch.Tensor converged: whether ``residual`` met the tolerance.

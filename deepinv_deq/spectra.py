@@ -69,7 +69,10 @@ def spectrum_of_part(f: Any, state: State, products: int, *, batched: bool = Tru
     square = torch.nan_to_num(h[:, :products], nan=torch.inf, posinf=torch.finfo(h.dtype).max)
     eigenvalues = torch.linalg.eigvals(square)
     norm = torch.linalg.matrix_norm(square, 2)
-    rightmost = torch.nan_to_num(eigenvalues.real.amax(dim=1), nan=torch.inf)
+    # directions that an exhausted space lacks have no eigenvalue
+    idle = (square == 0).all(dim=1) & (square == 0).all(dim=2)
+    moved = square - torch.diag_embed(idle * torch.linalg.matrix_norm(square, torch.inf)[:, None])
+    rightmost = torch.nan_to_num(torch.linalg.eigvals(moved).real.amax(dim=1), nan=torch.inf)
     return eigenvalues.abs().amax(dim=1).to(start.dtype), norm.to(start.dtype), rightmost.to(start.dtype)
 
 

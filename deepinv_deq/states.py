@@ -2,7 +2,7 @@ r"""States of any shape as one real ``(B, N)`` matrix, and the algebra of rows t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -81,7 +81,7 @@ class Layout:
 
     def pack(self, state: State) -> Tensor:
         r"""The matrix of a state."""
-        tensors = as_tuple(state) if isinstance(state, (Tensor, tuple, list)) else ()
+        tensors = as_tuple(state) if isinstance(state, Iterable) else ()
         if not tensors or not all(isinstance(t, Tensor) for t in tensors):
             raise TypeError(f"The map must return a state, a tensor or a tuple of tensors, got {type(state).__name__}.")
         if [t.shape for t in tensors] != [t.shape for t in self.like]:

@@ -154,8 +154,8 @@ WRONG = {
     "nothing": (lambda y: {"constants": None}, "constants.*must return a tuple of tensors, got NoneType"),
     "no image": (lambda y: {"forward": None}, "must return a state, a tensor or a tuple of tensors, got NoneType"),
     "complex": (lambda y: {"forward": y + 0j}, "must return real numbers for real ones"),
-    "no start": (lambda y: {"init": None}, r"init.*with the batch \(2\) in dimension 0, got NoneType"),
-    "no batch": (lambda y: {"init": y[0]}, r"init.*with the batch \(2\) in dimension 0, got \[\(1, 4, 4\)\]"),
+    "no start": (lambda y: {"init": None}, "init.*must return a tensor or a tuple of tensors, got NoneType"),
+    "no tensors": (lambda y: {"init": (y, 1.0)}, "init.*must return a tensor or a tuple of tensors, got Tensor, float"),
 }
 
 

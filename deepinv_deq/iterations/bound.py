@@ -149,7 +149,7 @@ class BoundIteration(Map):
         :param torch.Tensor y: measurement.
         :return: a state, without gradient.
         """
-        return checked_start(self._iteration.init(y, self._physics), self._iteration, self._capture.batch)
+        return checked_start(self._iteration.init(y, self._physics), self._iteration)
 
     def preconditioner(self, x: State) -> Callable[[State], State] | None:
         r"""An approximate inverse of :math:`I - \partial F / \partial x`, see :meth:`FixedPointIteration.preconditioner`.

@@ -42,8 +42,9 @@ _PASS_ON = frozenset(
     reflection_pad3d replication_pad1d replication_pad2d replication_pad3d im2col col2im contiguous
     """.split()
 )
-# A condition or an index may be computed from a tensor that changes later: what is not selected now counts, too.
-_SELECT = frozenset("where masked_fill index index_select gather".split())
+# A condition or an index may be computed from a tensor that changes later. What a condition does not select now counts, too, and an
+# index proves nothing.
+_SELECT = frozenset(("where", "masked_fill"))
 _OWN_INPUTS = {"grid_sampler_2d": 1, "grid_sampler_3d": 1}  # number of leading arguments that may have NaN
 _ONLY_SHAPES = frozenset(
     "ones_like zeros_like empty_like full_like new_empty new_zeros new_ones new_full promote_types".split()
@@ -96,11 +97,8 @@ def _keeps_nan(name: str, x: Tensor, *args: Any) -> bool:
     if name == "where":  # x is the condition
         lost = ((x if i else ~x, t) for i, t in enumerate(args) if isinstance(t, Tensor))
         return not any(_has_nan(torch.where(where, t, torch.zeros(()).to(t))) for where, t in lost)
-    if name == "masked_fill":
-        return not _has_nan(torch.where(args[0], x, torch.zeros(()).to(x)))
-    count = torch.isnan(x).sum()
-    chosen = getattr(torch.ops.aten, name)(x, *args)
-    return chosen.shape == x.shape and bool(torch.isnan(chosen).sum() == count)
+    filled = any(_has_nan(t) for t in args[1:] if isinstance(t, Tensor))
+    return not filled and not _has_nan(torch.where(args[0], x, torch.zeros(()).to(x)))
 
 
 def _stays_floating(name: str, args: Any, kwargs: Any) -> bool:

@@ -93,13 +93,20 @@ def _code(kind: type) -> tuple[Any, ...]:
     return tuple((f.__code__, _globals(f)) for f in found if type(f) is types.FunctionType)
 
 
+_INSIDE = {
+    staticmethod: "__func__",
+    classmethod: "__func__",
+    property: "fget",
+    Cached: "__wrapped__",
+    functools.cached_property: "func",
+    functools.partialmethod: "func",
+}
+
+
 def _function(value: Any) -> Any:
     r"""The function of a method of any kind."""
-    while not isinstance(value, types.FunctionType):
-        inner = [getattr(value, name, None) for name in ("__wrapped__", "__func__", "fget", "func")]
-        value, outer = next((f for f in inner if f is not None), None), value
-        if value is None:
-            return outer
+    while type(value) in _INSIDE:
+        value = getattr(value, _INSIDE[type(value)])
     return value
 
 

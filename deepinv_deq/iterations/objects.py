@@ -8,7 +8,6 @@ import enum
 import functools
 import sys
 import types
-import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Container, Iterator
@@ -77,18 +76,9 @@ def of_class(twin: Any, replicate: Callable[[Any], Any]) -> None:
         names = dict(vars(base))
         for name, value in names.items() if library(base) not in LIBRARIES else ():
             data = isinstance(value, (Tensor, nn.Module)) or not (callable(value) or hasattr(value, "__get__"))
-            if type(value) is Cached and name not in derived:  # the cache of the class would keep every replica alive
-                twin.__dict__.setdefault(name, _cached_method(value, weakref.ref(twin)))
             if data and name not in derived and not name.startswith("__") and not hasattr(type(value), "__set__"):
                 twin.__dict__.setdefault(name, replicate(value))
         derived.update(names)
-
-
-def _cached_method(cached: Any, of: weakref.ref[Any]) -> Any:
-    def method(*args: Any, **kwargs: Any) -> Any:
-        return cached.__wrapped__(of(), *args, **kwargs)
-
-    return functools.lru_cache(**cached.cache_parameters())(method)
 
 
 def of_function(

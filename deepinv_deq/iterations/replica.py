@@ -13,6 +13,8 @@ What cannot be made private is listed here, and only here:
 - *Hooks* are the user's functions themselves, so that what they record reaches the user. Tensors and modules in their closures are
   watched, those deeper inside (in a list, in a module that holds the model itself) are not. A batch is solved whole where a module
   has forward hooks, since a hook may couple samples.
+- A *cache of a class*, as of a method with ``functools.lru_cache``, takes every replica for another object and keeps it alive. Give it a
+  ``maxsize``, or keep such a result as a buffer.
 - Objects of extension modules (random generators, C++ objects), weak dictionaries and resources (objects with ``__del__``) are
   shared.
 

@@ -3,6 +3,7 @@ r"""Starts: whether they are states, and those for physics that are not linear."
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,18 +15,17 @@ from deepinv_deq.states import State, as_tuple, times
 _SEEDED = threading.RLock()  # held while the global generators are seeded
 
 
-def checked_start(state: Any, iteration: Any, batch: int) -> State:
-    r"""What an iteration starts from, if it is a state of this batch.
+def checked_start(state: Any, iteration: Any) -> State:
+    r"""What an iteration starts from, if it is a state.
 
-    :raises ValueError: with what was found.
+    :raises TypeError: with what was found.
     """
-    tensors = as_tuple(state) if isinstance(state, (Tensor, tuple)) else ()
-    if all(isinstance(t, Tensor) for t in tensors) and any(t.shape[:1] == (batch,) for t in tensors):
+    tensors = (state,) if isinstance(state, Tensor) else tuple(state) if isinstance(state, Iterable) else ()
+    if tensors and all(isinstance(t, Tensor) for t in tensors):
         return state
-    found: Any = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in tensors]
-    raise ValueError(
-        f"{type(iteration).__name__}.init(y, physics) must return a tensor or a tuple of tensors with the batch ({batch}) in "
-        f"dimension 0, got {found or type(state).__name__}."
+    found = ", ".join(type(t).__name__ for t in tensors) or type(state).__name__
+    raise TypeError(
+        f"{type(iteration).__name__}.init(y, physics) must return a tensor or a tuple of tensors, got {found}."
     )
 
 

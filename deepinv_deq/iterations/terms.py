@@ -2,6 +2,7 @@ r"""The terms that iterations are made of: the denoiser, the data term, and what
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -218,8 +219,9 @@ def all_constants(iteration: Any, y: Any, physics: Any) -> tuple[Tensor, ...]:
     """
     context = (linear_reconstruction(y, physics),) if iteration.context else ()
     own = iteration.constants(y, physics)
-    if not isinstance(own, (tuple, list)) or not all(isinstance(c, Tensor) for c in own):
-        what = [type(c).__name__ for c in own] if isinstance(own, (tuple, list)) else type(own).__name__
+    own = tuple(own) if isinstance(own, Iterable) and not isinstance(own, Tensor) else own
+    if not isinstance(own, tuple) or not all(isinstance(c, Tensor) for c in own):
+        what = [type(c).__name__ for c in own] if isinstance(own, tuple) else type(own).__name__
         raise TypeError(f"{type(iteration).__name__}.constants(y, physics) must return a tuple of tensors, got {what}.")
     return (*own, *context)
 

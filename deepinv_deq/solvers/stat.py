@@ -59,7 +59,7 @@ class SolverStat(_TorchDEQStat):
     r"""Statistic of a solve, per sample: evaluations, residuals, convergence. Its keys are TorchDEQ's.
 
     A dictionary with the keys of :class:`torchdeq.solver.stat.SolverStat` (``abs_lowest``, ``rel_lowest``, ``abs_trace``,
-    ``rel_trace``, ``nstep``), all in the unit of the solver's criterion (see :class:`Solver`), and these, which are also attributes:
+    ``rel_trace``, ``nstep``), all in the unit of the solver's criterion (see :class:`Solver`), and these, most of which are also attributes:
 
     - ``evaluations`` (``int``): how often the map was evaluated; for a batch that was solved in chunks, for the chunk that
       took most.
