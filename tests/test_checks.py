@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deepinv.physics import Denoising
+from deepinv.physics import Denoising, LinearPhysics
 from torch import nn
 
 from deepinv_deq import DEADMM, DEProx, DEQReconstructor, ModularIDHook
@@ -177,3 +177,19 @@ def test_ground_truths_solvers_and_measurements_that_cannot_be_right():
         ModularIDHook("gmres")
     with pytest.raises(ValueError, match="need a batch dimension"):
         model(y.sum(), physics)
+
+
+def test_a_state_may_have_another_batch_than_the_measurements():
+    class Twice(LinearPhysics):
+        def A(self, x, **_):
+            return torch.cat([0.5 * x, 0.4 * x])
+
+        def A_adjoint(self, y, **_):
+            first, second = y.chunk(2)
+            return 0.5 * first + 0.4 * second
+
+    x = torch.rand(2, 1, 4, 4, dtype=F64)
+    model = deq(DEProx(nn.Identity(), stepsize=0.5)).to(F64)
+    model.iteration.denoiser = nn.Hardtanh(-0.1, 0.1)
+    x_hat = model(Twice().A(x), Twice())
+    assert x_hat.shape == x.shape and bool(model.forward_stat.converged.all())

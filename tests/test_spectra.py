@@ -87,6 +87,14 @@ def test_the_largest_real_part_is_no_modulus(products):
     torch.testing.assert_close(found, torch.tensor([1.3, 1.3, 0.8], dtype=F64), rtol=1e-6, atol=0)
 
 
+def test_the_largest_real_part_may_be_negative_in_an_exhausted_space():
+    denoiser, x = Linear(torch.full((16,), -0.5, dtype=F64), 4), torch.rand(1, 1, 4, 4, dtype=F64, generator=rng())
+    physics = MatrixPhysics(torch.eye(16, dtype=F64), 4)
+    f = DEGrad(denoiser, stepsize=0.5).to(F64).bind(physics.A(x), physics)
+    radius, _, rightmost = spectrum_of_part(f, x, 30)
+    torch.testing.assert_close(rightmost, -radius, rtol=1e-6, atol=0)
+
+
 class Apart(nn.Module):
     r"""Keeps real and imaginary parts apart."""
 

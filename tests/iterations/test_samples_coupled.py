@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import unittest.mock
 
 import deepinv as dinv
 import pytest
@@ -126,7 +127,7 @@ def couple(x, on=True):
 ON = False
 
 
-KINDS = "number function partial hook static global gate index buffer".split() + ["method of the class"]
+KINDS = "number function partial hook static global gate filled index buffer".split() + ["method of the class"]
 
 
 @pytest.mark.parametrize("what", KINDS)
@@ -145,13 +146,16 @@ def test_a_verdict_does_not_outlive_what_it_was_made_of(what, monkeypatch):
         kind.forward = lambda self, x: self.of(self.net(x))
     if what == "global":
         kind.forward = lambda self, x: couple(self.net(x), ON)
+    if what == "filled":
+        denoiser = kind(lambda x, gate: x.masked_fill((gate > 0).expand(x.shape), x.mean()))
     if what == "gate":
         denoiser = kind(lambda x, gate: torch.where(gate > 0, couple(x), x))
+    if what in ("gate", "filled"):
         denoiser.register_buffer("gate", torch.tensor(-1.0, dtype=F64))
         denoiser.forward = lambda x: denoiser.function(denoiser.net(x), denoiser.gate)
     model = solve(1, denoiser=denoiser)  # which keeps the verdicts
     restricted = bound(denoiser, model).select(slice(0, 1)) is not None
-    assert restricted is (what not in ("buffer", "gate"))  # a gate may open later
+    assert restricted is (what not in ("buffer", "gate", "filled"))  # a gate may open later
     if what == "number":
         denoiser.inside["on"] = True
     elif what == "function":
@@ -206,3 +210,8 @@ def test_samples_that_are_coupled_have_not_converged_before_the_others(method):
     assert bool(stat.converged.all()) and not bool(stat["coupled"].any())
     joint, stat = dataclasses.replace(solver, batched=False)(lambda x: f(x, 0.45), images)
     assert bool(stat.converged.all()) and bool(((f(joint, 0.45) - joint).norm() <= 1e-3 * joint.norm()))
+
+
+def test_attributes_of_a_class_that_answer_every_name_are_no_methods():
+    kind = type("Logs", (Function,), {"log": unittest.mock.MagicMock()})
+    assert bound(kind(torch.tanh)).select(slice(0, 1)) is not None
