@@ -59,9 +59,8 @@ def _mark(t: Tensor) -> tuple[Any, ...]:
     r"""What tells that a tensor was changed: its version, and its memory and type, which ``t.data = ...`` changes."""
     address = None
     if t.layout is torch.strided:
-        with contextlib.suppress(
-            RuntimeError, TypeError, NotImplementedError
-        ):  # tensors inside of torch.func have no address
+        # tensors inside of torch.func have no address
+        with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):
             address = t.data_ptr()
     return version(t), t.dtype, address
 

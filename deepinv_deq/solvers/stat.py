@@ -23,7 +23,7 @@ _SINGULAR = (
     "weight, or check that F depends on all of its state."
 )
 _COUPLED = (
-    "{n} of {of} samples reached it before others did, and have not now: the map couples the samples of the batch, or is not "
+    "{n} of {of} samples met the tolerance before the others were done, and miss it at the final point: the map couples the samples of the batch, or is not "
     "deterministic. For a map that couples them, use Solver(..., batched=False)."
 )
 _TF32 = (
@@ -59,7 +59,7 @@ class SolverStat(_TorchDEQStat):
     r"""Statistic of a solve, per sample: evaluations, residuals, convergence. Its keys are TorchDEQ's.
 
     A dictionary with the keys of :class:`torchdeq.solver.stat.SolverStat` (``abs_lowest``, ``rel_lowest``, ``abs_trace``,
-    ``rel_trace``, ``nstep``), all in the unit of the solver's criterion (see :class:`Solver`), and these, most of which are also attributes:
+    ``rel_trace``, ``nstep``), all in the unit of the solver's criterion (see :class:`Solver`), and these. All but ``at_floor``, ``singular`` and ``coupled`` are also attributes:
 
     - ``evaluations`` (``int``): how often the map was evaluated; for a batch that was solved in chunks, for the chunk that
       took most.
