@@ -10,7 +10,7 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
 from deepinv_deq.iterations.base import FixedPointIteration
-from deepinv_deq.iterations.circulant import inverse_filter, spectrum
+from deepinv_deq.iterations.circulant import Filter, spectrum
 from deepinv_deq.iterations.prox import measurement, prox_by_filter, prox_of_zero
 from deepinv_deq.states import State, as_tuple
 
@@ -157,7 +157,7 @@ class DEGrad(FixedPointIteration):
         if eigenvalues is None:
             return None
         response = self.stepsize * (self.data_weight * eigenvalues + 1)
-        return inverse_filter(torch.where(response.isnan(), self.stepsize, response).detach())
+        return Filter(torch.where(response.isnan(), self.stepsize, response).detach())
 
     def natural(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
         r"""The preconditioner, else division by :math:`\eta`: applied to :meth:`step`, the result does not depend on :math:`\eta`.

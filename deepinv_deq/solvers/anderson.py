@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.solvers.loop import Method, Settings
-from deepinv_deq.states import unit_size
+from deepinv_deq.states import everywhere, norms
 
 
 class Anderson(Method):
     r"""Anderson mixing (:footcite:t:`walker2011anderson`, type II) of the last ``history`` points of each sample.
 
     The weights minimise :math:`\|\sum_i \alpha_i g_i\|` with :math:`\sum_i \alpha_i = 1`, where :math:`g_i = F(x_i) -
-    x_i`. Every residual is stored at unit size, and the Gram matrix is scaled to a unit diagonal before it is regularised. So
+    x_i`. Every residual is stored at unit size, so the Gram matrix has a unit diagonal before it is regularised. So
     neither the size of the residuals nor their fall over the history changes the weights. One row of the matrix is new per step.
     """
 
@@ -23,23 +23,31 @@ class Anderson(Method):
         super().__init__(x0, settings)
         (batch, size), depth = x0.shape, self.depth
         self.changes, self.residuals = x0.new_zeros(2, batch, depth, size)
-        self.gram = x0.new_zeros(batch, depth, depth, dtype=torch.float64)
-        self.units = x0.new_ones(batch, depth, dtype=torch.float64)
-        self.valid = torch.zeros(batch, depth, dtype=torch.bool, device=x0.device)
-        self.lam = 100 * torch.finfo(x0.dtype).eps  # of a unit diagonal: above rounding, far below any residual ratio
+        # a slot without a residual has an infinite unit, and its row is that of the identity, which gives it no weight
+        self.units = x0.new_full((batch, depth), torch.inf, dtype=torch.float64)
+        lam = 100 * torch.finfo(x0.dtype).eps  # of a unit diagonal: above rounding, far below any residual ratio
+        self.empty = (1 + lam) * torch.eye(depth, dtype=torch.float64, device=x0.device).expand(batch, -1, -1)
+        self.gram = self.empty.clone()
         self.slot = 0
         self.previous: tuple[Tensor, Tensor] | None = None
 
     def update(self, x: Tensor, fx: Tensor, restart: Tensor) -> Tensor:
         r"""Mix the images of the points in memory."""
         slot, self.slot, g = self.slot, (self.slot + 1) % self.depth, self.residual
-        # from one image to the next: a sum of images with large weights would lose the digits that small steps have
-        self.changes[:, slot] = 0.0 if self.previous is None else (x - self.previous[0]) + (g - self.previous[1])
-        unit = unit_size(g)
-        self.residuals[:, slot], self.units[:, slot], self.previous = g / unit, unit[:, 0].double(), (x, g)
-        self.valid &= ~restart[:, None]
-        self.valid[:, slot] = True
-        row = torch.bmm(self.residuals, self.residuals[:, slot, :, None])[..., 0].double()
+        if self.previous is not None:
+            # from one image to the next: a sum of images with large weights would lose the digits that small steps have
+            self.changes[:, slot] = (x - self.previous[0]) + (g - self.previous[1])
+        self.previous = x, g
+        if not everywhere(~restart):
+            self.gram = torch.where(restart[:, None, None], self.empty, self.gram)
+            self.units.masked_fill_(restart[:, None], torch.inf)
+        unit = norms(g) / g.shape[1] ** 0.5  # of an entry, since that of all could be too large for the type of g
+        unit = torch.where(unit > 0, unit, torch.inf)
+        scaled = g / unit[:, None].to(g.dtype)
+        self.residuals[:, slot], self.units[:, slot] = scaled, unit
+        row = torch.bmm(scaled[:, None], self.residuals.transpose(1, 2))[:, 0].double() / g.shape[1]
+        row = torch.where(self.units < torch.inf, row, 0.0)
+        row[:, slot] = self.empty[:, slot, slot]
         self.gram[:, slot, :], self.gram[:, :, slot] = row, row
         weights = self._weights()
         oldest_first = weights.roll(-self.slot, 1)
@@ -47,24 +55,18 @@ class Anderson(Method):
         mixed = torch.baddbmm(fx[:, None], older.to(x.dtype)[:, None], self.changes, alpha=-1)[:, 0]
         if self.damping == 1.0:
             return mixed
-        of_residuals = (weights * self.units).to(x.dtype)[:, None]
+        of_residuals = torch.where(self.units < torch.inf, weights * self.units, 0.0).to(x.dtype)[:, None]
         return mixed - (1 - self.damping) * torch.bmm(of_residuals, self.residuals)[:, 0]
 
     def _weights(self) -> Tensor:
-        scale = torch.diagonal(self.gram, dim1=1, dim2=2).rsqrt()
-        scale = torch.where(self.valid & (scale < torch.inf), scale, 0.0)
-        unit = scale[:, :, None] * self.gram * scale[:, None, :]
-        torch.diagonal(unit, dim1=1, dim2=2).add_(torch.where(scale > 0, self.lam, 1.0))
-        scale = scale * (self.units.amin(dim=1, keepdim=True) / self.units)
-        weights = scale * torch.linalg.solve_ex(unit, scale[..., None]).result[..., 0]
-        total = weights.sum(dim=1, keepdim=True)
-        newest = torch.zeros_like(weights)
-        newest[:, self.slot - 1] = 1.0
-        return torch.where(total.abs() > 0, weights / total, newest)
+        r"""The weights of the slots, NaN where no slot has a residual."""
+        scale = self.units.amin(dim=1, keepdim=True) / self.units
+        weights = scale * torch.linalg.solve_ex(self.gram, scale[..., None]).result[..., 0]
+        return weights / weights.sum(dim=1, keepdim=True)
 
     def keep(self, rows: Tensor) -> None:
         r"""Forget all samples but these."""
         self.changes, self.residuals, self.units = self.changes[rows], self.residuals[rows], self.units[rows]
-        self.gram, self.valid = self.gram[rows], self.valid[rows]
+        self.gram, self.empty = self.gram[rows], self.empty[rows]
         if self.previous is not None:
             self.previous = self.previous[0][rows], self.previous[1][rows]

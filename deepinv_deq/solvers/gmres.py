@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.solvers.krylov import LOST, Cycle
-from deepinv_deq.solvers.loop import ROUNDING, STALL, Method, Settings, information
+from deepinv_deq.solvers.loop import Method, Settings
 from deepinv_deq.solvers.problem import Linear, Problem
+from deepinv_deq.solvers.progress import ROUNDING, STALL, information
 from deepinv_deq.states import unit_size, where_rows
 
 

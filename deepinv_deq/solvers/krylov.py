@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepinv_deq.solvers.loop import STALL
 from deepinv_deq.solvers.problem import Evaluation, Linear, Problem
-from deepinv_deq.states import finite_rows, norms, orthogonalised, where_rows
+from deepinv_deq.solvers.progress import STALL
+from deepinv_deq.states import everywhere, finite_rows, norms, only_rows, orthogonalised
 
 _PIVOT = 8.0  # roundings of a product: a pivot below is noise
 # Where the residual stops falling, the null space of a singular system makes ever larger solutions of it.
@@ -32,16 +32,17 @@ class Cycle:
     ):
         self._problem, self._product, self._x, self._floating = problem, product, x, torch.finfo(x.dtype)
         self._beta, self._start = norms(step), norms(x)
-        first = where_rows(active, step / self._beta[:, None].to(x.dtype), torch.zeros_like(x))
+        first = only_rows(active, step / self._beta[:, None].to(x.dtype))
         self._basis = _Basis(min(columns, 15) + 1, first, problem.precondition is not None)
         self._least = _LeastSquares(self._beta, columns)
         self._weights = x.new_zeros(len(x), columns, dtype=torch.float64)
         self._rest = torch.nn.functional.pad(self._beta[:, None], (0, columns))
         scale = problem.offset_norm if problem.affine else self._beta
-        self._scale = torch.where(scale > 0, scale, self._beta)  # of the residual of an affine map
+        scale = torch.where(scale > 0, scale, self._beta)  # of the residual of an affine map
+        self._scale = torch.where(scale > 0, scale, 1.0)
+        self._square, self._least_square = self._beta.square(), (0.01 * self._beta).square()
         # Norm of the linear system, seen from its products. The size includes the directions, from which products are differences.
         self._gain = self._size = torch.zeros_like(self._beta)
-        self._terms = self._size  # whose rounding is that of the products
         self._cancels = problem.change is None  # a product is a difference to the direction
         self._lefts: list[Tensor] = []
         self.absolute, self.relative = now.absolute, now.relative
@@ -62,18 +63,18 @@ class Cycle:
         )
         w = self._product(direction)
         go = self.active & finite_rows(w)
-        w = where_rows(go, w, torch.zeros_like(w))
+        w = only_rows(go, w)
         size = norms(w)  # 0 where the sample does not go on
         largest = torch.maximum(size, torch.where(go, norms(direction), 0.0))
         self._gain, self._size = torch.maximum(self._gain, size), torch.maximum(self._size, largest)
-        self._terms = torch.maximum(self._terms, largest if self._cancels else size)
-        noise = self._floating.eps * self._terms
-        length, column = self._basis.append(w, direction, _PIVOT * noise)
-        y, rho = self._least.append(column, length, _PIVOT * noise)
-        left, grown = rho.norm(dim=1), y.norm(dim=1)
+        noise = self._floating.eps * (self._size if self._cancels else self._gain)  # rounding of a product
+        pivot = _PIVOT * noise
+        length, column = self._basis.append(w, direction, pivot)
+        y, rho, left = self._least.append(column, length, pivot)
+        grown = y.norm(dim=1)
         doubt = noise * (grown + self._start)  # rounding of the products with the solution
         absolute, scale = self._measure(left, y, rho)
-        relative = torch.where(absolute == 0, absolute, absolute / scale)
+        relative = absolute / scale
         at_floor = go & (left <= doubt) & (doubt > tol * scale)
         done = go & (relative <= tol) & ~at_floor
         claim = torch.hypot(absolute, doubt)
@@ -83,9 +84,11 @@ class Cycle:
         self._take(done | (go & (worth < self._worth)))
         self.used = self.used + self.active
         self._lefts.append(left)
-        reached = (self._beta.square() - left.square()).clamp_min((0.01 * self._beta).square()).sqrt()
+        reached = (self._square - left.square()).clamp_min(self._least_square).sqrt()
         self.ill = self._gain * grown > _CONDITION * reached  # |A| |y| > 1e4 |A y|
-        hopeless = (length == 0) | (self.stagnates() & (self._size * grown > _CONDITION * self._beta))
+        hopeless = length == 0
+        if self.size > STALL:
+            hopeless = hopeless | (self.stagnates() & (self._size * grown > _CONDITION * self._beta))
         lost = at_floor & (absolute > self._most * scale)  # the rounding of a solution that is as large as its residual
         self.at_floor = self.at_floor | (at_floor & ~lost)
         self.singular = self.singular | lost | (go & hopeless & ~done & ~at_floor)
@@ -94,6 +97,10 @@ class Cycle:
     def _take(self, rows: Tensor) -> None:
         y, rho, absolute, relative, worth = self._latest
         j = y.shape[1]
+        if everywhere(rows):
+            self._weights[:, :j], self._rest[:, : j + 1] = y, rho
+            self.absolute, self.relative, self._worth = absolute, relative, worth
+            return
         self._weights[:, :j] = torch.where(rows[:, None], y, self._weights[:, :j])
         self._rest[:, : j + 1] = torch.where(rows[:, None], rho, self._rest[:, : j + 1])
         self.absolute, self.relative = (
@@ -135,7 +142,8 @@ class Cycle:
         point, step = self._x + self._basis.combine(y), self._basis.residual(rho)
         absolute = norms(step if self._problem.natural is None else self._problem.natural(step))
         scale = norms(point)
-        return absolute, torch.where(scale > 0, scale, absolute)
+        scale = torch.where(scale > 0, scale, absolute)
+        return absolute, torch.where(scale > 0, scale, 1.0)
 
 
 class _Basis:
@@ -145,9 +153,9 @@ class _Basis:
     """
 
     def __init__(self, size: int, first: Tensor, preconditioned: bool):
-        self._count, self._v = 1, first.new_zeros(first.shape[0], size, first.shape[1])
+        self._count, self._v = 1, first.new_empty(first.shape[0], size, first.shape[1])
         self._v[:, 0] = first
-        self._z = torch.zeros_like(self._v) if preconditioned else None
+        self._z = torch.empty_like(self._v) if preconditioned else None
 
     @property
     def last(self) -> Tensor:
@@ -165,11 +173,10 @@ class _Basis:
         length = norms(w)
         length = torch.where(length > noise, length, 0.0)
         if self._count == self._v.shape[1]:  # grows, since few solves need all of their budget
-            self._v = torch.cat([self._v, torch.zeros_like(self._v)], dim=1)
-            self._z = None if self._z is None else torch.cat([self._z, torch.zeros_like(self._z)], dim=1)
+            self._v, self._z = _doubled(self._v), None if self._z is None else _doubled(self._z)
         if self._z is not None:
             self._z[:, self._count - 1] = direction
-        self._v[:, self._count] = where_rows(length > 0, w / length[:, None].to(w.dtype), torch.zeros_like(w))
+        self._v[:, self._count] = only_rows(length > 0, w / length[:, None].to(w.dtype))
         self._count += 1
         return length, column
 
@@ -185,6 +192,13 @@ class _Basis:
         return torch.bmm(weights[:, None].to(vectors.dtype), vectors[:, : weights.shape[1]])[:, 0]
 
 
+def _doubled(vectors: Tensor) -> Tensor:
+    r"""The same vectors, and as much room for further ones."""
+    more = vectors.new_empty(vectors.shape[0], 2 * vectors.shape[1], vectors.shape[2])
+    more[:, : vectors.shape[1]] = vectors
+    return more
+
+
 class _LeastSquares:
     r"""Least-squares weights ``y`` for :math:`\beta e_1 \approx H y`, per sample, while the Hessenberg matrix ``H`` grows.
 
@@ -197,10 +211,10 @@ class _LeastSquares:
         self.q = torch.eye(n, dtype=beta.dtype, device=beta.device).repeat(batch, 1, 1)
         self.r = beta.new_zeros(batch, n, columns)
 
-    def append(self, above: Tensor, below: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, above: Tensor, below: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""Add a column of ``H``: its entries down to the diagonal, ``(B, j)``, and the one below, ``(B,)``.
 
-        :return: the weights, of shape ``(B, j)``, and what they leave of it, :math:`\beta e_1 - H y`, of shape ``(B, j + 1)``.
+        :return: the weights, of shape ``(B, j)``, what they leave, :math:`\beta e_1 - H y`, of shape ``(B, j + 1)``, and its norm.
         """
         self.size = j = self.size + 1
         q, r = self.q[:, : j + 1, : j + 1], self.r[:, :j, :j]
@@ -211,11 +225,10 @@ class _LeastSquares:
         # The row swap moves its part of the right-hand side to the next column.
         usable = length > noise
         c, s = torch.where(usable, a / length, 0.0), torch.where(usable, b / length, 1.0)
-        upper, lower = q[:, j - 1].clone(), q[:, j].clone()
-        q[:, j - 1] = c[:, None] * upper + s[:, None] * lower
-        q[:, j] = c[:, None] * lower - s[:, None] * upper
+        rotation = torch.stack([c, s, -s, c], dim=1).view(-1, 2, 2)
+        q[:, j - 1 :] = torch.bmm(rotation, q[:, j - 1 :])
         r[:, : j - 1, j - 1] = rotated[:, : j - 1]
         r[:, j - 1, j - 1] = torch.where(usable, length, torch.inf)
         rhs = self.beta[:, None] * q[:, :, 0]
         y = torch.linalg.solve_triangular(r, rhs[:, :j, None], upper=True)[..., 0].nan_to_num(0.0)
-        return y, rhs[:, j, None] * q[:, j]  # The residual lies along the last row of Q.
+        return y, rhs[:, j, None] * q[:, j], rhs[:, j].abs()  # The residual lies along the last row of Q.

@@ -85,7 +85,7 @@ class Problem:
         else:
             self._evaluate = _counting(around(f.step if self._steps else f), layout, self._count)
             units = offered if precondition and type(f).natural is Map.natural else around(f.natural)(state)
-            same = units is offered and precondition
+            same = precondition and (units is offered or (units == offered) is True)  # then it is applied once
             self.natural = self.precondition if same else _of_matrices(units, layout, around)
 
     @property
