@@ -54,7 +54,7 @@ class SparseLinearPhysics(SparseProducts):
         self._names = frozenset() if original is None else frozenset(parameter_names(original))
         if hasattr(original, "fbp"):
             # in a tuple: its tensors are not those of this operator
-            self._inverse, self.fbp = (without_grids(original),), self._fbp
+            self._inverse = (without_grids(original),)
 
     @classmethod
     def from_physics(
@@ -131,6 +131,13 @@ class SparseLinearPhysics(SparseProducts):
             raise ValueError(
                 f"The matrix is that of fixed {', '.join(stale)}: call SparseLinearPhysics.from_physics again."
             )
+
+    @property
+    def fbp(self) -> Callable[..., Tensor]:
+        r"""Filtered back-projection, where the original has it: a function of measurements, with the options of the original's."""
+        if not self._inverse:
+            raise AttributeError(f"The operator that this {type(self).__name__} was made of has no fbp.")
+        return self._fbp  # not stored: a reference cycle would keep the matrix until the garbage collector runs
 
     def _fbp(self, y: Tensor, **kwargs: Any) -> Tensor:
         r"""Filtered back-projection by the original's formula, with this adjoint.

@@ -3,6 +3,8 @@ r"""SparseLinearPhysics: data types, precisions and devices."""
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import deepinv as dinv
 import pytest
@@ -125,3 +127,24 @@ def test_devices(made_on):
         assert relative_error(sparse.fbp(y.to(device)).cpu(), physics.fbp(y.to(made_on)).cpu()) <= 1e-4
         assert sparse.A_dagger(y.to(device)).device.type == device
         assert sparse.A_adjoint(y.to(device)).device.type == device
+
+
+def test_an_operator_is_freed_without_the_garbage_collector():
+    # the replicas of each pass hold its tensors, and may hold copies of them
+    gc.collect()
+    gc.disable()
+    try:
+        sparse = SparseLinearPhysics.from_physics(OPERATORS["parallel"](), SIZE)
+        sparse.fbp(sparse.A(torch.rand(1, *SIZE)))
+        gone = weakref.ref(sparse)
+        del sparse
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_an_operator_has_fbp_where_the_original_has():
+    sparse = SparseLinearPhysics.from_physics(MatrixPhysics(torch.rand(30, 256), 16), SIZE)
+    assert not hasattr(sparse, "fbp") and hasattr(
+        SparseLinearPhysics.from_physics(OPERATORS["parallel"](), SIZE), "fbp"
+    )
