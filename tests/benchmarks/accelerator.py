@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepinv_deq import Solver, group_norm
-from tests.benchmarks.bench import BATCH, Bench, gradient, say, seconds
+from tests.benchmarks.bench import Bench, gradient, say, seconds
+from tests.benchmarks.names import BATCH
 from tests.benchmarks.peers import METHODS, Settings
 
 REPEATS = 20

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepinv_deq._digest import digest
 from tests.benchmarks import tasks
-from tests.benchmarks.names import BATCH, OURS
+from tests.benchmarks.names import OURS
 from tests.benchmarks.peers import Settings, ours
 from tests.benchmarks.tasks import CACHE, Task
 from tests.observe import observing
@@ -32,10 +32,6 @@ class Bench:
         self.data, self.device, self.rounds = data, device, rounds
         self._tasks: dict[Any, Task] = {}
 
-    def task(self, name: str, batch: int | None = None, size: int | None = None) -> Task:
-        key = name, batch or BATCH[name], size
-        return self._once(key, lambda: tasks.make(name, data=self.data, batch=key[1], size=size))
-
     def contracting(self, name: str, batch: int | None = None) -> Task:
         r"""A shipped model at the size of its training."""
         count = batch or IMAGES[name]
@@ -44,9 +40,7 @@ class Bench:
     def _once(self, key: Any, make: Callable[[], Task]) -> Task:
         if key not in self._tasks:
             task = make().to(self.device)
-            # whether the map can be restricted to samples is measured once, and not part of a step
-            with torch.no_grad():
-                ours(task, Settings(forward_tol=0.5))(task.y, task.physics)
+            _settle(task)
             self._tasks[key] = task
         return self._tasks[key]
 
@@ -147,7 +141,15 @@ def counting(task: Task) -> Iterator[dict[str, float]]:
         return Probe.apply(out) if out.requires_grad else out
 
     with observing(task.iteration.denoiser, watch):
+        _settle(task)
+        count.update(dict.fromkeys(count, 0.0))
         yield count
+
+
+@torch.no_grad()
+def _settle(task: Task) -> None:
+    r"""Whether the map can be restricted to samples is measured once, and not part of a step."""
+    ours(task, Settings(forward_tol=0.5))(task.y, task.physics)
 
 
 def say(text: str) -> None:

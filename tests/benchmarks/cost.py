@@ -28,11 +28,11 @@ import deepinv as dinv
 import torch
 
 from tests.benchmarks.accelerator import accelerator, operations, tf32
-from tests.benchmarks.bench import BATCH, ROUNDS, Bench, say
+from tests.benchmarks.bench import ROUNDS, Bench, say
 from tests.benchmarks.error import equal_error, equal_iterations, inference
 from tests.benchmarks.memory import memory, memory_cell, memory_growth
-from tests.benchmarks.names import measured
-from tests.benchmarks.optimum import backward_products, counts, other_solvers, over_the_limit
+from tests.benchmarks.names import BATCH, measured
+from tests.benchmarks.optimum import counts, other_solvers, over_the_limit
 from tests.benchmarks.options import learned_start, options, warm_starts
 from tests.benchmarks.penalty import penalty
 from tests.benchmarks.times import data_parallel, overhead, scaling, sparse
@@ -48,7 +48,6 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     **{f"inference, {n}": lambda bench, n=n: inference(bench, n) for n in BATCH},
     **{f"over the limit, {n}": lambda bench, n=n: over_the_limit(bench, n) for n in BATCH},
     **{f"other solvers, {n}": lambda bench, n=n: other_solvers(bench, n) for n in BATCH},
-    **{f"products, {n}": lambda bench, n=n: backward_products(bench, n) for n in BATCH},
     "overhead": overhead,
     "penalty": penalty,
     "scaling": scaling,

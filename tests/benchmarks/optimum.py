@@ -2,42 +2,17 @@ r"""Numbers of evaluations and products, next to the smallest possible numbers a
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from deepinv_deq import Solver
 from tests.benchmarks import limits, others, tasks
-from tests.benchmarks.bench import BATCH, IMAGES, Bench, counting, gradient, parameters, say
-from tests.benchmarks.names import OURS
+from tests.benchmarks.bench import IMAGES, Bench, counting, gradient, say
+from tests.benchmarks.names import BATCH, OURS
 from tests.benchmarks.peers import Settings, ours
 
 DEPTHS = (5, 16, 40)  # of Anderson's memory, besides the default
-
-
-def backward_products(bench: Bench, name: str) -> list[dict[str, Any]]:
-    r"""Vector-Jacobian products of the adjoint solve against full GMRES in float64 without preconditioner, per image."""
-    tolerances, taken = (1e-2, 1e-3, 1e-4), {}
-    for kind in ("ours", "float64"):
-        task = tasks.make(name, data=bench.data, batch=BATCH[name])
-        task = task.to(torch.float64) if kind == "float64" else task.to(bench.device)
-        model = ours(task, Settings(1e-5 if kind == "ours" else 1e-6, 1e-2, 400))
-        x_hat = model(task.y, task.physics)
-        rng = torch.Generator().manual_seed(0)  # the cotangent of an l2 loss against a noisy reference
-        noise = 0.05 * torch.randn(task.x.shape, generator=rng).to(task.x)
-        loss = ((x_hat - task.x + noise) ** 2).sum()
-        for tol in tolerances:
-            model.hook.solver = Solver("gmres", max_iter=150, tol=tol)
-            if kind == "float64":  # the optimum: no restart
-                model.hook.solver = replace(model.hook.solver, history=150, precondition=False)
-            torch.autograd.grad(loss, parameters(task), retain_graph=True)
-            extra = 1 if kind == "ours" else 0  # the last product, which is for the parameters
-            taken[kind, tol] = (model.hook.stat["nstep"] + extra).int().tolist()
-            say(f"  {name} {kind} {tol:g}: {taken[kind, tol]}")
-    return [
-        {"task": name, "tolerance": t, "optimum": taken["float64", t], "ours": taken["ours", t]} for t in tolerances
-    ]
 
 
 def over_the_limit(bench: Bench, name: str) -> list[dict[str, Any]]:
@@ -82,7 +57,7 @@ def counts(bench: Bench) -> list[dict[str, Any]]:
     r"""Taped evaluations per pass, and evaluations in evaluation mode beyond the solver's."""
     rows = []
     for name in BATCH:
-        task = bench.task(name)
+        task = bench.contracting(name, BATCH[name])
         for passes in (1, 2, 4):
             model = ours(task, Settings(1e-2, 1e-1))
             with counting(task) as count:

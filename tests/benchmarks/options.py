@@ -14,8 +14,8 @@ from torch import Tensor
 
 from deepinv_deq import DEQReconstructor
 from tests.benchmarks import starts, tasks
-from tests.benchmarks.bench import BATCH, Bench, counting, medians, parameters, say, take_turns
-from tests.benchmarks.names import OURS
+from tests.benchmarks.bench import Bench, counting, medians, parameters, say, take_turns
+from tests.benchmarks.names import BATCH, OURS
 from tests.benchmarks.peers import TYPICAL, Settings, ours, whole_batch
 from tests.benchmarks.tasks import Task
 from tests.problems import relative_error
@@ -26,7 +26,7 @@ COMPILED = "with torch.compile"
 def options(bench: Bench, name: str) -> list[dict[str, Any]]:
     r"""What each saving of ours is worth: an EI step without it, and with what the user may add."""
     rows = []
-    batch = BATCH[name]  # chunks need more than one image
+    batch = BATCH[name]  # chunks need more than one image; on MRI the default is one at a time
     task, exact = bench.contracting(name, batch), bench.reference(name, batch)
     settings, rough = TYPICAL[name], Settings(1e-2, 1e-2, 50, 50)  # half precision reaches no more
     twin, compiled = (tasks.contracting(name, data=bench.data, batch=batch).to(bench.device) for _ in range(2))
@@ -35,6 +35,7 @@ def options(bench: Bench, name: str) -> list[dict[str, Any]]:
     cells: dict[str, tuple[Task, Callable[..., Tensor], Any]] = {
         OURS: (task, ours(task, settings), None),
         "whole batch at a time": (task, whole_batch(task, settings), None),
+        **({"an image at a time": (task, ours(task, settings, chunk_size=1), None)} if name == "ct" else {}),
         **({"no preconditioner": (task, ours(task, settings, precondition=False), None)} if name == "ct" else {}),
         "channels outermost": (twin, ours(twin, settings), None),
         "tolerances of 1e-2": (task, ours(task, rough), None),

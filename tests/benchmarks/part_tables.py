@@ -50,13 +50,6 @@ def _memory_growth(rows: list[Row]) -> str:
     return markdown(["iterations", "passes", "MB", "MB held by the loss"], body)
 
 
-def _products(rows: list[Row]) -> str:
-    body = [[f"{r['tolerance']:.0e}", ", ".join(map(str, r["optimum"])), ", ".join(map(str, r["ours"]))] for r in rows]
-    return markdown(
-        ["tolerance", "full GMRES in float64, no preconditioner, per image", "ours, the last product included"], body
-    )
-
-
 def _limit(count: float | None) -> str:
     if count is None:
         return "–"
@@ -212,7 +205,6 @@ TABLES = {
         f"Solvers of other libraries, one image, default restarts, at most {MOST_OF_OTHERS} evaluations and Jacobian products",
         _other_solvers,
     ),
-    "products": ("Vector-Jacobian products of the adjoint solve", _products),
     "overhead": ("Algebra of the solvers", _overhead),
     "penalty": ("ContractionLoss in units of a training step, one image", _penalty),
     "scaling": ("Growth of the time of a step", _scaling),

@@ -11,7 +11,8 @@ import deepinv as dinv
 import torch
 
 from tests.benchmarks import scale, tasks
-from tests.benchmarks.bench import BATCH, ROUNDS, Bench, gradient, medians, say, seconds, take_turns
+from tests.benchmarks.bench import ROUNDS, Bench, gradient, medians, say, seconds, take_turns
+from tests.benchmarks.names import BATCH
 from tests.benchmarks.peers import TYPICAL, Settings, ours
 from tests.problems import relative_error
 
