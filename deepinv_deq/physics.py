@@ -132,12 +132,9 @@ class SparseLinearPhysics(SparseProducts):
                 f"The matrix is that of fixed {', '.join(stale)}: call SparseLinearPhysics.from_physics again."
             )
 
-    @property
-    def fbp(self) -> Callable[..., Tensor]:
-        r"""Filtered back-projection, where the original has it: a function of measurements, with the options of the original's."""
-        if not self._inverse:
-            raise AttributeError(f"The operator that this {type(self).__name__} was made of has no fbp.")
-        return self._fbp  # not stored: a reference cycle would keep the matrix until the garbage collector runs
+    def __getattr__(self, name: str) -> Any:
+        # not stored as an attribute: a reference cycle would keep the matrix until the garbage collector runs
+        return self._fbp if name == "fbp" and self._inverse else super().__getattr__(name)
 
     def _fbp(self, y: Tensor, **kwargs: Any) -> Tensor:
         r"""Filtered back-projection by the original's formula, with this adjoint.

@@ -145,6 +145,8 @@ def test_an_operator_is_freed_without_the_garbage_collector():
 
 def test_an_operator_has_fbp_where_the_original_has():
     sparse = SparseLinearPhysics.from_physics(MatrixPhysics(torch.rand(30, 256), 16), SIZE)
-    assert not hasattr(sparse, "fbp") and hasattr(
-        SparseLinearPhysics.from_physics(OPERATORS["parallel"](), SIZE), "fbp"
-    )
+    with pytest.raises(AttributeError, match="no attribute 'fbp'"):
+        sparse.fbp(sparse.A(torch.rand(1, *SIZE)))
+    sparse.fbp = sparse.A_adjoint  # a user's own
+    assert sparse.fbp == sparse.A_adjoint
+    assert hasattr(SparseLinearPhysics.from_physics(OPERATORS["parallel"](), SIZE), "fbp")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.solvers.loop import Method, Settings
-from deepinv_deq.states import everywhere, norms
+from deepinv_deq.states import everywhere, unit_size
 
 
 class Anderson(Method):
@@ -23,8 +23,9 @@ class Anderson(Method):
         super().__init__(x0, settings)
         (batch, size), depth = x0.shape, self.depth
         self.changes, self.residuals = x0.new_zeros(2, batch, depth, size)
-        # a slot without a residual has an infinite unit, and its row is that of the identity, which gives it no weight
-        self.units = x0.new_full((batch, depth), torch.inf, dtype=torch.float64)
+        self.units = x0.new_ones(batch, depth, dtype=torch.float64)
+        # of the residuals in their units; a slot without one has an infinite norm, so that it gets no weight
+        self.norms = torch.full_like(self.units, torch.inf)
         lam = 100 * torch.finfo(x0.dtype).eps  # of a unit diagonal: above rounding, far below any residual ratio
         self.empty = (1 + lam) * torch.eye(depth, dtype=torch.float64, device=x0.device).expand(batch, -1, -1)
         self.gram = self.empty.clone()
@@ -40,13 +41,15 @@ class Anderson(Method):
         self.previous = x, g
         if not everywhere(~restart):
             self.gram = torch.where(restart[:, None, None], self.empty, self.gram)
-            self.units.masked_fill_(restart[:, None], torch.inf)
-        unit = norms(g) / g.shape[1] ** 0.5  # of an entry, since that of all could be too large for the type of g
-        unit = torch.where(unit > 0, unit, torch.inf)
-        scaled = g / unit[:, None].to(g.dtype)
-        self.residuals[:, slot], self.units[:, slot] = scaled, unit
-        row = torch.bmm(scaled[:, None], self.residuals.transpose(1, 2))[:, 0].double() / g.shape[1]
-        row = torch.where(self.units < torch.inf, row, 0.0)
+            self.norms.masked_fill_(restart[:, None], torch.inf)
+        unit = unit_size(g)
+        scaled = g / unit
+        self.residuals[:, slot], self.units[:, slot] = scaled, unit[:, 0].double()
+        row = torch.bmm(scaled[:, None], self.residuals.transpose(1, 2))[:, 0].double()
+        norm = row[:, slot, None].sqrt()  # from the same products, so that their rounding cancels
+        norm = torch.where(norm > 0, norm, torch.inf)
+        self.norms[:, slot] = norm[:, 0]
+        row = row / norm / self.norms
         row[:, slot] = self.empty[:, slot, slot]
         self.gram[:, slot, :], self.gram[:, :, slot] = row, row
         weights = self._weights()
@@ -55,18 +58,21 @@ class Anderson(Method):
         mixed = torch.baddbmm(fx[:, None], older.to(x.dtype)[:, None], self.changes, alpha=-1)[:, 0]
         if self.damping == 1.0:
             return mixed
-        of_residuals = torch.where(self.units < torch.inf, weights * self.units, 0.0).to(x.dtype)[:, None]
+        of_residuals = (weights * self.units).to(x.dtype)[:, None]
         return mixed - (1 - self.damping) * torch.bmm(of_residuals, self.residuals)[:, 0]
 
     def _weights(self) -> Tensor:
         r"""The weights of the slots, NaN where no slot has a residual."""
-        scale = self.units.amin(dim=1, keepdim=True) / self.units
+        sizes = self.units * self.norms
+        scale = sizes.amin(dim=1, keepdim=True) / sizes
         weights = scale * torch.linalg.solve_ex(self.gram, scale[..., None]).result[..., 0]
         return weights / weights.sum(dim=1, keepdim=True)
 
     def keep(self, rows: Tensor) -> None:
         r"""Forget all samples but these."""
-        self.changes, self.residuals, self.units = self.changes[rows], self.residuals[rows], self.units[rows]
-        self.gram, self.empty = self.gram[rows], self.empty[rows]
+        self.changes, self.residuals, self.gram, self.empty = (
+            t[rows] for t in (self.changes, self.residuals, self.gram, self.empty)
+        )
+        self.units, self.norms = self.units[rows], self.norms[rows]
         if self.previous is not None:
             self.previous = self.previous[0][rows], self.previous[1][rows]

@@ -130,8 +130,9 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
             break
         as_they_are = False  # whether it is certain that no sample is done or rejected: then nothing needs selecting
         if k % settings.sync_every == 0:
-            wanted = active.sum() if improved else active.sum() + restart.any() / 2  # one synchronisation
-            restarted, left = math.modf(wanted.item())
+            wanted = active.sum(dtype=torch.float64)
+            wanted = wanted if improved else wanted + restart.any() / 2
+            restarted, left = math.modf(wanted.item())  # one synchronisation
             if left == 0:
                 break
             rows = torch.nonzero(active)[:, 0] if 2 * left <= len(active) else None

@@ -58,3 +58,14 @@ def test_samples_with_and_without_a_residual_mix_alike():
         lambda x: torch.stack([0.9 * x[0] + 1.0, x[1]]), torch.zeros(2, 3, dtype=F64)
     )
     assert stat.converged.all() and torch.allclose(x[0], torch.full((3,), 10.0, dtype=F64)) and (x[1] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-41, 1e-38, 1e-30, 1.0, 1e30])
+def test_few_large_entries_keep_their_digits_at_any_scale(scale):
+    rates, c = torch.zeros(2, 1, 10**5)
+    rates[:, :20], c[:, :20] = (
+        torch.linspace(0, 0.99, 20),
+        scale * torch.randn(20, generator=torch.Generator().manual_seed(0)),
+    )
+    x, stat = Solver("anderson", tol=1e-3, max_iter=40)(lambda x: rates * x + c, torch.zeros_like(c))
+    assert stat.converged.all() and stat.evaluations <= 30
