@@ -99,15 +99,13 @@ class Filter:
     """
 
     def __init__(self, response: Tensor):
-        self.factors = response.nan_to_num(
-            1.0
-        ).reciprocal()  # a product of complex numbers is four times as fast as a quotient
+        # a product of complex numbers is four times as fast as a quotient
+        self.factors = response.nan_to_num(1.0).reciprocal()
 
     def __call__(self, r: Tensor) -> Tensor:
         dims = tuple(range(2, r.ndim))
-        out = torch.fft.irfftn(
-            torch.fft.rfftn(r.to(self.factors.dtype), dim=dims) * self.factors, s=r.shape[2:], dim=dims
-        )
+        filtered = torch.fft.rfftn(r.to(self.factors.dtype), dim=dims) * self.factors
+        out = torch.fft.irfftn(filtered, s=r.shape[2:], dim=dims)
         return out.to(r.dtype)
 
     def __eq__(self, other: object) -> bool:

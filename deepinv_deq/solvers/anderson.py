@@ -13,7 +13,7 @@ class Anderson(Method):
     r"""Anderson mixing (:footcite:t:`walker2011anderson`, type II) of the last ``history`` points of each sample.
 
     The weights minimise :math:`\|\sum_i \alpha_i g_i\|` with :math:`\sum_i \alpha_i = 1`, where :math:`g_i = F(x_i) -
-    x_i`. Every residual is stored at unit size, so the Gram matrix has a unit diagonal before it is regularised. So
+    x_i`. Every residual is stored at unit size, and the Gram matrix has a unit diagonal before it is regularised. So
     neither the size of the residuals nor their fall over the history changes the weights. One row of the matrix is new per step.
     """
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.solvers.loop import Method, Settings
-from deepinv_deq.states import finite_rows, unit_size, where_rows
+from deepinv_deq.states import finite_rows, only_rows, unit_size
 
 
 class Broyden(Method):
@@ -39,8 +39,8 @@ class Broyden(Method):
             vt = vt / unit_size(vt)
             new_u = (dx - _apply(u, v, dg)) / (vt * dg).sum(dim=1)[:, None]
             usable = ~restart & finite_rows(new_u) & (dx != 0).any(dim=1)
-            u[:, -1] = where_rows(usable, new_u, torch.zeros_like(x))
-            v[:, -1] = where_rows(usable, vt, torch.zeros_like(x))
+            u[:, -1] = only_rows(usable, new_u)
+            v[:, -1] = only_rows(usable, vt)
             self.used += 1
         self.previous = x, g
         return x - _apply(u, v, g)

@@ -62,9 +62,8 @@ def _cells(bench: Bench, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def memory_cell(bench: Bench, cell: dict[str, Any]) -> dict[str, Any]:
-    net = EquilibriumUNet(
-        {"ct": 1, "mri": 2}[cell["task"]], channels=(32, 64, 128)
-    )  # weights take as much, whatever they are
+    # untrained, since memory does not depend on the values of weights
+    net = EquilibriumUNet({"ct": 1, "mri": 2}[cell["task"]], channels=(32, 64, 128))
     task = tasks.make(cell["task"], data=bench.data, batch=cell["batch"], net=net).to(bench.device)
     settings, size = Settings().exactly(cell["iterations"]), CHUNKS.get(cell["method"])
     model = ours(task, settings, chunk_size=size) if size else METHODS[cell["method"]](task, settings)

@@ -53,7 +53,7 @@ def test_a_long_history_takes_memory_for_points_only(method):
 
 
 def test_samples_with_and_without_a_residual_mix_alike():
-    # the second sample starts at its fixed point, in the map's own rounding: its residuals are zero
+    # the second sample starts at its fixed point, so its residuals are zero
     x, stat = Solver("anderson", tol=1e-12, max_iter=60)(
         lambda x: torch.stack([0.9 * x[0] + 1.0, x[1]]), torch.zeros(2, 3, dtype=F64)
     )
