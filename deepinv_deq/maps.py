@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deepinv_deq.states import Rows, minus, plus
+from deepinv_deq.compat import version
+from deepinv_deq.states import Rows, as_tuple, minus, plus
 
 Tensors = tuple[Tensor, ...]
 
@@ -100,7 +101,15 @@ class _Wrapped(Map):
         return getattr(self._f, "inputs", None) if self._offers("rebind") else None
 
     def __call__(self, x: Any) -> Any:
-        return self._f(x)
+        point = as_tuple(x) if isinstance(x, (Tensor, tuple)) else ()
+        before = [version(t) for t in point]
+        out = self._f(x)
+        if [version(t) for t in point] != before:
+            raise RuntimeError(
+                f"The map {type(self._f).__name__} wrote to its argument in place, which the solver still uses: give it a copy, "
+                "lambda x: f(x.clone()), or use layers without inplace=True."
+            )
+        return out
 
     def step(self, x: Any) -> Any:
         return self._f.step(x) if self.has_own_step else super().step(x)  # type: ignore[attr-defined]

@@ -94,7 +94,7 @@ class Layout:
                 f"The map must return real numbers for real ones, and complex ones for complex ones: {[t.dtype for t in self.like]} "
                 f"became {[t.dtype for t in tensors]}. Start from a state of the right type (init)."
             )
-        reals = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        reals = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
         rows = [t.reshape(self.batch, size) for t, size in zip(reals, self.sizes, strict=True)]
         return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).to(self.dtype)
 
@@ -190,7 +190,8 @@ def powers_of_two(*tensors: Tensor, usual: bool = False) -> Tensor:
     :return: the units; 1 for samples of zeros, NaN or Inf.
     """
     batch, joint = len(tensors[0]), any(len(t) != len(tensors[0]) for t in tensors)
-    flat = [t.detach().abs().reshape(1 if joint else batch, -1) for t in tensors if t.numel()]
+    signed = [t.detach().to(torch.uint8) if t.dtype == torch.bool else t.detach() for t in tensors if t.numel()]
+    flat = [t.abs().reshape(1 if joint else batch, -1) for t in signed]
     wide = [t if t.is_floating_point() else t.to(torch.get_default_dtype()) for t in flat]
     if not wide:
         return torch.ones(batch, device=tensors[0].device)

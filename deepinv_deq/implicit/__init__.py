@@ -15,6 +15,7 @@ with vector-Jacobian products of that graph, and frees it. Forward mode solves
 - ``functions``: the autograd functions.
 - ``adjoint``: the adjoint solve.
 - ``forward_mode``: the tangent of a fixed point.
+- ``unchanged``: whether the map is still that of the forward pass.
 - ``context``: autocast, inference mode and ``torch.compile`` in the backward pass.
 """
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepinv_deq.implicit.unchanged import Reached
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
 from deepinv_deq.solvers.solver import parts_of
-from deepinv_deq.states import State, as_tuple, plus
+from deepinv_deq.states import Rows, State, as_tuple, plus
 
 Tensors = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]  # None: the map does not depend on that tensor
@@ -31,12 +32,14 @@ class LinearSolves:
     :param bool exact: whether to solve; else the solution is taken to be the constant (Jacobian-free backpropagation).
     :param bool single: whether a state is one tensor.
     :param Callable report: called with the :class:`SolverStat` of every solve.
+    :param Reached, None reached: what the forward solve measured, if that is known.
     """
 
     solver: Solver
     exact: bool
     single: bool
     report: Callable[[SolverStat], None]
+    reached: Reached | None = None
 
     def solve(self, equation: AffineMap, measure: Callable[[Any], Any]) -> tuple[Tensors, SolverStat]:
         r"""Solve from zero, and verify the residual.
@@ -75,7 +78,7 @@ class Adjoint(LinearSolves):
         stats: list[SolverStat] = []
         for rows, part in parts_of(self.solver, f, as_state(x_star, self.single)):
             x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
-            _, grads, stat = self._of_one_graph(part, x, inputs, cotangent)
+            _, grads, stat = self._of_one_graph(part, x, inputs, cotangent, rows)
             total = tuple(map(_sum, total, grads)) if total else grads
             stats += [] if stat is None else [stat]
         if stats:
@@ -143,7 +146,7 @@ class Adjoint(LinearSolves):
         return b, products[len(x) :], stat
 
     def _of_one_graph(
-        self, f: Map, x_star: Tensors, inputs: Tensors, g: Tensors
+        self, f: Map, x_star: Tensors, inputs: Tensors, g: Tensors, rows: Rows | None = None
     ) -> tuple[Tensors, Gradients, SolverStat | None]:
         r"""The solution :math:`b`, the gradient and the statistic, with one evaluation that builds a graph."""
         leaves = tuple(t.detach().requires_grad_() for t in (*x_star, *inputs))
@@ -154,6 +157,8 @@ class Adjoint(LinearSolves):
             steps = bound.has_own_step
             image = as_tuple(bound.step(state) if steps else bound(state))
         _refuse_hidden_leaves(image, leaves)
+        if self.reached is not None:
+            self.reached.select(rows).check(as_state(x, self.single), as_state(image, self.single), steps)
         return self.pull_back(image, x, inputs, g, inverse, steps)
 
 

@@ -14,6 +14,7 @@ from deepinv_deq.autocast import autocast_settings
 from deepinv_deq.implicit.adjoint import Adjoint, Gradients, Tensors, as_state
 from deepinv_deq.implicit.context import as_in_forward, usable
 from deepinv_deq.implicit.mapped import VMAP, Mapped
+from deepinv_deq.implicit.unchanged import refuse_other_image
 from deepinv_deq.maps import Map
 from deepinv_deq.states import as_tuple
 
@@ -97,6 +98,7 @@ class BareAdjoint(torch.autograd.Function):
                 x = tuple(t.detach().requires_grad_() for t in saved[: ctx.n])
                 with torch.enable_grad():
                     image = as_tuple(ctx.f(as_state(x, adjoint.single)))
+                refuse_other_image(saved[ctx.n :], image, adjoint.solver.batched)
                 b, _, stat = adjoint.pull_back(image, x, (), usable(g))
             if stat is not None:
                 adjoint.report(stat)

@@ -15,6 +15,7 @@ from deepinv_deq.implicit.adjoint import Adjoint, Tensors, as_state
 from deepinv_deq.implicit.context import outside_of_inference_mode
 from deepinv_deq.implicit.forward_mode import Tangent, attach, refuse_reverse, without_tangents
 from deepinv_deq.implicit.functions import BareAdjoint, FixedPoint
+from deepinv_deq.implicit.unchanged import Reached
 from deepinv_deq.maps import Map, as_map
 from deepinv_deq.solvers import Solver, SolverStat
 from deepinv_deq.states import as_tuple
@@ -102,13 +103,17 @@ class ModularIDHook:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.solver}, mode={self.mode!r})"
 
-    def __call__(self, f: Callable[[Any], Any], x_star: Any, *, on_solve: OnSolve | None = None) -> Any:
+    def __call__(
+        self, f: Callable[[Any], Any], x_star: Any, *, on_solve: OnSolve | None = None, reached: Reached | None = None
+    ) -> Any:
         r"""Give a fixed point its gradient.
 
         :param Callable f: the map whose fixed point it is; deterministic.
         :param torch.Tensor, tuple[torch.Tensor, ...] x_star: the fixed point, of any shape.
         :param Callable, None on_solve: called as ``on_solve("backward", stat)`` after every adjoint solve, in the thread of the
             backward pass, and as ``on_solve("tangent", stat)`` after the solve of forward mode.
+        :param Reached, None reached: what the solve measured at ``x_star``. The backward pass then checks that ``f`` has the same residual
+            there, and raises if ``f`` was changed in between.
         :return: a state with the values of ``x_star``; ``x_star`` itself where no gradient is wanted.
         :raises RuntimeError: inside of :func:`torch.func.grad` and its kin, which have no implicit gradient here.
         """
@@ -124,7 +129,7 @@ class ModularIDHook:
             )
         x_hat = state
         if torch.is_grad_enabled():
-            x_hat = self._with_gradient(f, state, Adjoint(self.solver, exact, single, _Report(self, on_solve)))
+            x_hat = self._with_gradient(f, state, Adjoint(self.solver, exact, single, _Report(self, on_solve), reached))
         if tangent is not None:
             x_hat = attach(x_hat, tangent, graph=x_hat is not state)
         return x_star if x_hat is state else as_state(x_hat, single)

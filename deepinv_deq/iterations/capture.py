@@ -122,7 +122,7 @@ class Capture:
         iteration, physics = self.first.roots
         try:
             if isinstance(physics, LinearPhysics):
-                fits.check(y, user_physics, physics, self.pristine.found.values())
+                fits.check(y, user_physics, physics, self.pristine)
         except torch.cuda.OutOfMemoryError:  # a RuntimeError, but the measurements are not to blame
             raise
         except (RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
@@ -135,7 +135,7 @@ class Capture:
         )  # outside of the block above: a user's code may be wrong itself
         if torch.is_inference_mode_enabled():
             return constants
-        return tuple(c.clone() if c.is_inference() else c for c in constants)
+        return tuple(c.clone() for c in constants)  # they may be views of the measurements, whose memory is used again
 
     def _find_inputs(self, y: Any) -> tuple[Tensor, ...]:
         found = [f for f in self.pristine.found.values() if f.tensor.requires_grad and f.role != "closure"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deepinv_deq import compat
 from deepinv_deq.compat import version
-from deepinv_deq.iterations.replica import Found
+from deepinv_deq.iterations.replica import Found, Replica
 from deepinv_deq.states import as_tuple
 
 _LIMIT = 64  # measurement shapes remembered per physics
@@ -74,7 +74,7 @@ def changed(copy: Tensor, known: int | None, of: Tensor) -> bool:
     """
     if copy is of:
         return version(copy) != known
-    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (copy.detach(), of.detach()))
+    a, b = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (copy.detach(), of.detach()))
     return version(copy) != known or not (torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
@@ -110,22 +110,23 @@ class OwnInput:
 
 
 class Fits:
-    r"""Whether measurements fit a physics, checked once for each shape of measurements and of the physics' tensors."""
+    r"""Whether measurements fit a physics, checked once for each shape of measurements and of the physics' tensors, and for its numbers."""
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Physics, set[Any]] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def check(self, y: Any, of: Physics, physics: Any, found: Iterable[Found]) -> None:
+    def check(self, y: Any, of: Physics, physics: Any, replica: Replica) -> None:
         r"""Evaluate :math:`A` once: some operators broadcast measurements of a wrong shape in silence.
 
         :param torch.Tensor y: measurement.
         :param deepinv.physics.Physics of: the user's physics.
         :param deepinv.physics.Physics physics: its replica.
-        :param Iterable found: tensors of the replica.
+        :param Replica replica: the replica of the iteration and of the physics.
         :raises RuntimeError: if the shapes do not fit.
         """
-        key = _kind(as_tuple(y)), _kind(f.tensor for f in found if 1 in f.roots)
+        tensors = _kind(f.tensor for f in replica.found.values() if 1 in f.roots)
+        key = _kind(as_tuple(y)), tensors, _numbers(replica.modules[1])
         with self._lock:
             if key in self._known.get(of, ()):
                 return
@@ -142,6 +143,11 @@ class Fits:
 
 
 fits = Fits()
+
+
+def _numbers(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+    r"""The whole numbers and texts of modules, such as a number of views, on which shapes may depend."""
+    return tuple((name, v) for m in modules for name, v in vars(m).items() if type(v) in (int, bool, str))
 
 
 def _kind(tensors: Iterable[Tensor]) -> tuple[Any, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import numbers
 import types
+import weakref
 from collections import deque
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
     if kind is types.FunctionType:
         cells = contents(value)
         return value.__code__, inside([value.__defaults__, value.__kwdefaults__, value.__dict__, *cells])
+    if kind is types.BuiltinFunctionType:  # a function, or a method of a tensor or a dictionary
+        return (value,) if isinstance(value.__self__, (types.ModuleType, type(None))) else inside([value.__self__])
     if kind is types.MethodType:
         return inside([value.__func__, value.__self__])
     if kind is functools.partial:
@@ -70,27 +73,31 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
 
 
 class _Same:
-    r"""An object that replicas share, such as a generator: equal to itself only."""
+    r"""An object that replicas share, such as a generator: equal to itself only. It is not kept alive where that can be avoided."""
 
     def __init__(self, value: Any):
-        self._value = value
+        self._hash = id(value)
+        self._value: Callable[[], Any] = weakref.ref(value) if type(value).__weakrefoffset__ else lambda: value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._value is other._value
+        value = self._value()
+        return isinstance(other, _Same) and value is not None and value is other._value()
 
     def __hash__(self) -> int:
-        return id(self._value)
+        return self._hash
 
 
 _NUMBERS = frozenset({int, float, bool, str, bytes, complex, type(None)})
-_VALUES = SHARED | {torch.Size, types.BuiltinFunctionType, type} - {torch.Generator}
+_VALUES = SHARED | {torch.Size, type} - {torch.Generator, types.BuiltinFunctionType}
 
 
 def _code(kind: type) -> tuple[Any, ...]:
-    r"""The code of the user's classes, whose methods may be replaced, and the plain global variables in it."""
+    r"""The code of the user's classes, whose methods may be replaced, and the plain variables in it, global or of a closure."""
     user = (base for base in kind.__mro__ if library(base) not in LIBRARIES)
     found = [_function(value) for base in user for value in dict(vars(base)).values()]
-    return tuple((f.__code__, _globals(f)) for f in found if type(f) is types.FunctionType)
+    functions = [f for f in found if type(f) is types.FunctionType]
+    # what lists in a closure hold may be a record, which changes all the time
+    return tuple((f.__code__, _globals(f), tuple(v for v in contents(f) if type(v) in _NUMBERS)) for f in functions)
 
 
 _INSIDE = {

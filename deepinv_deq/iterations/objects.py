@@ -8,10 +8,12 @@ import enum
 import functools
 import sys
 import types
+import weakref
 from array import array
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ SHARED = frozenset(
 )  # immutable, or the same for everyone
 Cached = type(functools.lru_cache(lambda: None))  # a class of C
 _CONTAINERS = (dict, list, set, deque, bytearray, array, np.ndarray, types.SimpleNamespace)
+# modules of large libraries whose objects are Python objects that hold numbers or tensors
+_DATA = ("argparse", "optparse", "collections", "torch.distributions", "numpy.polynomial")
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
 LIBRARIES = _FOREIGN | {"deepinv", "deepinv_deq"}
 
@@ -53,11 +57,11 @@ def fill(twin: Any, value: Any, replicate: Callable[[Any], Any], slots_only: boo
         return
     # the contents of a container are in the twin already, and another thread may change those of the original
     if isinstance(twin, dict):
-        for key, item in list(twin.items()):
-            dict.__setitem__(twin, key, replicate(item))
+        _fill_dict(twin, replicate)
     elif isinstance(twin, (list, deque)):
+        set_item: Any = list.__setitem__ if isinstance(twin, list) else deque.__setitem__  # a subclass may refuse
         for i, item in enumerate(list(twin)):
-            twin[i] = replicate(item)
+            set_item(twin, i, replicate(item))
     elif isinstance(twin, set):
         items = [replicate(item) for item in twin]
         twin.clear()
@@ -67,6 +71,17 @@ def fill(twin: Any, value: Any, replicate: Callable[[Any], Any], slots_only: boo
             twin.flat[i] = replicate(item)
     if hasattr(value, "__dict__"):
         twin.__dict__.update({name: replicate(item) for name, item in dict(value.__dict__).items()})
+
+
+def _fill_dict(twin: dict[Any, Any], replicate: Callable[[Any], Any]) -> None:
+    pairs = [(replicate(key), key, item) for key, item in list(twin.items())]
+    kind: Any = OrderedDict if isinstance(twin, OrderedDict) else dict  # a subclass may refuse
+    if any(new is not key for new, key, _ in pairs):  # such as layers, which are found by their identity
+        kind.clear(twin)
+    for new, _, item in pairs:
+        kind.__setitem__(twin, new, replicate(item))
+    if isinstance(twin, defaultdict):
+        twin.default_factory = replicate(twin.default_factory)
 
 
 def of_class(twin: Any, replicate: Callable[[Any], Any]) -> None:
@@ -146,10 +161,26 @@ def library(kind: Any) -> str:
     return kind.__module__.partition(".")[0]
 
 
+_quiet: WeakKeyDictionary[type, weakref.ref[type]] = WeakKeyDictionary()
+
+
+def without_finaliser(kind: type) -> type:
+    r"""The class for the replicas of a class: itself, or a subclass without ``__del__``, so that dropping a replica frees nothing."""
+    if not hasattr(kind, "__del__"):
+        return kind
+    known = _quiet.get(kind)
+    found = None if known is None else known()
+    if found is None:
+        own = {"__del__": lambda self: None, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        found = type(kind)(kind.__name__, (kind,), own)
+        _quiet[kind] = weakref.ref(found)
+    return found
+
+
 @functools.cache
 def is_plain(kind: Any) -> bool:
     r"""Whether objects of a class are plain Python objects or containers, which can be replicated part by part."""
-    if issubclass(kind, _CONTAINERS) or kind.__module__ == "collections":
+    if issubclass(kind, _CONTAINERS) or any(f"{kind.__module__}.".startswith(f"{name}.") for name in _DATA):
         return True
     if library(kind) in _FOREIGN or issubclass(kind, (type, enum.Enum)):
         return False

@@ -53,6 +53,7 @@ from deepinv_deq.iterations.objects import (
     of_function,
     shallow,
     tensors_of_hook,
+    without_finaliser,
 )
 
 _SUFFIXES = ("_orig", "_mask", "_u", "_v", "_g")  # of the tensors from which old-style hooks compute a weight
@@ -119,10 +120,15 @@ class Replica:
 
     def _copy(self, value: Any) -> Any:
         kind: Any = type(value)
+        if kind is types.BuiltinFunctionType and not isinstance(value.__self__, (types.ModuleType, type(None))):
+            owner = self._copy(value.__self__)  # a method of a tensor or a dictionary
+            return value if owner is value.__self__ else getattr(owner, value.__name__)
         if kind in SHARED:
             return value
         if id(value) in self._memo:
             return self._memo[id(value)][1]
+        if kind in weakref.ProxyTypes:
+            return self._refer(value, value.__repr__.__self__, weakref.proxy)
         if isinstance(value, Tensor):
             return self._tensor(value, "plain", None)
         if isinstance(value, nn.Module):
@@ -142,10 +148,8 @@ class Replica:
             return value if same else self._keep(value, functools.lru_cache(**value.cache_parameters())(function))
         if kind is types.MappingProxyType:
             return self._keep(value, types.MappingProxyType(self._copy(dict(value))))
-        if kind is weakref.ref:
-            target = value()
-            self._referred.append(self._copy(target))
-            return value if self._referred[-1] is target else weakref.ref(self._referred[-1])
+        if kind in (weakref.ref, weakref.WeakMethod):
+            return self._refer(value, value(), kind)
         if isinstance(value, (tuple, frozenset)):
             items = [self._copy(item) for item in value]
             inside = {name: self._copy(item) for name, item in getattr(value, "__dict__", {}).items()}
@@ -163,6 +167,11 @@ class Replica:
             if self._first:
                 of_class(twin, self._copy)
         return twin
+
+    def _refer(self, value: Any, target: Any, kind: Any) -> Any:
+        r"""A weak reference of some kind to the replica of what ``value`` refers to."""
+        self._referred.append(self._copy(target))
+        return value if self._referred[-1] is target else kind(self._referred[-1])
 
     def _keep(self, value: Any, twin: Any) -> Any:
         self._memo[id(value)] = (value, twin)
@@ -189,7 +198,7 @@ class Replica:
         normalised = modules.pop("parametrizations", None) if parametrize.is_parametrized(module) else None
         if normalised is not None:
             kind = kind.__bases__[0]  # parametrize gave the module a class of its own
-        twin = object.__new__(kind)
+        twin: nn.Module = object.__new__(without_finaliser(kind))
         self._keep(module, twin)
         object.__setattr__(twin, "__dict__", inside)
         self.modules[-1].append(twin)

@@ -150,7 +150,7 @@ class Solver:
         """
         worst = stat.verify(Layout(x, self.batched), x, fx, offset, self.method, self.tol)
         if worst is not None:
-            stat["outcome"] = _contradicted(self, worst, stat.residual.device.type)
+            stat["outcome"] = _contradicted(self, worst, stat["precision"])
             self.report(stat)
 
     def _solve(self, f: Map, x0: State) -> tuple[State, SolverStat]:
@@ -198,10 +198,9 @@ def parts_of(solver: Solver, f: Map, x: State) -> list[tuple[slice | None, Map]]
     return parts or [(None, f)]
 
 
-def _contradicted(solver: Solver, worst: float, device: str) -> str:
+def _contradicted(solver: Solver, worst: float, dtype: torch.dtype) -> str:
     cause = "the map is not deterministic, or couples the samples of the batch (then use Solver(..., batched=False))."
-    dtype = Autocast(device).dtype
-    if dtype is not None and worst >= FINER * torch.finfo(dtype).eps:
+    if dtype.itemsize < 4 and worst >= FINER * torch.finfo(dtype).eps:
         cause = f"products in {str(dtype).removeprefix('torch.')} cannot reach {solver.tol:.1e}."
     return f"{solver.method} reported convergence, but the measured residual is {worst:.1e}: {cause}"
 

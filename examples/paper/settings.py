@@ -65,8 +65,8 @@ _OF_DEQS = (
     "context",
     "saturation",
 )
-# what the settings of another method or loss say about this one; those of the same method also say how strong the penalty must be
-_SHARED = ("lr", "grad_clip")
+# what the settings of another method or loss say about this one, and what those of the same method say besides
+_SHARED, _SAME_METHOD = ("lr", "grad_clip"), ("contraction_weight", "data_weight", "stepsize")
 _RELATED_SCALES = {"paper": ("small",)}
 
 
@@ -98,7 +98,7 @@ def settings_of(
         known = found.get(at, {}).get(task, {}).get(who, {}).get(what)
         if known is not None:
             same = (who, what) == (family, loss)
-            shared = _SHARED + ("contraction_weight",) * (who == family)
+            shared = _SHARED + _SAME_METHOD * (who == family)
             kept = known if same else {k: v for k, v in known.items() if k in shared}
             return s | kept | {"settings_from": f"{at}/{task}/{who}/{what}"}
     if defaults:
@@ -110,9 +110,9 @@ def settings_of(
 
 
 def sources(scale: str, family: str, loss: str) -> Iterator[tuple[str, str, str]]:
-    r"""Scale, family and loss of the searches that may settle a cell, the nearest first."""
+    r"""Scale, family and loss of the searches that may settle a cell, the nearest first: any of the same family before others."""
     for who in (family, *RELATED_METHODS.get(family, ())):
-        for what in (loss, *RELATED_LOSSES.get(loss, ())):
+        for what in dict.fromkeys((loss, *RELATED_LOSSES.get(loss, ()), "sup")):
             for at in (scale, *_RELATED_SCALES.get(scale, ())):
                 yield at, who, what
 

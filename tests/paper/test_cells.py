@@ -103,6 +103,11 @@ def test_own_settings_come_first_then_those_of_the_nearest_search():
     found["small"]["ct"]["deq-id"]["split"] = {"lr": 0.125, "contraction_weight": 3.0, "alpha": 9.0}
     related = settings.settings_of("ct", "deq-id", "selfdeq", "small", found)  # of the same method, the penalty too
     assert (related["lr"], related["contraction_weight"]) == (0.125, 3.0) and related["alpha"] != 9.0
+    found["small"]["ct"]["modl"] = {"sup": {"lr": 0.0625, "data_weight": 100.0, "alpha": 9.0}}
+    found["small"]["ct"]["unrolled"]["ei"] = {"lr": 0.25}
+    related = settings.settings_of("ct", "modl", "ei-turned", "small", found)  # supervised, but of the same method
+    assert (related["lr"], related["data_weight"], related["settings_from"]) == (0.0625, 100.0, "small/ct/modl/sup")
+    assert related["alpha"] != 9.0
     with pytest.raises(settings.NotSearched, match="search.py --task mri --method unet --loss sup"):
         settings.settings_of("mri", "unet", "sup", "small", found)
     assert settings.settings_of("mri", "unet", "sup", "small", found, defaults=True)["settings_from"] == "defaults"

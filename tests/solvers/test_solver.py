@@ -153,3 +153,11 @@ def test_attributes_of_a_callable_are_no_methods_of_a_map():
     assert stat.converged.all() and torch.allclose(f(x), x, atol=1e-5)
     with pytest.warns(ConvergenceWarning):
         Solver("anderson", tol=1e-9, max_iter=2)(f, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("method", ["anderson", "broyden", "fixed_point_iter"])
+def test_a_map_that_writes_to_its_argument_is_refused(method):
+    x0 = torch.full((1, 3), 0.3)
+    with pytest.raises(RuntimeError, match="wrote to its argument in place"):
+        Solver(method)(lambda x: x.mul_(0.5).add_(1), x0)
+    assert torch.equal(x0, torch.full((1, 3), 0.3))

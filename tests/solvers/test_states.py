@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from deepinv_deq import ModularIDHook, Solver, states
 from deepinv_deq.maps import AffineMap
-from deepinv_deq.states import finite_rows, norms, unit_size, where_rows
+from deepinv_deq.states import Layout, finite_rows, norms, powers_of_two, unit_size, where_rows
 from tests.problems import F64, affine, relative_error
 from tests.solvers import NONLINEAR, OURS, norm
 
@@ -193,3 +193,13 @@ def test_a_function_may_return_the_same_tensor_in_every_call():
     for method in ("anderson", "broyden", "fixed_point_iter"):
         x, stat = Solver(method, tol=1e-10, max_iter=100)(lambda x: image.copy_(0.5 * x + 1), start)
         torch.testing.assert_close(x, torch.full_like(x, 2.0))
+
+
+def test_matrices_of_lazily_conjugated_states():
+    x = torch.randn(2, 3, dtype=torch.complex128)
+    layout = Layout(x, batched=True)
+    assert torch.equal(layout.unpack(layout.pack(torch.conj(x))), torch.conj(x))
+
+
+def test_units_of_measurements_that_are_true_or_false():
+    assert torch.equal(powers_of_two(torch.tensor([[True, False], [False, False]]), usual=True), torch.ones(2))

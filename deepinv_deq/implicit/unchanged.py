@@ -1,0 +1,94 @@
+r"""Whether a map is still that of the forward pass when its gradient is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepinv_deq import compat
+from deepinv_deq.solvers import SolverStat
+from deepinv_deq.states import Layout, Rows, State, norms
+
+_LARGER = 10.0  # A residual beyond this multiple of that of the forward pass is not rounding.
+_ROUNDINGS = 100.0  # Chunks, memory formats and accelerators change the rounding of an evaluation.
+_TF32 = 2.0**-10
+
+CHANGED = (
+    "The iteration is another one than in the forward pass: {what}. Its gradient would be that of another map. Something that it reads was "
+    "changed before the backward pass, and no copy was possible, such as a global variable, what a method of a class refers to, or a weight changed by a fused "
+    "optimiser. Or it is not deterministic. Call backward() before such changes, or make the value an attribute of the module that reads it."
+)
+
+
+@dataclass(frozen=True)
+class Reached:
+    r"""What the forward solve measured at the point that it returned.
+
+    :param torch.Tensor residual: :math:`\|F(x) - x\| / \|F(x)\|` of each sample.
+    :param torch.dtype precision: the coarsest type that :math:`F` computes in.
+    """
+
+    residual: Tensor
+    precision: torch.dtype
+
+    @classmethod
+    def of(cls, stat: SolverStat) -> Reached:
+        r"""What a solve measured.
+
+        Where it missed its tolerance, samples were measured in different evaluations. A map that couples them, as batch norm does, has
+        another residual when all are at their best points.
+        """
+        residual = stat["plain_residual"]
+        largest = _LARGER * residual.amax() if residual.numel() else residual.sum()
+        return cls(torch.where(stat.converged.all(), residual, largest), stat["precision"])
+
+    def select(self, rows: Rows | None) -> Reached:
+        r"""The same for some samples."""
+        return self if rows is None else Reached(self.residual[rows], self.precision)
+
+    @torch.no_grad()
+    def check(self, x: State, image: State, steps: bool) -> None:
+        r"""Compare the residual of the forward pass with that of an evaluation at the same point.
+
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: the point.
+        :param torch.Tensor, tuple[torch.Tensor, ...] image: its image.
+        :param bool steps: whether ``image`` is :math:`F(x) - x` instead.
+        :raises RuntimeError: if the residual is much larger.
+        """
+        layout = Layout(x, batched=True)
+        if layout.batch != len(self.residual):  # the whole batch was solved as one sample
+            layout = Layout(x, batched=False)
+        point, out = layout.pack(x), layout.pack(image)
+        step, size = (out, norms(point + out)) if steps else (out - point, norms(out))
+        now, before = norms(step) / size, self.residual.double()
+        rounding = max(torch.finfo(self.precision).eps, _TF32 if compat.rounds_convolutions(point.device) else 0.0)
+        same = (now <= _LARGER * before + _ROUNDINGS * rounding) | (size == 0) | ~torch.isfinite(before)
+        if not bool(same.all()):
+            worst = int(torch.where(same, 0.0, now.nan_to_num(torch.inf)).argmax())
+            what = f"at the fixed point its relative residual was {before[worst]:.1e} then, and is {now[worst]:.1e} now"
+            raise RuntimeError(CHANGED.format(what=what))
+
+
+@torch.no_grad()
+def refuse_other_image(before: State, image: State, batched: bool) -> None:
+    r"""Compare two images of one point under a map.
+
+    :param torch.Tensor, tuple[torch.Tensor, ...] before: image in the forward pass.
+    :param torch.Tensor, tuple[torch.Tensor, ...] image: image in the backward pass.
+    :param bool batched: whether dimension 0 is the batch.
+    :raises RuntimeError: if they differ by more than rounding.
+    """
+    layout = Layout(before, batched)
+    old, new = layout.pack(before), layout.pack(image)
+    tensors = (before,) if isinstance(before, Tensor) else before
+    eps = max(torch.finfo(t.real.dtype if t.is_complex() else t.dtype).eps for t in tensors)
+    rounding = max(eps, _TF32 if compat.rounds_convolutions(old.device) else 0.0)
+    difference, size = norms(new - old), norms(old)
+    same = (difference <= _ROUNDINGS * rounding * size) | ~torch.isfinite(size)
+    if not bool(same.all()):
+        worst = (difference / size).nan_to_num(torch.inf).max().item()
+        raise RuntimeError(
+            CHANGED.format(what=f"at the fixed point its image has changed by {worst:.1e} relative to its size")
+        )

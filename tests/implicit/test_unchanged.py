@@ -1,0 +1,139 @@
+r"""A map that was changed between forward and backward is refused, also where no copy and no version counter can tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepinv.physics import Denoising, LinearPhysics
+
+from deepinv_deq import DEProx, DEQReconstructor, ModularIDHook, Solver
+from deepinv_deq.implicit.unchanged import Reached
+from tests.problems import F64, SmallDenoiser, deq, rng
+
+
+def in_a_closure():
+    gain = 0.6
+
+    class Gain(LinearPhysics):
+        def A(self, x, **_):
+            return gain * x
+
+        A_adjoint = A
+
+    def change(value):
+        nonlocal gain
+        gain = value
+
+    return Gain(), change
+
+
+def in_a_default():
+    class Gain(LinearPhysics):
+        def A(self, x, settings={"gain": 0.6}, **_):  # noqa: B006
+            return settings["gain"] * x
+
+        A_adjoint = A
+
+    return Gain(), lambda value: Gain.A.__defaults__[0].update(gain=value)
+
+
+def in_another_class():
+    class Settings:
+        gain = 0.6
+
+    class Gain(LinearPhysics):
+        def A(self, x, **_):
+            return Settings.gain * x
+
+        A_adjoint = A
+
+    return Gain(), lambda value: setattr(Settings, "gain", value)
+
+
+def in_the_data_of_a_tensor():
+    gain = torch.full((1, 1, 6, 6), 0.6, dtype=F64)
+
+    class Gain(LinearPhysics):
+        def A(self, x, **_):
+            return gain * x
+
+        A_adjoint = A
+
+    return Gain(), gain.data.fill_
+
+
+@pytest.mark.parametrize("mode", ["implicit", "jfb"])
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("make", [in_a_closure, in_a_default, in_another_class, in_the_data_of_a_tensor])
+def test_a_change_that_nobody_could_copy_raises(make, chunk_size, mode):
+    physics, change = make()
+    y = torch.rand(2, 1, 6, 6, dtype=F64, generator=rng())
+    model = DEQReconstructor(
+        DEProx(SmallDenoiser(), stepsize=0.7).to(F64),
+        solver=Solver(tol=1e-6, chunk_size=chunk_size),
+        hook=ModularIDHook(Solver("gmres", tol=1e-5, chunk_size=chunk_size), mode=mode),
+    )
+    model(y, physics).sum().backward()
+    loss = model(y, physics).sum()
+    change(0.9)
+    with pytest.raises(RuntimeError, match=r"another one than in the forward pass: .* residual was .*e-\d+ then"):
+        loss.backward()
+    change(0.6)
+    loss.backward()
+
+
+def test_a_change_raises_under_create_graph_too():
+    physics, change = in_a_closure()
+    loss = deq(DEProx(SmallDenoiser(), stepsize=0.7))(torch.rand(1, 1, 6, 6, dtype=F64), physics).sum()
+    change(0.9)
+    with pytest.raises(RuntimeError, match="another one"):
+        loss.backward(create_graph=True)
+
+
+@pytest.mark.parametrize("max_iter", [1, 3])
+def test_a_solve_that_did_not_converge_has_its_gradient(max_iter):
+    model = deq(DEProx(SmallDenoiser(), stepsize=0.7))
+    model.solver = Solver(tol=1e-12, max_iter=max_iter, on_failure="ignore")
+    model(torch.rand(2, 1, 6, 6, dtype=F64), Denoising()).sum().backward()
+    assert model.hook.stat.converged.all()
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_callable_that_was_changed_raises(batched):
+    weight, number = torch.nn.Parameter(torch.tensor(0.5, dtype=F64)), [1.0]
+    hook = ModularIDHook(Solver("gmres", tol=1e-10, batched=batched))
+
+    def f(x):
+        return number[0] * weight * torch.cos(x)
+
+    x_star, _ = Solver(tol=1e-12)(f, torch.zeros(2, 3, dtype=F64))
+    hook(f, x_star).sum().backward()
+    exact = 6 * torch.cos(x_star[0, 0]) / (1 + 0.5 * torch.sin(x_star[0, 0]))
+    assert torch.isclose(weight.grad, exact)
+    x_hat = hook(f, x_star)
+    number[0] = 1.01
+    with pytest.raises(RuntimeError, match="another one .* its image has changed by 1.0e-02"):
+        x_hat.sum().backward()
+    number[0] = 1.0
+    x_hat = hook(f, x_star)
+    with torch.no_grad():
+        weight.add_(1e-3)
+    with pytest.raises(RuntimeError, match=r"another one|modified by an inplace operation"):
+        x_hat.sum().backward()
+
+
+def test_every_sample_is_compared_with_its_own_residual():
+    reached = Reached(torch.tensor([1e-6, 1e-1, torch.inf]), torch.float32)
+    x = torch.ones(3, 1, 4, 4)
+    reached.check(x, x * torch.tensor([1 + 1e-7, 1.5, torch.nan])[:, None, None, None], steps=False)
+    reached.check(x, x * torch.tensor([1e-7, 0.5, torch.nan])[:, None, None, None], steps=True)
+    reached.check(torch.zeros_like(x), torch.zeros_like(x), steps=False)
+    for first in (1 + 1e-3, torch.nan):
+        with pytest.raises(RuntimeError, match=r"was 1.0e-06 then, and is (1.0e-03|nan) now"):
+            reached.check(x, x * torch.tensor([first, 1.5, 1.0])[:, None, None, None], steps=False)
+    with pytest.raises(RuntimeError, match="was 1.0e-06 then"):
+        reached.select(slice(0, 1)).check(x[:1], 1.5 * x[:1], steps=False)
+    joint = Reached(torch.tensor([1e-6]), torch.float32)
+    joint.check(x, x, steps=False)
+    with pytest.raises(RuntimeError, match="was 1.0e-06 then"):
+        joint.check(x, 1.1 * x, steps=False)
