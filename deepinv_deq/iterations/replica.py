@@ -18,11 +18,16 @@ What cannot be made private is listed here, and only here:
 - Objects of extension modules (random generators, C++ objects), weak dictionaries and resources (objects with ``__del__``) are
   shared.
 
+- What *methods of a class* refer to (closures, default values) is not copied. If this, a global variable or another class is changed before the
+  backward pass, :mod:`deepinv_deq.implicit.unchanged` notices that the residual has changed, and raises.
+- *Identities*: an object that looks itself up by ``id(self)``, or in a weak dictionary, is not found there.
+
 Everything else is private: numbers, containers, NumPy arrays, plain objects, what functions refer to (closures and default
 values), and the attributes of a module's own class.
 
 What an evaluation stores on a module (``self.features = ...``) stays on the replica. To look at feature maps, register a forward
-hook: hooks fire on the replica as well. Layers that update a buffer in place (batch norm) update the original's buffer, and an
+hook: hooks fire on the replica as well. A network that initialises itself in its first evaluation (ActNorm) does so on every replica: call it
+once before it is bound. Layers that update a buffer in place (batch norm) update the original's buffer, and an
 assignment to a buffer stays on the replica, as in :class:`torch.nn.DataParallel`.
 """
 

@@ -13,7 +13,7 @@ from losses import BEST, LOSSES
 from models import METHODS
 from paired import Difference, difference
 from records import SPREAD_DB, Cell, Records, is_deq, is_fixed_point
-from settings import is_borrowed
+from settings import has_older_settings, is_borrowed
 
 BOTH = ("mri", "ct")
 
@@ -71,7 +71,9 @@ def rows(records: Records) -> tuple[list[list[str]], str]:
         count = f"{found.images} images, {_seeds(*found.seeds)}"
         measured = f"{found.mean:+.2f} ± {found.error:.2f} dB ({count})"
         sound = all(is_fixed_point(r) for cell in (claim.first, claim.second) for r in records.of(*cell) if is_deq(r))
-        verdict = found.verdict(claim.threshold) + found.caution + ("" if sound else ", but **not a fixed point**")
+        older = any(has_older_settings(r["config"]) for cell in (claim.first, claim.second) for r in records.of(*cell))
+        verdict = found.verdict(claim.threshold) + found.caution + (", with *older settings*" if older else "")
+        verdict += "" if sound else ", but **not a fixed point**"
         out.append([claim.text, cells, measured, theirs, _borrowed(records, claim), verdict])
     return out, f"{missing} claim{'s have' if missing != 1 else ' has'} no record yet." if missing else ""
 

@@ -137,6 +137,11 @@ def outdated_settings(config: dict[str, Any], found: dict[str, Any]) -> dict[str
     return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def has_older_settings(config: dict[str, Any]) -> bool:
+    r"""Whether a record was made with other settings than today's."""
+    return bool(outdated_settings(config, found_settings()))
+
+
 def is_borrowed(config: dict[str, Any]) -> bool:
     r"""Whether the settings of a record come from the search of another method, loss or scale."""
     own = f"{config['scale']}/{config['task']}/{METHODS[config['method']].family}/{config['loss']}"

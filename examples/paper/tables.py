@@ -34,8 +34,9 @@ from records import (
     value,
     variants_of,
 )
+from settings import has_older_settings
 
-NO_FIXED_POINT = " **not a fixed point**"
+NO_FIXED_POINT, OLDER = " **not a fixed point**", " *older settings*"
 MARKS = {"outdated": "*old*", "missing": "*missing*", "none": "–"}
 EQUIVARIANT = ("ei", "ei-fixed", "ei-turned", "sup")  # trainings of Tables 2 and 3
 
@@ -50,7 +51,8 @@ def cell(records: Records, task: str, method: str, loss: str, what: str = "psnr"
     if not known:
         return MARKS["missing"]
     text = mean_and_spread([value(r, what) for r in known], f"{{:.{digits}f}}".format)
-    return text + (NO_FIXED_POINT if doubtful else "")
+    older = any(has_older_settings(r["config"]) for r in known)
+    return text + (NO_FIXED_POINT if doubtful else "") + (OLDER if older else "")
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:

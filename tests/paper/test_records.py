@@ -14,13 +14,15 @@ import models
 import paired
 import pytest
 import records
+import settings
 import tables
 
 
 def record(task, method, loss, seed=0, psnr=(30.0,) * 10, scale="small", fixed_point=None, **more):
     r"""Write a record by hand."""
     entry = {"mean": statistics.mean(psnr), "std": 0.0, "all": list(psnr)}
-    config = {"task": task, "method": method, "loss": loss, "scale": scale, "seed": seed, "stepsize": 0.1}
+    config = {"task": task, "method": method, "loss": loss, "scale": scale, "seed": seed}
+    config["stepsize"] = settings.default_settings(task, method, loss, scale)["stepsize"]  # as today
     content = {
         "config": config,
         "psnr": entry,
@@ -106,7 +108,7 @@ def test_a_claim_says_what_it_rests_on(lab):
     records.write(path, json.dumps(borrowed))
     known = records.Records("small")
     row = next(row for row in claims.rows(known)[0] if row[0] == "ID > JFB")
-    assert row[-2:] == ["second", "holds, on one seed"] and "2 and 1 seeds" in row[2]
+    assert row[-2:] == ["second", "holds, on one seed, with *older settings*"] and "2 and 1 seeds" in row[2]
     said = tables.provenance(known)
     assert "CT DEQ, JFB (supervised), seed 0, was made with other settings than today's: lr 0.5 instead of" in said
     assert "small/ct/deq-id/sup" in said
@@ -138,8 +140,9 @@ def test_equivariance_is_read_without_deepinvs_floor(lab):
     record("ct", "deq-id", "sup", fixed_point=0.0, iteration_equivariance=entry)
     record("ct", "deq-id", "ei", fixed_point=0.0, iteration_equivariance=entry, exact_equivariance=True)
     old, new = (records.Records("small").of("ct", "deq-id", loss)[0] for loss in ("sup", "ei"))
-    assert records.value(old, "iteration_equivariance") == pytest.approx(exact - 20)  # of (F - I) / 0.1
-    assert records.value(new, "iteration_equivariance") == pytest.approx(saturated - 20)
+    size = 20 * math.log10(old["config"]["stepsize"])
+    assert records.value(old, "iteration_equivariance") == pytest.approx(exact + size)  # of (F - I) / stepsize
+    assert records.value(new, "iteration_equivariance") == pytest.approx(saturated + size)
 
 
 def test_missing_cells_are_said_to_be_missing(lab):
