@@ -15,7 +15,7 @@ TASKS = [
     (DEGrad, dinv.physics.BlurFFT((1, 16, 16), filter=gaussian_blur(sigma=(1.0, 1.0))), 1),
     (DEProx, dinv.physics.MRI(mask=MASK, img_size=(2, 16, 16)), 2),
 ]
-FIXED = 9  # one check of y, whether two filters are one, one sentence for each of two solves and the verification, and what GMRES asks at its start and end
+FIXED = 10  # one check of y, whether two filters are one, whether the map is still that of the forward pass, one sentence for each of two solves and the verification, and what GMRES asks at its start and end
 
 
 def waits(kind, physics, channels, every):
