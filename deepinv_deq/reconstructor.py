@@ -18,7 +18,6 @@ from deepinv_deq.checks import Init, check_finite, check_types, give_lazy_layers
 from deepinv_deq.course import Course
 from deepinv_deq.implicit import ModularIDHook
 from deepinv_deq.implicit.forward_mode import refusing_vmap
-from deepinv_deq.implicit.unchanged import Reached
 from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.iterations.terms import measurements
 from deepinv_deq.maps import Map, as_map
@@ -177,7 +176,7 @@ class DEQReconstructor(_Solving):
             f = as_map(self.iteration.bind(y, physics, **level))
             course = Course(f, x_gt, self.iteration.output) if compute_metrics else None
             x_star, stat = _solve(self, f, course, y, physics, init)
-            x_hat = self.iteration.output(self.hook(f, x_star, on_solve=self._callbacks, reached=Reached.of(stat)))
+            x_hat = self.iteration.output(self.hook(f, x_star, on_solve=self._callbacks, stat=stat))
         return x_hat if course is None else (x_hat, course.metrics(stat["rel_trace"].tolist()))
 
     def certify(

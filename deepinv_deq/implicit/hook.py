@@ -104,7 +104,7 @@ class ModularIDHook:
         return f"{type(self).__name__}({self.solver}, mode={self.mode!r})"
 
     def __call__(
-        self, f: Callable[[Any], Any], x_star: Any, *, on_solve: OnSolve | None = None, reached: Reached | None = None
+        self, f: Callable[[Any], Any], x_star: Any, *, on_solve: OnSolve | None = None, stat: SolverStat | None = None
     ) -> Any:
         r"""Give a fixed point its gradient.
 
@@ -112,8 +112,8 @@ class ModularIDHook:
         :param torch.Tensor, tuple[torch.Tensor, ...] x_star: the fixed point, of any shape.
         :param Callable, None on_solve: called as ``on_solve("backward", stat)`` after every adjoint solve, in the thread of the
             backward pass, and as ``on_solve("tangent", stat)`` after the solve of forward mode.
-        :param Reached, None reached: what the solve measured at ``x_star``. The backward pass then checks that ``f`` has the same residual
-            there, and raises if ``f`` was changed in between.
+        :param SolverStat, None stat: statistic of the solve that found ``x_star``. With it, the backward pass checks that ``f`` has the same
+            residual there, and raises if ``f`` was changed in between.
         :return: a state with the values of ``x_star``; ``x_star`` itself where no gradient is wanted.
         :raises RuntimeError: inside of :func:`torch.func.grad` and its kin, which have no implicit gradient here.
         """
@@ -129,7 +129,13 @@ class ModularIDHook:
             )
         x_hat = state
         if torch.is_grad_enabled():
-            x_hat = self._with_gradient(f, state, Adjoint(self.solver, exact, single, _Report(self, on_solve), reached))
+            x_hat = self._with_gradient(
+                f,
+                state,
+                Adjoint(
+                    self.solver, exact, single, _Report(self, on_solve), None if stat is None else Reached.of(stat)
+                ),
+            )
         if tangent is not None:
             x_hat = attach(x_hat, tangent, graph=x_hat is not state)
         return x_star if x_hat is state else as_state(x_hat, single)

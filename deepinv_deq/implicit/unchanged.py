@@ -12,8 +12,8 @@ from deepinv_deq.solvers import SolverStat
 from deepinv_deq.states import Layout, Rows, State, norms
 
 _LARGER = 10.0  # A residual beyond this multiple of that of the forward pass is not rounding.
-_ROUNDINGS = 100.0  # Chunks, memory formats and accelerators change the rounding of an evaluation.
-_TF32 = 2.0**-10
+# Chunks, memory formats and convolution algorithms of accelerators change the rounding of an evaluation.
+_ROUNDINGS, _COARSE, _TF32 = 1000.0, 0.1, 2.0**-10
 
 CHANGED = (
     "The iteration is another one than in the forward pass: {what}. Its gradient would be that of another map. Something that it reads was "
@@ -63,8 +63,9 @@ class Reached:
         point, out = layout.pack(x), layout.pack(image)
         step, size = (out, norms(point + out)) if steps else (out - point, norms(out))
         now, before = norms(step) / size, self.residual.double()
-        rounding = max(torch.finfo(self.precision).eps, _TF32 if compat.rounds_convolutions(point.device) else 0.0)
-        same = (now <= _LARGER * before + _ROUNDINGS * rounding) | (size == 0) | ~torch.isfinite(before)
+        same = (
+            (now <= _LARGER * before + _rounding(self.precision, point.device)) | (size == 0) | ~torch.isfinite(before)
+        )
         if not bool(same.all()):
             worst = int(torch.where(same, 0.0, now.nan_to_num(torch.inf)).argmax())
             what = f"at the fixed point its relative residual was {before[worst]:.1e} then, and is {now[worst]:.1e} now"
@@ -83,12 +84,17 @@ def refuse_other_image(before: State, image: State, batched: bool) -> None:
     layout = Layout(before, batched)
     old, new = layout.pack(before), layout.pack(image)
     tensors = (before,) if isinstance(before, Tensor) else before
-    eps = max(torch.finfo(t.real.dtype if t.is_complex() else t.dtype).eps for t in tensors)
-    rounding = max(eps, _TF32 if compat.rounds_convolutions(old.device) else 0.0)
+    rounding = max(_rounding(t.real.dtype if t.is_complex() else t.dtype, old.device) for t in tensors)
     difference, size = norms(new - old), norms(old)
-    same = (difference <= _ROUNDINGS * rounding * size) | ~torch.isfinite(size)
+    same = (difference <= rounding * size) | ~torch.isfinite(size)
     if not bool(same.all()):
         worst = (difference / size).nan_to_num(torch.inf).max().item()
         raise RuntimeError(
             CHANGED.format(what=f"at the fixed point its image has changed by {worst:.1e} relative to its size")
         )
+
+
+def _rounding(dtype: torch.dtype, device: torch.device) -> float:
+    r"""The largest relative difference of two evaluations of one map at one point."""
+    eps = max(torch.finfo(dtype).eps, _TF32 if compat.rounds_convolutions(device) else 0.0)
+    return min(_ROUNDINGS * eps, _COARSE)

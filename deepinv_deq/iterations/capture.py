@@ -45,6 +45,7 @@ class Capture:
         if any(isinstance(f.tensor, UninitializedParameter) for f in self.pristine.found.values()):
             initialise(iteration, physics, y)
             self.pristine = Replica([iteration, physics])
+            _refuse_unused(iteration, physics)
         self.pristine = _private(self.pristine, sigma)
         self.levels = sigma if isinstance(sigma, Tensor) and sigma.ndim else None  # one row per sample
         # the measurements are for a diagnosis only: a map lives until backward, and must not keep them alive
@@ -185,6 +186,17 @@ def initialise(iteration: FixedPointIteration, physics: Physics, y: Any) -> None
     """
     with torch.no_grad():
         iteration(iteration.init(y, physics), physics, *all_constants(iteration, y, physics))
+
+
+def _refuse_unused(*modules: torch.nn.Module) -> None:
+    r"""Raise if a lazy layer is still without a shape after an evaluation."""
+    for module in modules:
+        for name, t in module.named_parameters():
+            if isinstance(t, UninitializedParameter):
+                raise ValueError(
+                    f"The lazy parameter {name} of {type(module).__name__} has no shape, because an evaluation does not use it: "
+                    "remove its layer, or call the layer once."
+                )
 
 
 def diagnose(capture: Capture) -> str:

@@ -204,3 +204,11 @@ def test_hooks_that_cost_digits_are_named():
         iteration = DEGrad(nn.Tanh(), stepsize=1e-8)
         iteration.register_forward_hook(lambda *_: None)
         DEQReconstructor(iteration)(y, physics)
+
+
+def test_a_lazy_layer_that_is_not_used_is_named():
+    net = SmallDenoiser()
+    net.head = nn.LazyConv2d(1, 3, dtype=F64)
+    _, physics, _, y = imaging()
+    with pytest.raises(ValueError, match=r"lazy parameter denoiser.head.weight of DEProx .* remove its layer"):
+        DEProx(net.to(F64), stepsize=0.5).bind(y, physics)
