@@ -37,12 +37,13 @@ class Reached:
     def of(cls, stat: SolverStat) -> Reached:
         r"""What a solve measured.
 
-        Where it missed its tolerance, samples were measured in different evaluations. A map that couples them, as batch norm does, has
-        another residual when all are at their best points.
+        Samples that stopped at different evaluations, or missed the tolerance, were measured beside other points of the rest of the batch.
+        If the map couples samples, as batch norm does, their residuals are others when all are at their best points.
         """
         residual = stat["plain_residual"]
         largest = _LARGER * residual.amax() if residual.numel() else residual.sum()
-        return cls(torch.where(stat.converged.all(), residual, largest), stat["precision"])
+        together = stat.converged.all() & (stat["nstep"] == stat["nstep"][:1]).all()
+        return cls(torch.where(together, residual, largest), stat["precision"])
 
     def select(self, rows: Rows | None) -> Reached:
         r"""The same for some samples."""

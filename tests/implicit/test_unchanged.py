@@ -137,3 +137,18 @@ def test_every_sample_is_compared_with_its_own_residual():
     joint.check(x, x, steps=False)
     with pytest.raises(RuntimeError, match="was 1.0e-06 then"):
         joint.check(x, 1.1 * x, steps=False)
+
+
+class Coupled(SmallDenoiser):
+    r"""What a sample becomes depends on the others, as with batch norm."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.2 * torch.tanh(x.mean(0, keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3, 1e-6])
+def test_samples_that_influence_each_other_are_no_change(tol):
+    y = torch.rand(3, 1, 6, 6, dtype=F64, generator=rng()) * torch.tensor([1e-3, 1.0, 30.0])[:, None, None, None]
+    model = DEQReconstructor(DEProx(Coupled(), stepsize=0.6).to(F64), solver=Solver(tol=tol))
+    model(y, Denoising()).sum().backward()
