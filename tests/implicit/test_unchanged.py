@@ -152,3 +152,12 @@ def test_samples_that_influence_each_other_are_no_change(tol):
     y = torch.rand(3, 1, 6, 6, dtype=F64, generator=rng()) * torch.tensor([1e-3, 1.0, 30.0])[:, None, None, None]
     model = DEQReconstructor(DEProx(Coupled(), stepsize=0.6).to(F64), solver=Solver(tol=tol))
     model(y, Denoising()).sum().backward()
+
+
+def test_samples_that_stopped_at_different_evaluations_have_the_largest_residual():
+    rates, y = torch.tensor([[0.1], [0.9]], dtype=F64), torch.ones(2, 3, dtype=F64)
+    for start, together in ((torch.zeros_like(y), False), (y / (1 - rates), True)):
+        _, stat = Solver("fixed_point_iter", tol=1e-6, max_iter=300)(lambda x: rates * x + y, start)
+        assert bool((stat["nstep"] == stat["nstep"][0]).all()) is together
+        largest = 10 * stat["plain_residual"].max()
+        assert torch.equal(Reached.of(stat).residual, stat["plain_residual"] if together else largest.expand(2))
