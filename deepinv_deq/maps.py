@@ -106,7 +106,7 @@ class _Wrapped(Map):
         out = self._f(x)
         if [version(t) for t in point] != before:
             raise RuntimeError(
-                f"The map {type(self._f).__name__} wrote to its argument in place, which the solver still uses: give it a copy, "
+                f"{getattr(self._f, '__name__', type(self._f).__name__)} wrote to its argument in place, which the solver still uses: give it a copy, "
                 "lambda x: f(x.clone()), or use layers without inplace=True."
             )
         return out
