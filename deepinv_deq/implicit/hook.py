@@ -129,13 +129,8 @@ class ModularIDHook:
             )
         x_hat = state
         if torch.is_grad_enabled():
-            x_hat = self._with_gradient(
-                f,
-                state,
-                Adjoint(
-                    self.solver, exact, single, _Report(self, on_solve), None if stat is None else Reached.of(stat)
-                ),
-            )
+            reached = None if stat is None else Reached.of(stat)
+            x_hat = self._with_gradient(f, state, Adjoint(self.solver, exact, single, _Report(self, on_solve), reached))
         if tangent is not None:
             x_hat = attach(x_hat, tangent, graph=x_hat is not state)
         return x_star if x_hat is state else as_state(x_hat, single)

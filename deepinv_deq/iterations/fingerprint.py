@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deepinv_deq.compat import HOOKS, OF_MODULES
-from deepinv_deq.iterations.objects import LIBRARIES, SHARED, Cached, contents, is_plain, library, slots
+from deepinv_deq.iterations.objects import LIBRARIES, SHARED, Cached, contents, is_plain, library, owner_of, slots
 
 
 def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = None) -> Any:
@@ -48,8 +48,8 @@ def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = N
     if kind is types.FunctionType:
         cells = contents(value)
         return value.__code__, inside([value.__defaults__, value.__kwdefaults__, value.__dict__, *cells])
-    if kind is types.BuiltinFunctionType:  # a function, or a method of a tensor or a dictionary
-        return (value,) if isinstance(value.__self__, (types.ModuleType, type(None))) else inside([value.__self__])
+    if kind is types.BuiltinFunctionType:
+        return (value,) if owner_of(value) is None else inside([owner_of(value)])
     if kind is types.MethodType:
         return inside([value.__func__, value.__self__])
     if kind is functools.partial:

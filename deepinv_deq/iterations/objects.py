@@ -124,6 +124,12 @@ def _cell(cell: types.CellType, replicate: Callable[[Any], Any], keep: Callable[
     return keep(cell, types.CellType()) if known is cell else known
 
 
+def owner_of(builtin: types.BuiltinFunctionType) -> Any:
+    r"""The object of which a function written in C is a method, such as a tensor; ``None`` for a function of a module."""
+    owner = builtin.__self__
+    return None if isinstance(owner, types.ModuleType) else owner
+
+
 def contents(function: Any) -> Iterator[Any]:
     r"""What a closure refers to."""
     for cell in getattr(function, "__closure__", None) or ():

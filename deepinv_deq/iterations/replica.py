@@ -56,6 +56,7 @@ from deepinv_deq.iterations.objects import (
     is_plain,
     of_class,
     of_function,
+    owner_of,
     shallow,
     tensors_of_hook,
     without_finaliser,
@@ -125,9 +126,9 @@ class Replica:
 
     def _copy(self, value: Any) -> Any:
         kind: Any = type(value)
-        if kind is types.BuiltinFunctionType and not isinstance(value.__self__, (types.ModuleType, type(None))):
-            owner = self._copy(value.__self__)  # a method of a tensor or a dictionary
-            return value if owner is value.__self__ else getattr(owner, value.__name__)
+        if kind is types.BuiltinFunctionType:
+            owner = self._copy(owner_of(value))
+            return value if owner is owner_of(value) else getattr(owner, value.__name__)
         if kind in SHARED:
             return value
         if id(value) in self._memo:
