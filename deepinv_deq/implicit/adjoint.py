@@ -2,21 +2,19 @@ r"""The adjoint equation :math:`b = b \, \partial F / \partial x + g` of a fixed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deepinv_deq.implicit.graphs import Gradients, Tensors, refuse_hidden_leaves, vjp, zeros_for_none
 from deepinv_deq.implicit.unchanged import Reached
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
 from deepinv_deq.solvers.solver import parts_of
 from deepinv_deq.states import Rows, State, as_tuple, plus
-
-Tensors = tuple[Tensor, ...]
-Gradients = tuple[Tensor | None, ...]  # None: the map does not depend on that tensor
 
 
 def as_state(tensors: Sequence[Tensor], single: bool) -> State:
@@ -32,14 +30,12 @@ class LinearSolves:
     :param bool exact: whether to solve; else the solution is taken to be the constant (Jacobian-free backpropagation).
     :param bool single: whether a state is one tensor.
     :param Callable report: called with the :class:`SolverStat` of every solve.
-    :param Reached, None reached: what the forward solve measured, if that is known.
     """
 
     solver: Solver
     exact: bool
     single: bool
     report: Callable[[SolverStat], None]
-    reached: Reached | None = None
 
     def solve(self, equation: AffineMap, measure: Callable[[Any], Any]) -> tuple[Tensors, SolverStat]:
         r"""Solve from zero, and verify the residual.
@@ -61,8 +57,18 @@ class LinearSolves:
         return as_tuple(solution), stat
 
 
+@dataclass(frozen=True)
 class Adjoint(LinearSolves):
-    r"""Adjoint solves: :math:`b = b \, \partial F / \partial x + g`."""
+    r"""Adjoint solves: :math:`b = b \, \partial F / \partial x + g`.
+
+    :param Reached, None reached: what the solve for the fixed point measured, if that is known.
+    """
+
+    reached: Reached | None = None
+
+    def of_adjoint(self) -> Adjoint:
+        r"""The settings for derivatives of the adjoint equation itself: its solution has a residual of its own."""
+        return replace(self, reached=None)
 
     def gradient(self, f: Map, x_star: Tensors, inputs: Tensors, g: Tensors) -> Gradients:
         r"""The product :math:`g \, \partial \hat x / \partial` ``inputs``, by chunks of samples: one graph at a time.
@@ -156,7 +162,7 @@ class Adjoint(LinearSolves):
             bound, state = f.rebind(inputs), as_state(x, self.single)
             steps = bound.has_own_step
             image = as_tuple(bound.step(state) if steps else bound(state))
-        _refuse_hidden_leaves(image, leaves)
+        refuse_hidden_leaves(image, leaves)
         if self.reached is not None:
             self.reached.select(rows).check(as_state(x, self.single), as_state(image, self.single), steps)
         return self.pull_back(image, x, inputs, g, inverse, steps)
@@ -198,53 +204,5 @@ class AdjointMap(Map):
             return vjp(image, x if of_x else inputs, b, graph=True)
 
 
-def vjp(outputs: Tensors, inputs: Tensors, cotangent: Tensors, keep: bool = False, graph: bool = False) -> Gradients:
-    r"""Product of a cotangent with the Jacobian of ``outputs`` over ``inputs``.
-
-    :param tuple[torch.Tensor, ...] outputs: tensors with a graph.
-    :param tuple[torch.Tensor, ...] inputs: tensors of that graph.
-    :param tuple[torch.Tensor, ...] cotangent: one tensor for each of ``outputs``.
-    :param bool keep: whether the graph of ``outputs`` is used again.
-    :param bool graph: whether the product gets a graph of its own; if so, that of ``outputs`` is kept, too.
-    :return: one tensor for each of ``inputs``, ``None`` where there is no dependence.
-    """
-    pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangent, strict=True) if o.requires_grad]
-    if not pairs or not inputs:
-        return (None,) * len(inputs)
-    outs, cots = zip(*pairs, strict=True)
-    return torch.autograd.grad(outs, inputs, cots, retain_graph=keep or graph, create_graph=graph, allow_unused=True)
-
-
-def zeros_for_none(products: Gradients, like: Tensors) -> Tensors:
-    r"""The same products, with zeros where there is no dependence."""
-    return tuple(torch.zeros_like(t) if p is None else p for p, t in zip(products, like, strict=True))
-
-
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def leaves(outputs: Tensors) -> Iterator[Tensor]:
-    r"""The tensors that require a gradient and at which the graph of ``outputs`` ends, each once."""
-    seen, nodes = set[Any](), [t.grad_fn for t in outputs]
-    while nodes:
-        node: Any = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        nodes.extend(parent for parent, _ in node.next_functions)
-
-
-def _refuse_hidden_leaves(image: Tensors, known: Tensors) -> None:
-    r"""Raise if the map depends on a trainable tensor that is none of its inputs: its gradient would be lost."""
-    known_ids = {id(t) for t in known}
-    for leaf in leaves(image):
-        if id(leaf) not in known_ids:
-            raise RuntimeError(
-                f"The iteration depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and was none of "
-                "its inputs in the forward pass, so its gradient would be lost. If it was frozen then, unfreeze it before "
-                "the forward pass, and run that again. If it is no parameter, buffer or attribute of the iteration or the "
-                "physics, make it an attribute of one of them, or detach it."
-            )

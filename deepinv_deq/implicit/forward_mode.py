@@ -16,8 +16,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from deepinv_deq import compat
-from deepinv_deq.implicit.adjoint import LinearSolves, Tensors, as_state
+from deepinv_deq.implicit.adjoint import LinearSolves, as_state
 from deepinv_deq.implicit.functions import TANGENT, Refused
+from deepinv_deq.implicit.graphs import Tensors
 from deepinv_deq.implicit.mapped import VMAP, Mapped
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.states import State, as_tuple

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from deepinv_deq import compat
 from deepinv_deq.autocast import autocast_settings
-from deepinv_deq.implicit.adjoint import Adjoint, Gradients, Tensors, as_state
+from deepinv_deq.implicit.adjoint import Adjoint, as_state
 from deepinv_deq.implicit.context import as_in_forward, usable
+from deepinv_deq.implicit.graphs import Gradients, Tensors
 from deepinv_deq.implicit.mapped import VMAP, Mapped
 from deepinv_deq.implicit.unchanged import refuse_other_image
 from deepinv_deq.maps import Map
@@ -54,7 +55,7 @@ class FixedPoint(torch.autograd.Function):
                 x_hat = FixedPoint.apply(adjoint, f, ctx.n, *saved)
 
                 def fixed_point(of: Map, b: Tensors, given: Tensors) -> Tensors:
-                    return FixedPoint.apply(adjoint, of, len(b), *b, *given)
+                    return FixedPoint.apply(adjoint.of_adjoint(), of, len(b), *b, *given)
 
                 grads = adjoint.differentiable_gradient(f, x_hat, inputs, g, fixed_point)
             else:

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deepinv_deq import compat
-from deepinv_deq.implicit.adjoint import Adjoint, Tensors, as_state
+from deepinv_deq.implicit.adjoint import Adjoint, as_state
 from deepinv_deq.implicit.context import outside_of_inference_mode
 from deepinv_deq.implicit.forward_mode import Tangent, attach, refuse_reverse, without_tangents
 from deepinv_deq.implicit.functions import BareAdjoint, FixedPoint
+from deepinv_deq.implicit.graphs import Tensors
 from deepinv_deq.implicit.unchanged import Reached
 from deepinv_deq.maps import Map, as_map
 from deepinv_deq.solvers import Solver, SolverStat

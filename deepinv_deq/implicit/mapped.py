@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from deepinv_deq import compat
-from deepinv_deq.implicit.adjoint import Tensors, as_state
+from deepinv_deq.implicit.adjoint import as_state
+from deepinv_deq.implicit.graphs import Tensors
 from deepinv_deq.states import as_tuple
 
 VMAP = (

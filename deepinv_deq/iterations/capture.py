@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from deepinv_deq.compat import STORES, random_numbers
-from deepinv_deq.implicit.adjoint import leaves
+from deepinv_deq.implicit.graphs import leaves
 from deepinv_deq.iterations.checks import Watch, fits, refuse_other_dimension, shape
 from deepinv_deq.iterations.circulant import Origin
 from deepinv_deq.iterations.replica import Replica

@@ -161,3 +161,19 @@ def test_samples_that_stopped_at_different_evaluations_have_the_largest_residual
         assert bool((stat["nstep"] == stat["nstep"][0]).all()) is together
         largest = 10 * stat["plain_residual"].max()
         assert torch.equal(Reached.of(stat).residual, stat["plain_residual"] if together else largest.expand(2))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("tol", [1e-1, 1e-3])
+def test_gradients_of_higher_order_may_be_coarser_than_the_fixed_point(order, tol):
+    y = torch.rand(2, 1, 6, 6, dtype=F64, generator=rng()).requires_grad_()
+    model = DEQReconstructor(
+        DEProx(SmallDenoiser(), stepsize=0.7).to(F64),
+        solver=Solver(tol=1e-12),
+        hook=ModularIDHook(Solver("gmres", tol=tol)),
+    )
+    derivative = model(y, Denoising()).square().sum()
+    for _ in range(order - 1):
+        derivative = torch.autograd.grad(derivative, y, create_graph=True)[0].square().sum()
+    derivative.backward()
+    assert torch.isfinite(y.grad).all()
