@@ -39,6 +39,7 @@ from deepinv_deq.compat.modules import (
     without,
 )
 from deepinv_deq.compat.operations import dispatch_mode, numbers, random_numbers
+from deepinv_deq.compat.precision import rounds_convolutions, rounds_matrix_products
 
 __all__ = [
     "HOOKS",
@@ -65,6 +66,8 @@ __all__ = [
     "registered_solvers",
     "replica_of_script",
     "rotated_grid",
+    "rounds_convolutions",
+    "rounds_matrix_products",
     "run_eagerly",
     "scatter",
     "sparse_pieces",
@@ -209,15 +212,6 @@ def _level() -> int:
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     return max(level, 1)  # threads of the autograd engine do not count
-
-
-def rounds_convolutions(device: torch.device) -> bool:
-    r"""Whether convolutions in float32 may be computed in TF32 on a device, as PyTorch allows by default."""
-    try:
-        return device.type == "cuda" and torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # newer settings than this flag were used
-        settings = getattr(torch.backends.cudnn, "conv", None)
-        return getattr(settings, "fp32_precision", "ieee") == "tf32"
 
 
 # TorchDEQ and deepinv ------------------------------------------------------------------------------------------------

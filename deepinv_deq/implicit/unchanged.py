@@ -97,5 +97,7 @@ def refuse_other_image(before: State, image: State, batched: bool) -> None:
 
 def _rounding(dtype: torch.dtype, device: torch.device) -> float:
     r"""The largest relative difference of two evaluations of one map at one point."""
-    eps = max(torch.finfo(dtype).eps, _TF32 if compat.rounds_convolutions(device) else 0.0)
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float32 and (compat.rounds_convolutions(device) or compat.rounds_matrix_products()):
+        eps = _TF32
     return min(_ROUNDINGS * eps, _COARSE)

@@ -163,6 +163,22 @@ def test_samples_that_stopped_at_different_evaluations_have_the_largest_residual
         assert torch.equal(Reached.of(stat).residual, stat["plain_residual"] if together else largest.expand(2))
 
 
+def test_products_in_lower_precision_may_round_more():
+    x, reached = torch.ones(1, 1, 4, 4), Reached(torch.tensor([1e-6]), torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        reached.check(x, 1.01 * x, steps=False)
+        with pytest.raises(RuntimeError, match="another one"):
+            reached.check(x, 1.5 * x, steps=False)
+        with pytest.raises(RuntimeError, match="another one"):
+            Reached(torch.tensor([1e-6]), torch.float64).check(x.double(), 1.01 * x.double(), steps=False)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with pytest.raises(RuntimeError, match="another one"):
+        reached.check(x, 1.01 * x, steps=False)
+
+
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("tol", [1e-1, 1e-3])
 def test_gradients_of_higher_order_may_be_coarser_than_the_fixed_point(order, tol):
