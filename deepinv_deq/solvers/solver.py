@@ -15,7 +15,7 @@ from deepinv_deq.solvers.loop import Settings
 from deepinv_deq.solvers.methods import METHODS, available_methods, foreign
 from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.stat import SolverStat, report
-from deepinv_deq.states import Layout, State, chunks, join, take
+from deepinv_deq.states import WORTH, Layout, State, chunks, join, take
 
 _FAILURE = ("warn", "raise", "ignore")
 _SYNC_EVERY = 4  # on accelerators: a few extra evaluations are cheaper than a host-device synchronisation
@@ -63,7 +63,8 @@ class Solver:
     :param bool batched: ``False`` treats the whole state as one sample, for maps that couple the samples of a batch.
     :param int, None chunk_size: number of samples that are solved at a time, for maps that can be restricted to samples.
         A sample's result does not depend on it; time and memory do. ``None`` is the whole batch on accelerators, and on CPU
-        as many samples as have :math:`2^{15}` numbers, which fit the cache.
+        as many samples as have :math:`2^{15}` numbers, which fit the cache. In an adjoint solve it is :math:`2^{14}` on CPU, because the
+        graph of all samples of a chunk is in memory.
     :param int, None sync_every: number of evaluations after which the host checks whether all samples are done. A larger number
         keeps an accelerator busy, at the cost of up to ``sync_every - 1`` unnecessary evaluations. ``None`` is 4 on
         accelerators, 1 on CPU.
@@ -180,16 +181,17 @@ class Solver:
         return layout.unpack(x), stat
 
 
-def parts_of(solver: Solver, f: Map, x: State) -> list[tuple[slice | None, Map]]:
+def parts_of(solver: Solver, f: Map, x: State, numbers: int = WORTH) -> list[tuple[slice | None, Map]]:
     r"""The maps of the samples that are solved together.
 
     :param Solver solver: the solver.
     :param Map f: the map.
     :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
+    :param int numbers: how many numbers are worked on together on CPU, where the solver leaves it open.
     :return: slices of the batch and their maps; ``None`` and ``f`` where it cannot be restricted to some samples.
     """
     parts: list[tuple[slice | None, Map]] = []
-    rows = chunks(x, solver.chunk_size) if solver.batched else []
+    rows = chunks(x, solver.chunk_size, numbers) if solver.batched else []
     for some in rows if len(rows) > 1 else []:
         part = f.select(some)
         if part is None:

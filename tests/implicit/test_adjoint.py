@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from deepinv.physics import Blur, BlurFFT, Downsampling, Inpainting, MultiCoilMRI
+from deepinv.physics import Blur, BlurFFT, Denoising, Downsampling, Inpainting, MultiCoilMRI
 from torch import nn
 
 from deepinv_deq import (
@@ -32,6 +32,7 @@ from tests.problems import (
     dense_gradient,
     imaging,
     relative_error,
+    rng,
 )
 
 
@@ -82,6 +83,15 @@ def test_chunks_build_one_graph_at_a_time():
     finally:
         gc.enable()
     assert len(most) == 8 and max(most) == 0  # whenever a graph is begun, none is left of those before
+
+
+@pytest.mark.parametrize(("side", "graphs"), [(128, [1, 1, 1, 1]), (90, [3, 1]), (8, [4])])
+def test_graphs_are_by_default_of_half_as_many_samples_as_a_solve(side, graphs):
+    y, taped = torch.rand(4, 1, side, side, generator=rng()), []
+    model = DEQReconstructor(DEProx(SmallDenoiser(), stepsize=0.7), solver=Solver(tol=1e-2), hook=ModularIDHook())
+    observe(model.iteration.denoiser, lambda x: taped.append(len(x)) if x.requires_grad else None)
+    model(y, Denoising()).sum().backward()
+    assert taped == graphs
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
