@@ -16,7 +16,7 @@ _LARGER = 10.0  # A residual beyond this multiple of that of the forward pass is
 _ROUNDINGS, _COARSE, _TF32 = 1000.0, 0.1, 2.0**-10
 
 CHANGED = (
-    "The iteration is another one than in the forward pass: {what}. Its gradient would be that of another map. Something that it reads was "
+    "The iteration has changed since the forward pass: {what}. Its gradient would be that of another map. Something that it reads was "
     "changed before the backward pass, and no copy was possible, such as a global variable, what a method of a class refers to, or a weight changed by a fused "
     "optimiser. Or it is not deterministic. Call backward() before such changes, or make the value an attribute of the module that reads it."
 )
