@@ -34,16 +34,19 @@ class GroupNorm(nn.GroupNorm):
 
 def _is_for(x: Tensor, *parameters: Tensor) -> bool:
     r"""Whether the function below computes the same as PyTorch's, and faster: on CPU, where derivatives are wanted."""
+    if torch.compiler.is_compiling():
+        return False
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    if not (wanted or compat.forward_mode()):  # early, as solves evaluate without a graph many times
+        return False
     return not (
         torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or x.device.type != "cpu"
         or x.dtype not in (torch.float32, torch.float64)
         or any(p.dtype != x.dtype for p in parameters)
         or x.ndim < 3
         or not x.numel()
-        or not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)) or compat.forward_mode())
     )
 
 
