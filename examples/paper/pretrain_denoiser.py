@@ -147,7 +147,7 @@ model.to(args.device)
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
 start = time.time()
-for step in (bar := trange(args.steps)):
+for step in (bar := trange(args.steps, disable=None)):  # no bar in a log file
     x = batch()
     noisy = (x + args.sigma * draw((len(x), 1, 1, 1)) * torch.randn(x.shape, generator=rng)).to(args.device)
     loss = (model(noisy) - x.to(args.device)).square().mean()
