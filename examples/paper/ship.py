@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from data import DATA, ROOT, SCALES, TASKS, make_task
+from evaluation import TEST_ITERATIONS
 from losses import BEST
 from models import make_model
 from records import folder_of, is_outdated, path_of, read_record, variant_of
@@ -54,7 +55,7 @@ def ship(
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     settings = record["config"]
     # the tolerance on record; unlike in training, a missed one warns
-    model.solver = Solver("anderson", max_iter=400, tol=tol or settings["test_tol"])
+    model.solver = Solver("anderson", max_iter=TEST_ITERATIONS, tol=tol or settings["test_tol"])
     model.hook.solver = Solver("gmres", max_iter=settings["max_iter"], tol=settings["backward_tol"])
     kept = ("task", "loss", "scale", "size", "seed", "epochs", "bound", "contraction_weight", "views", "acceleration")
     about = {key: settings[key] for key in kept if key in settings}
