@@ -19,7 +19,7 @@ def render() -> str:
         [
             f"- **Exact gradients.** The largest relative error in float64 is {double:.0e}, against dense Jacobians and unrolled solves of small problems.",
             f"- **Little memory.** deepinv's own DEQ takes {less[0]:.0f} times (CT) and {less[1]:.0f} times (MRI) as much memory for a training step"
-            f" (a batch of four images, 32-64-128 feature maps, records of {parts['memory']['date']}). We solve one or two images at a time.",
+            f" (a batch of four images, 32-64-128 feature maps, records of {parts['memory']['date']}). We differentiate one image at a time.",
             "- **Fast at equal accuracy.** " + " ".join(_speed(parts, task) for task in ("ct", "mri")),
         ]
     )
