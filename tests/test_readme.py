@@ -97,3 +97,13 @@ def test_version_and_address_have_one_place():
         *(ROOT / ".github").rglob("*.yml"),
     ]:
         assert address not in path.read_text(), path
+
+
+def test_the_line_that_the_site_highlights_is_the_swapped_one():
+    options = (ROOT / "docs" / "index.rst").read_text()
+    start, end, number = (
+        re.search(rf":{option}: (.*)", options)[1] for option in ("start-at", "end-before", "emphasize-lines")
+    )
+    readme = (ROOT / "README.md").read_text()
+    lines = readme[readme.index(start) :].split(end)[0].splitlines()
+    assert lines[int(number) - 1].endswith("# the swapped line")

@@ -91,7 +91,7 @@ def memory(parts: dict[str, Any], task: str) -> Any:
     figure, axis = new((5.4, 3), f"{NAMES[task]}: peak memory")
     bars = axis.barh([row["method"] for row in rows], peaks, color=[colour[row["method"]] for row in rows])
     axis.bar_label(bars, labels=[f"{peak:,.0f} MB" for peak in peaks], padding=3, fontsize="small")
-    plain(axis, "x", [10 ** math.floor(math.log10(min(peaks))), 2 * max(peaks)])
+    plain(axis, "x", [10 ** math.floor(math.log10(min(peaks))), 5 * max(peaks)])
     axis.set(xlabel="MB")
     axis.invert_yaxis()
     return figure
