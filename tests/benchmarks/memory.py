@@ -25,7 +25,7 @@ CHUNKS = {WHOLE_BATCH: 4, AN_IMAGE_AT_A_TIME: 1}
 
 
 def memory(bench: Bench) -> list[dict[str, Any]]:
-    r"""Peak resident memory of two EI steps of batch 4 above what the task itself takes."""
+    r"""Peak resident memory of two EI steps of batch 4 above what the task itself takes, and peak bytes of the tensors of a third."""
     return _cells(
         bench,
         [
@@ -76,7 +76,8 @@ def memory_cell(bench: Bench, cell: dict[str, Any]) -> dict[str, Any]:
         for p in parameters(task):
             p.grad = None
         task.loss(model, cell["passes"]).backward()
-    return cell | {"MB": (_resident(bench.device) - before) / 1e6}
+    resident = (_resident(bench.device) - before) / 1e6
+    return cell | {"MB": resident, "tensor MB": _live(task, model, cell["passes"])}
 
 
 def _live(task: Task, model: Callable[..., Tensor], passes: int) -> float:

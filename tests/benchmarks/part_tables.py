@@ -34,9 +34,14 @@ def _methods(rows: list[Row]) -> str:
 
 
 def _memory(rows: list[Row]) -> str:
-    own = {r["task"]: r["MB"] for r in rows if r["method"] == OURS}
-    header = ["task", "method", "peak MB", "ours / method"]
-    body = [[NAMES[r["task"]], r["method"], f"{r['MB']:.0f}", f"{own[r['task']] / r['MB']:.2f}"] for r in rows]
+    own = {r["task"]: r for r in rows if r["method"] == OURS}
+    measures = {"MB": "peak MB"} | ({"tensor MB": "peak MB of tensors"} if "tensor MB" in rows[0] else {})
+    header = ["task", "method"] + [column for label in measures.values() for column in (label, "ours / method")]
+    body = [
+        [NAMES[r["task"]], r["method"]]
+        + [cell for m in measures for cell in (f"{r[m]:.0f}", f"{own[r['task']][m] / r[m]:.2f}")]
+        for r in rows
+    ]
     return markdown(header, body)
 
 
