@@ -13,7 +13,7 @@ from deepinv_deq.autocast import Autocast
 State = Tensor | tuple[Tensor, ...]
 Rows = Tensor | slice
 WORTH = 2**15  # numbers: below this size call overhead dominates, and dropping samples does not pay
-WORTH_A_GRAPH = WORTH // 2  # half the memory of a graph, for 1 to 2 % of an EI step at 128x128 pixels
+NUMBERS_PER_GRAPH = WORTH // 2  # on CPU: half the memory of a graph of WORTH, and 1 to 2 % more time at 128x128 pixels
 
 
 def as_tuple(state: State) -> tuple[Tensor, ...]:

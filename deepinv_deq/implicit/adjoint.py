@@ -14,7 +14,7 @@ from deepinv_deq.implicit.unchanged import Reached
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
 from deepinv_deq.solvers.solver import parts_of
-from deepinv_deq.states import WORTH_A_GRAPH, Rows, State, as_tuple, plus
+from deepinv_deq.states import NUMBERS_PER_GRAPH, Rows, State, as_tuple, plus
 
 
 def as_state(tensors: Sequence[Tensor], single: bool) -> State:
@@ -66,8 +66,8 @@ class Adjoint(LinearSolves):
 
     reached: Reached | None = None
 
-    def of_adjoint(self) -> Adjoint:
-        r"""The settings for derivatives of the adjoint equation itself: its solution has a residual of its own."""
+    def without_reached(self) -> Adjoint:
+        r"""The settings for derivatives of the adjoint equation itself, whose solution has a residual of its own."""
         return replace(self, reached=None)
 
     def gradient(self, f: Map, x_star: Tensors, inputs: Tensors, g: Tensors) -> Gradients:
@@ -82,7 +82,7 @@ class Adjoint(LinearSolves):
         """
         total: Gradients = ()
         stats: list[SolverStat] = []
-        for rows, part in parts_of(self.solver, f, as_state(x_star, self.single), WORTH_A_GRAPH):
+        for rows, part in parts_of(self.solver, f, as_state(x_star, self.single), NUMBERS_PER_GRAPH):
             x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
             _, grads, stat = self._of_one_graph(part, x, inputs, cotangent, rows)
             total = tuple(map(_sum, total, grads)) if total else grads

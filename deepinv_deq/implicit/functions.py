@@ -55,7 +55,7 @@ class FixedPoint(torch.autograd.Function):
                 x_hat = FixedPoint.apply(adjoint, f, ctx.n, *saved)
 
                 def fixed_point(of: Map, b: Tensors, given: Tensors) -> Tensors:
-                    return FixedPoint.apply(adjoint.of_adjoint(), of, len(b), *b, *given)
+                    return FixedPoint.apply(adjoint.without_reached(), of, len(b), *b, *given)
 
                 grads = adjoint.differentiable_gradient(f, x_hat, inputs, g, fixed_point)
             else:

@@ -63,8 +63,8 @@ class Solver:
     :param bool batched: ``False`` treats the whole state as one sample, for maps that couple the samples of a batch.
     :param int, None chunk_size: number of samples that are solved at a time, for maps that can be restricted to samples.
         A sample's result does not depend on it; time and memory do. ``None`` is the whole batch on accelerators, and on CPU
-        as many samples as have :math:`2^{15}` numbers, which fit the cache. In an adjoint solve it is :math:`2^{14}` on CPU, because the
-        graph of all samples of a chunk is in memory.
+        as many samples as have :math:`2^{15}` numbers, which fit the cache. Adjoint solves on CPU take as many as have
+        :math:`2^{14}` numbers, because the graphs of all samples of a chunk are in memory at once.
     :param int, None sync_every: number of evaluations after which the host checks whether all samples are done. A larger number
         keeps an accelerator busy, at the cost of up to ``sync_every - 1`` unnecessary evaluations. ``None`` is 4 on
         accelerators, 1 on CPU.
