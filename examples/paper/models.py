@@ -83,6 +83,7 @@ def _pnp(task: Task, s: dict[str, Any], weights: str | None) -> nn.Module:
     state = torch.load(weights, map_location="cpu", weights_only=True)
     net = dinv.models.DnCNN(**state["settings"], pretrained=None).eval()
     net.load_state_dict(state["state_dict"])
+    net.to(task.x)  # deepinv does not move the network of a prior with the model
     stop = {"early_stop": True, "thres_conv": 1e-5}
     return _optimisation(task, s, net, iterations=s["iterations"], **stop)
 

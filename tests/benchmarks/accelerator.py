@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepinv_deq import Solver, group_norm
+from deepinv_deq.maps import Map
 from tests.benchmarks.bench import Bench, gradient, say, seconds
 from tests.benchmarks.names import BATCH
 from tests.benchmarks.peers import METHODS, Settings
+from tests.problems import relative_error
 
 REPEATS = 20
 # launch nothing on a GPU
@@ -30,7 +33,7 @@ def accelerator(bench: Bench) -> list[Row]:
     if bench.device != "cuda":
         say("  only on a GPU")
         return []
-    return [row for name in BATCH for part in (_evaluations, _checks, _floors) for row in part(bench, name)]
+    return [row for part in (_checks, _floors, _graphs) for name in BATCH for row in part(bench, name)]
 
 
 def operations(bench: Bench, iterations: int = 5) -> list[Row]:
@@ -62,14 +65,53 @@ class _Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _evaluations(bench: Bench, name: str) -> list[Row]:
+def _graphs(bench: Bench, name: str) -> list[Row]:
+    r"""One evaluation, and a solve, with the map as it is and as a CUDA graph, which leaves the solver as it is."""
     task = bench.contracting(name)
     f, x = task.iteration.bind(task.y, task.physics), task.iteration.init(task.y, task.physics)
+    solver = Solver("anderson", tol=1e-4, max_iter=400, on_failure="ignore")
     with torch.no_grad():
-        row: Row = {"what": "evaluation", "task": name, "eager ms": _milliseconds(lambda: f(x), bench.rounds)}
-        row["graph ms"] = _milliseconds(_captured(lambda: f(x)).replay, bench.rounds)
+        row: Row = {"what": "graph", "task": name, "eager ms": _milliseconds(lambda: f.step(x), bench.rounds)}
+        try:
+            graphed = _Graphed(f, x)
+        except RuntimeError as error:  # the map copies from the host, or waits for it
+            row["refused"] = str(error).splitlines()[0]
+        else:
+            row["graph ms"] = _milliseconds(graphed.graph.replay, bench.rounds)
+            row["error"] = relative_error(graphed.step(x), f.step(x))
+            for what, each in (("eager", f), ("graph", graphed)):
+                solver(each, x)
+                times = [seconds(lambda each=each: solver(each, x), bench.device) for _ in range(bench.rounds)]
+                row[f"{what} solve"] = statistics.median(times)
+            build = [seconds(lambda: _Graphed(f, x), bench.device) for _ in range(bench.rounds)]
+            row["build"] = statistics.median(build)
     say(f"  {row}")
     return [row]
+
+
+class _Graphed(Map):
+    r"""A map whose residual is computed by one CUDA graph."""
+
+    def __init__(self, f: Map, x: Tensor):
+        self._f, self._x = f, x.clone()
+        self.graph = _captured(self._work)
+
+    def _work(self) -> None:
+        self._out = self._f.step(self._x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + self.step(x)
+
+    def step(self, x: Tensor) -> Tensor:
+        self._x.copy_(x)
+        self.graph.replay()
+        return self._out.clone()
+
+    def natural(self, x: Tensor) -> Callable[[Any], Any] | None:
+        return self._f.natural(x)
+
+    def preconditioner(self, x: Tensor) -> Callable[[Any], Any] | None:
+        return self._f.preconditioner(x)
 
 
 def _captured(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:

@@ -71,11 +71,12 @@ class Bench:
         r"""A result in float64 from disk, or solved and saved. The file name holds a digest of all it depends on."""
         task = tasks.contracting(name, data=self.data, batch=batch)
         made_of = digest([task.iteration.state_dict(), task.x, task.y, tolerances])[:16]
+        made_of += "" if self.device == "cpu" else f"-{self.device}"  # whose random rotations are others
         path = CACHE / f"contracting-{what}-{name}-{batch}-{made_of}.pt"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(solve(task.to(torch.float64)), path)
-        return torch.load(path, weights_only=True)
+            torch.save(solve(task.to(self.device).to(torch.float64)), path)
+        return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def parameters(task: Task) -> list[Tensor]:

@@ -2,6 +2,7 @@ r"""Every method with every loss, the blocks that are ours, and the settings of 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -56,6 +57,21 @@ def test_every_method_takes_a_step_with_every_loss(tasks, monkeypatch, task, met
     after = list(model.parameters())
     assert any(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
     assert all(bool(torch.isfinite(p).all()) for p in after)
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_pnp_and_red_compute_where_the_images_are(tasks, tmp_path, task):
+    # deepinv does not move the network of a prior with the model; a type stands for a device here
+    channels = tasks[task].channels
+    config = {"in_channels": channels, "out_channels": channels, "depth": 3, "nf": 4}
+    weights = dinv.models.DnCNN(**config, pretrained=None).state_dict()
+    torch.save({"settings": config, "state_dict": weights}, tmp_path / "dncnn.pt")
+    there = copy.deepcopy(tasks[task])
+    there.x, there.y, there.physics = there.x.double(), there.y.double(), there.physics.to(torch.float64)
+    s = settings.default_settings(task, "denoiser", "none", "small") | {"iterations": 2}
+    with torch.no_grad():
+        x = models.make_model(there, "denoiser", s, str(tmp_path / "dncnn.pt"))(there.y, there.physics)
+    assert x.dtype == torch.float64 and bool(torch.isfinite(x).all())
 
 
 def test_combinations_that_make_no_sense_are_refused_with_a_reason():
