@@ -20,7 +20,7 @@ PLOTS = {  # file: what a reader sees who cannot see it, and the caption
     ),
     "curves": (
         "PSNR of the test images over the training of all cells",
-        "PSNR of the test images during training, one line per seed, at the training tolerance. It was not used to choose"
+        "PSNR of the test images during training, mean of the seeds, at the training tolerance. It was not used to choose"
         " settings. The learning rate falls to zero. Colour: method. Line style: training."
         " With equivariant splitting, deepinv rotates the images in these tests, and hides a tenth of the measurements. The tables do neither.",
     ),

@@ -39,7 +39,7 @@ from deepinv_deq.compat.modules import (
     without,
 )
 from deepinv_deq.compat.operations import dispatch_mode, numbers, random_numbers
-from deepinv_deq.compat.precision import rounds_convolutions, rounds_matrix_products
+from deepinv_deq.compat.precision import rounds_convolutions, unit_roundoff
 
 __all__ = [
     "HOOKS",
@@ -67,13 +67,13 @@ __all__ = [
     "replica_of_script",
     "rotated_grid",
     "rounds_convolutions",
-    "rounds_matrix_products",
     "run_eagerly",
     "scatter",
     "sparse_pieces",
     "stored",
     "tangents",
     "transforms",
+    "unit_roundoff",
     "version",
     "weight_hooks",
     "without",

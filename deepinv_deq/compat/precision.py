@@ -20,3 +20,10 @@ def rounds_matrix_products() -> bool:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # newer settings than this one were used, for some devices
         return True
+
+
+def unit_roundoff(dtype: torch.dtype, device: torch.device) -> float:
+    r"""The relative rounding of an operation on tensors of a type, which may be that of TF32 for float32."""
+    if dtype == torch.float32 and (rounds_convolutions(device) or rounds_matrix_products()):
+        return 2.0**-10
+    return torch.finfo(dtype).eps

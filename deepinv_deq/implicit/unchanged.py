@@ -13,7 +13,7 @@ from deepinv_deq.states import Layout, Rows, State, norms
 
 _LARGER = 10.0  # A residual beyond this multiple of that of the forward pass is not rounding.
 # Chunks, memory formats and convolution algorithms of accelerators change the rounding of an evaluation.
-_ROUNDINGS, _COARSE, _TF32 = 1000.0, 0.1, 2.0**-10
+_ROUNDINGS, _COARSE = 1000.0, 0.1
 
 CHANGED = (
     "The iteration has changed since the forward pass: {what}. Its gradient would be that of another map. Something that it reads was "
@@ -97,7 +97,4 @@ def refuse_other_image(before: State, image: State, batched: bool) -> None:
 
 def _rounding(dtype: torch.dtype, device: torch.device) -> float:
     r"""The largest relative difference of two evaluations of one map at one point."""
-    eps = torch.finfo(dtype).eps
-    if dtype == torch.float32 and (compat.rounds_convolutions(device) or compat.rounds_matrix_products()):
-        eps = _TF32
-    return min(_ROUNDINGS * eps, _COARSE)
+    return min(_ROUNDINGS * compat.unit_roundoff(dtype, device), _COARSE)

@@ -199,5 +199,5 @@ def _noise(shape: torch.Size, like: Tensor, rng: np.random.Generator) -> Tensor:
 def _rounding(t: Tensor) -> float:
     r"""Largest relative difference by rounding between evaluations in different batches."""
     device = t.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
-    return 8 * torch.finfo(dtype).eps ** 0.75
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.real.dtype
+    return 8 * max(torch.finfo(dtype).eps ** 0.75, compat.unit_roundoff(dtype, t.device))

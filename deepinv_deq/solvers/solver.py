@@ -7,12 +7,12 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from deepinv_deq.autocast import FINER, Autocast
 from deepinv_deq.maps import Map, as_map
+from deepinv_deq.solvers.graphs import graphed
 from deepinv_deq.solvers.loop import Settings
-from deepinv_deq.solvers.methods import METHODS, available_methods, foreign
+from deepinv_deq.solvers.methods import METHODS, available_methods, foreign, run_foreign
 from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.stat import SolverStat, report
 from deepinv_deq.states import WORTH, Layout, State, chunks, join, take
@@ -71,6 +71,9 @@ class Solver:
     :param bool precondition: whether to use the preconditioner that a map may offer, as :class:`DEGrad` does where the
         physics is nearly a filter: fewer evaluations, the same solution and the same criterion. ``False`` does not save the
         measurement of the filter, which the criterion uses.
+    :param bool cuda_graphs: whether evaluations on an NVIDIA GPU are captured in a CUDA graph, which saves the launches of single operations.
+        Each solve spends about five evaluations on this. The map must not read numbers of tensors, and what it does besides
+        computing, such as printing, is not repeated. Maps under autocast and adjoint solves stay as they are.
     :param dict options: further keyword arguments for a function in TorchDEQ's registry.
 
     :raises ValueError: at construction, for an unknown method or a setting out of range.
@@ -98,6 +101,7 @@ class Solver:
     chunk_size: int | None = None
     sync_every: int | None = None
     precondition: bool = True
+    cuda_graphs: bool = False
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -161,17 +165,18 @@ class Solver:
                 f"The PSNR of the iterates cannot be recorded with {self.method!r}, which evaluates the map at directions: use "
                 "another method, or compute_metrics=True without x_gt."
             )
+        f = graphed(f, x0) if self.cuda_graphs else f
         start = layout.pack(x0).clone()  # which may be the answer
         precondition = self.precondition and self.batched and method is not None and method.preconditioned
         autocast = Autocast(start.device.type)
         with autocast.off():  # the problem evaluates the map in the caller's setting
             problem = Problem(f, layout, start, precondition, autocast=autocast)
             start = problem.enter(start)
+            sync_every = self.sync_every or (1 if start.device.type == "cpu" else _SYNC_EVERY)
+            settings = Settings(self.max_iter, self.tol, self.history, self.damping, sync_every)
             if method is None:
-                x, info = _run_foreign(self, problem, start)
+                x, info = run_foreign(self.method, problem, start, settings, self.options)
             else:
-                sync_every = self.sync_every or (1 if start.device.type == "cpu" else _SYNC_EVERY)
-                settings = Settings(self.max_iter, self.tol, self.history, self.damping, sync_every)
                 x, info = method(start, settings).solve(problem, start, settings)
             x, info = problem.leave(x, info)
         precisions = {"precision": problem.precision, "precision_of_state": problem.precision_of_state}
@@ -205,21 +210,6 @@ def _contradicted(solver: Solver, worst: float, dtype: torch.dtype) -> str:
     if dtype.itemsize < 4 and worst >= FINER * torch.finfo(dtype).eps:
         cause = f"products in {str(dtype).removeprefix('torch.')} cannot reach {solver.tol:.1e}."
     return f"{solver.method} reported convergence, but the measured residual is {worst:.1e}: {cause}"
-
-
-def _run_foreign(solver: Solver, problem: Problem, start: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    r"""Run a solver of TorchDEQ's registry, with the same settings under TorchDEQ's names, and measure its point."""
-    function = foreign(solver.method)
-    if function is None:
-        raise ValueError(f"The solver {solver.method!r} is no longer in TorchDEQ's registry.")
-    settings = {"stop_mode": "rel", "tau": solver.damping, "m": solver.history or 6, "LBFGS_thres": solver.history}
-    settings |= {"max_iter": solver.max_iter, "tol": solver.tol} | dict(solver.options)
-    x, _, info = function(problem, start, **settings)
-    now = problem.evaluate(x)
-    measured = {"abs_lowest": now.absolute, "rel_lowest": now.relative, "plain_residual": now.plain}
-    none = torch.zeros_like(now.relative, dtype=torch.bool)
-    verdict = {"converged": now.relative <= solver.tol, "at_floor": none, "singular": none}
-    return x, dict(info) | {key: value.to(x.dtype) for key, value in measured.items()} | verdict
 
 
 def _check(solver: Solver) -> None:

@@ -191,7 +191,7 @@ def bound_curve(path: Path, scale: str) -> Path:
 
 
 def curves(path: Path, scale: str) -> Path:
-    r"""PSNR of the test images over training: whether a result is one of trainings that had ended."""
+    r"""PSNR of the test images over training, mean of the seeds: whether a result is one of trainings that had ended."""
     records = Records(scale)
     tasks = measured(records)
     plot, axes = subplots(len(tasks), 2, figsize=(14, 4 * len(tasks)))
@@ -202,11 +202,13 @@ def curves(path: Path, scale: str) -> Path:
                     loss for loss in losses_of(task, method) if loss != "none" and (loss == "sup") == supervised
                 ):
                     known = [r["curve"]["psnr"]["PSNR"] for r in records.of(task, method, loss)]
-                    for k, course in enumerate(known):
-                        share = [(i + 1) / len(course) for i in range(len(course))]
-                        label = f"{METHODS[method].title}, {LOSSES[loss].title}" if k == 0 else None
-                        color = f"C{list(METHODS).index(method) % 10}"
-                        axis.plot(share, course, ls=STYLES.get(loss, "-"), color=color, label=label)
+                    if not known:
+                        continue
+                    course = [statistics.mean(seeds) for seeds in zip(*known, strict=True)]
+                    share = [(i + 1) / len(course) for i in range(len(course))]
+                    label = f"{METHODS[method].title}, {LOSSES[loss].title}"
+                    color = f"C{list(METHODS).index(method) % 10}"
+                    axis.plot(share, course, ls=STYLES.get(loss, "-"), color=color, label=label)
             axis.set(title=f"{task.upper()}, {'supervised' if supervised else 'without ground truth'}")
             axis.set(xlabel="part of the training", ylabel="PSNR of the test images (dB)")
             if axis.lines:

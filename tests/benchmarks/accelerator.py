@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepinv_deq import Solver, group_norm
-from deepinv_deq.maps import Map
+from deepinv_deq.solvers.graphs import graphed
 from tests.benchmarks.bench import Bench, gradient, say, seconds
 from tests.benchmarks.names import BATCH
 from tests.benchmarks.peers import METHODS, Settings
@@ -73,58 +72,20 @@ def _graphs(bench: Bench, name: str) -> list[Row]:
     with torch.no_grad():
         row: Row = {"what": "graph", "task": name, "eager ms": _milliseconds(lambda: f.step(x), bench.rounds)}
         try:
-            graphed = _Graphed(f, x)
+            as_graph = graphed(f, x)
         except RuntimeError as error:  # the map copies from the host, or waits for it
             row["refused"] = str(error).splitlines()[0]
         else:
-            row["graph ms"] = _milliseconds(graphed.graph.replay, bench.rounds)
-            row["error"] = relative_error(graphed.step(x), f.step(x))
-            for what, each in (("eager", f), ("graph", graphed)):
+            row["graph ms"] = _milliseconds(lambda: as_graph.step(x), bench.rounds)
+            row["error"] = relative_error(as_graph.step(x), f.step(x))
+            for what, each in (("eager", f), ("graph", as_graph)):
                 solver(each, x)
                 times = [seconds(lambda each=each: solver(each, x), bench.device) for _ in range(bench.rounds)]
                 row[f"{what} solve"] = statistics.median(times)
-            build = [seconds(lambda: _Graphed(f, x), bench.device) for _ in range(bench.rounds)]
+            build = [seconds(lambda: graphed(f, x), bench.device) for _ in range(bench.rounds)]
             row["build"] = statistics.median(build)
     say(f"  {row}")
     return [row]
-
-
-class _Graphed(Map):
-    r"""A map whose residual is computed by one CUDA graph."""
-
-    def __init__(self, f: Map, x: Tensor):
-        self._f, self._x = f, x.clone()
-        self.graph = _captured(self._work)
-
-    def _work(self) -> None:
-        self._out = self._f.step(self._x)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x + self.step(x)
-
-    def step(self, x: Tensor) -> Tensor:
-        self._x.copy_(x)
-        self.graph.replay()
-        return self._out.clone()
-
-    def natural(self, x: Tensor) -> Callable[[Any], Any] | None:
-        return self._f.natural(x)
-
-    def preconditioner(self, x: Tensor) -> Callable[[Any], Any] | None:
-        return self._f.preconditioner(x)
-
-
-def _captured(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph
 
 
 def _milliseconds(work: Callable[[], Any], rounds: int) -> float:

@@ -199,3 +199,22 @@ def test_the_check_leaves_statistics_and_random_generators_alone():
     f.select(slice(0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("change, separable", [(1e-3, True), (2e-2, False)])
+def test_products_of_a_batch_may_round_as_coarsely_as_is_allowed(change, separable):
+    class OfAnotherBatch(nn.Module):
+        r"""An algorithm of convolution that rounds otherwise for one image."""
+
+        def forward(self, x, *_):
+            return 0.5 * x * (1 + change * (len(x) == 1))
+
+    physics = Inpainting((1, 4, 4), mask=torch.ones(1, 1, 4, 4))
+    x = torch.rand(4, 1, 4, 4, generator=rng(0))
+    assert not restricts(DEGrad(OfAnotherBatch()).bind(physics.A(x), physics), x)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert restricts(DEGrad(OfAnotherBatch()).bind(physics.A(x), physics), x) == separable
+    finally:
+        torch.set_float32_matmul_precision(before)

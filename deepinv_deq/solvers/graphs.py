@@ -1,0 +1,104 @@
+r"""Evaluations of a map as a CUDA graph: one launch instead of one per operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from deepinv_deq.autocast import Autocast
+from deepinv_deq.maps import AffineMap, Map
+from deepinv_deq.states import Rows, State, as_tuple
+
+_WARM_UPS = 3  # as in PyTorch's own capture: libraries plan and allocate in the first calls
+
+
+class _Graph(Protocol):
+    def replay(self) -> None: ...
+
+
+@torch.no_grad()
+def graphed(f: Map, x: State) -> Map:
+    r"""The map as a CUDA graph of states like ``x``; the map itself where there is no GPU, or where a graph would change what it does.
+
+    Products with Jacobians are not captured, nor are maps that record their points, or that compute under autocast: PyTorch keeps the
+    weights that it has cast in a cache, whose memory a graph would outlive.
+
+    :param Map f: the map.
+    :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
+    :raises RuntimeError: if the map cannot be captured.
+    """
+    device = as_tuple(x)[0].device.type
+    if not _has_graphs(device) or isinstance(f, AffineMap) or f.records or Autocast(device).dtype is not None:
+        return f
+    return _Graphed(f, x)
+
+
+class _Graphed(Map):
+    def __init__(self, f: Map, x: State):
+        self._f, self._single = f, isinstance(x, Tensor)
+        self._x = tuple(t.clone() for t in as_tuple(x))
+        self._own = f.has_own_step
+        function = f.step if self._own else f.__call__
+        state, given = self._state, self._x  # no reference to self in what the graph is made of
+        try:
+            self._graph, self._out = captured(lambda: as_tuple(function(state(given))))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"The map cannot be captured in a CUDA graph ({str(error).splitlines()[0]}). It may read a number of a tensor, such as "
+                "x.max().item(), or copy one from the host. Use Solver(..., cuda_graphs=False)."
+            ) from error
+
+    def _state(self, tensors: tuple[Tensor, ...]) -> State:
+        return tensors[0] if self._single else tensors
+
+    def _replay(self, x: State) -> State:
+        for to, t in zip(self._x, as_tuple(x), strict=True):
+            to.copy_(t)
+        self._graph.replay()
+        return self._state(tuple(t.clone() for t in self._out))  # the next replay writes to the same memory
+
+    def __call__(self, x: Any) -> Any:
+        return self._f(x) if self._own else self._replay(x)
+
+    def step(self, x: Any) -> Any:
+        return self._replay(x) if self._own else super().step(x)
+
+    @property
+    def has_own_step(self) -> bool:
+        return self._own
+
+    def natural(self, x: Any) -> Callable[[Any], Any] | None:
+        return self._f.natural(x)
+
+    def preconditioner(self, x: Any) -> Callable[[Any], Any] | None:
+        return self._f.preconditioner(x)
+
+    def select(self, rows: Rows) -> Map | None:
+        return self._f.select(rows)
+
+    def diagnose(self) -> str:
+        return self._f.diagnose()
+
+
+def captured(work: Callable[[], tuple[Tensor, ...]]) -> tuple[_Graph, tuple[Tensor, ...]]:
+    r"""A CUDA graph of some work, and the tensors that every replay writes its results to.
+
+    :param Callable work: reads and writes the same memory in every call, and does not wait for the GPU.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UPS):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+    return graph, out
+
+
+def _has_graphs(device: str) -> bool:
+    return device == "cuda" and torch.version.cuda is not None
