@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import published
 from losses import BEST, LOSSES
 from models import METHODS
-from paired import Difference, difference
+from paired import difference
 from records import SPREAD_DB, Cell, Records, is_deq, is_fixed_point
 from settings import has_older_settings, is_borrowed
 
@@ -70,12 +70,16 @@ def rows(records: Records) -> tuple[list[list[str]], str]:
             continue
         count = f"{found.images} images, {_seeds(*found.seeds)}"
         measured = f"{found.mean:+.2f} ± {found.error:.2f} dB ({count})"
-        sound = all(is_fixed_point(r) for cell in (claim.first, claim.second) for r in records.of(*cell) if is_deq(r))
         older = any(has_older_settings(r["config"]) for cell in (claim.first, claim.second) for r in records.of(*cell))
         verdict = found.verdict(claim.threshold) + found.caution + (", with *older settings*" if older else "")
-        verdict += "" if sound else ", but **not a fixed point**"
+        verdict += "" if _sound(records, claim.first, claim.second) else ", but **not a fixed point**"
         out.append([claim.text, cells, measured, theirs, _borrowed(records, claim), verdict])
     return out, f"{missing} claim{'s have' if missing != 1 else ' has'} no record yet." if missing else ""
+
+
+def _sound(records: Records, *cells: Cell) -> bool:
+    r"""Whether all DEQs of these cells reached their fixed points."""
+    return all(is_fixed_point(r) for cell in cells for r in records.of(*cell) if is_deq(r))
 
 
 def _borrowed(records: Records, claim: Claim) -> str:
@@ -92,15 +96,15 @@ def findings(records: Records) -> str:
         if not rivals:
             out.append(f"{task.upper()}, supervised, the DEQ against its rivals: not measured yet.")
             continue
-        found = difference(records, (task, "deq-id", "sup"), (task, rivals[0], "sup"))
-        ahead = f"the DEQ against {METHODS[rivals[0]].title}, the best of {len(rivals)} rivals"
-        out.append(
-            _sentence(f"{task.upper()}, supervised, {ahead}", found, 0.0, "ahead by more than two standard errors")
+        pair = (task, "deq-id", "sup"), (task, rivals[0], "sup")
+        about = (
+            f"{task.upper()}, supervised, the DEQ against {METHODS[rivals[0]].title}, the best of {len(rivals)} rivals"
         )
+        out.append(_sentence(records, about, pair, 0.0, "ahead by more than two standard errors"))
     for task in ("ct", "mri"):
-        found = difference(records, (task, "deq-id", BEST[task]), (task, "deq-id", "sup"))
+        pair = (task, "deq-id", BEST[task]), (task, "deq-id", "sup")
         about = f"{task.upper()}, {LOSSES[BEST[task]].title} (no ground truth) against supervised training"
-        out.append(_sentence(about, found, -0.5, "within 0.5 dB"))
+        out.append(_sentence(records, about, pair, -0.5, "within 0.5 dB"))
     deqs = [r for r in records.all if is_deq(r)]
     sound = sum(map(is_fixed_point, deqs))
     certified = sum(r["fixed_point"]["certified"] == r["images"] for r in deqs)
@@ -111,10 +115,15 @@ def findings(records: Records) -> str:
     return "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(out, 1))
 
 
-def _sentence(about: str, found: Difference | None, threshold: float, claim: str) -> str:
+def _sentence(records: Records, about: str, pair: tuple[Cell, Cell], threshold: float, claim: str) -> str:
+    found = difference(records, *pair)
     if found is None:
         return f"{about}: not measured yet."
     verdict = found.verdict(threshold).capitalize() + found.caution
+    if found.caution and max(found.seeds) > 1:
+        single = pair[found.seeds.index(1)][1]
+        verdict += f" of {METHODS[single].title}"
+    verdict += "" if _sound(records, *pair) else ", but not a fixed point"
     return f"{about}: {found.mean:+.2f} ± {found.error:.2f} dB. Claim: {claim}. **{verdict}.**"
 
 
