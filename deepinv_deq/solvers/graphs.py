@@ -95,7 +95,8 @@ def captured(work: Callable[[], tuple[Tensor, ...]]) -> tuple[_Graph, tuple[Tens
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # other threads, such as one that pins memory for a data loader, may go on calling CUDA
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = work()
     return graph, out
 
