@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq.implicit.graphs import Gradients, Tensors, refuse_hidden_leaves, vjp, zeros_for_none
+from deepinv_deq.implicit.graphs import Gradients, Tensors, as_leaf, refuse_hidden_leaves, vjp, zeros_for_none
 from deepinv_deq.implicit.unchanged import Reached
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
@@ -155,7 +155,7 @@ class Adjoint(LinearSolves):
         self, f: Map, x_star: Tensors, inputs: Tensors, g: Tensors, rows: Rows | None = None
     ) -> tuple[Tensors, Gradients, SolverStat | None]:
         r"""The solution :math:`b`, the gradient and the statistic, with one evaluation that builds a graph."""
-        leaves = tuple(t.detach().requires_grad_() for t in (*x_star, *inputs))
+        leaves = tuple(map(as_leaf, (*x_star, *inputs)))
         x, inputs = leaves[: len(x_star)], leaves[len(x_star) :]
         inverse = f.preconditioner(as_state(x_star, self.single)) if self.solver.precondition else None
         with torch.enable_grad():

@@ -29,6 +29,13 @@ def vjp(outputs: Tensors, inputs: Tensors, cotangent: Tensors, keep: bool = Fals
     return torch.autograd.grad(outs, inputs, cots, retain_graph=keep or graph, create_graph=graph, allow_unused=True)
 
 
+def as_leaf(t: Tensor) -> Tensor:
+    r"""The same numbers as the end of a graph; still a parameter, with the attributes that the user gave it."""
+    leaf = torch.nn.Parameter(t.detach()) if type(t) is torch.nn.Parameter else t.detach().requires_grad_()
+    leaf.__dict__.update(t.__dict__)
+    return leaf
+
+
 def zeros_for_none(products: Gradients, like: Tensors) -> Tensors:
     r"""The same products, with zeros where there is no dependence."""
     return tuple(torch.zeros_like(t) if p is None else p for p, t in zip(products, like, strict=True))

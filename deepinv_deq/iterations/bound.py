@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.compat import has_hooks, version
-from deepinv_deq.iterations.capture import Capture, Put, diagnose
+from deepinv_deq.iterations.capture import Capture, Put
 from deepinv_deq.iterations.checks import OwnInput, changed
+from deepinv_deq.iterations.diagnosis import diagnose
+from deepinv_deq.iterations.measurements import unwritten
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.starts import checked_start
 from deepinv_deq.maps import Map
@@ -66,17 +68,14 @@ class BoundIteration(Map):
         :param torch.Tensor, tuple[torch.Tensor, ...] x: point.
         :return: a state of the same shapes.
         """
-        if self._is_hooked():
+        if _is_hooked(self._iteration):
             return super().step(x)  # which calls the iteration with its hooks
         return self._evaluate(self._iteration.step, x)
 
     @property
     def has_own_step(self) -> bool:
         r"""Whether the iteration computes its residual without a difference that loses digits."""
-        return self._iteration.has_own_step and not self._is_hooked()
-
-    def _is_hooked(self) -> bool:
-        return has_hooks(self._iteration) or "forward" in vars(self._iteration)
+        return self._iteration.has_own_step and not _is_hooked(self._iteration)
 
     def _evaluate(self, function: Callable[..., State], x: State) -> State:
         self._remember(x)
@@ -91,7 +90,7 @@ class BoundIteration(Map):
             )
         self._pure = True
         self._network.settle()
-        self._capture.watch.evaluated()
+        self._capture.evaluated()
         return out
 
     @property
@@ -149,7 +148,8 @@ class BoundIteration(Map):
         :param torch.Tensor y: measurement.
         :return: a state, without gradient.
         """
-        return checked_start(self._iteration.init(y, self._physics), self._iteration)
+        with unwritten(y, self._physics, self._iteration):
+            return checked_start(self._iteration.init(y, self._physics), self._iteration)
 
     def preconditioner(self, x: State) -> Callable[[State], State] | None:
         r"""An approximate inverse of :math:`I - \partial F / \partial x`, see :meth:`FixedPointIteration.preconditioner`.
@@ -171,4 +171,10 @@ class BoundIteration(Map):
 
     def diagnose(self) -> str:
         r"""Why a solve of this map may have failed, see :func:`diagnose`."""
-        return (_HOOKED if self._is_hooked() and self._iteration.has_own_step else "") + diagnose(self._capture)
+        return (_HOOKED if _is_hooked(self._iteration) and self._iteration.has_own_step else "") + diagnose(
+            self._capture
+        )
+
+
+def _is_hooked(iteration: Any) -> bool:
+    return has_hooks(iteration) or "forward" in vars(iteration)

@@ -6,18 +6,18 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from deepinv_deq.compat import STORES, random_numbers
+from deepinv_deq.compat import STORES
 from deepinv_deq.implicit.graphs import leaves
-from deepinv_deq.iterations.checks import Watch, fits, refuse_other_dimension, shape
+from deepinv_deq.iterations.checks import Watch, refuse_other_dimension
 from deepinv_deq.iterations.circulant import Origin
+from deepinv_deq.iterations.measurements import fits, shape, unwritten
 from deepinv_deq.iterations.replica import Replica
-from deepinv_deq.iterations.samples import Samples, sample_tensors
+from deepinv_deq.iterations.samples import MODELS, Samples, sample_tensors
 from deepinv_deq.iterations.separability import Verdicts
 from deepinv_deq.iterations.terms import all_constants, constants_of_rows
 from deepinv_deq.states import Rows, State, as_tuple
@@ -46,6 +46,7 @@ class Capture:
             initialise(iteration, physics, y)
             self.pristine = Replica([iteration, physics])
             _refuse_unused(iteration, physics)
+        self._originals = self.pristine.originals
         self.pristine = _private(self.pristine, sigma)
         self.levels = sigma if isinstance(sigma, Tensor) and sigma.ndim else None  # one row per sample
         # the measurements are for a diagnosis only: a map lives until backward, and must not keep them alive
@@ -59,8 +60,10 @@ class Capture:
         self._copies = self._copy_inference_tensors()
         self.constants: tuple[Tensor, ...] = ()
         self.first = self.replicate()[0]
-        self.constants = self._compute_constants(physics, y)
-        self.watch = Watch(self.pristine.found.values(), self.constants)
+        with unwritten(y, physics, iteration):
+            self.constants = self._compute_constants(physics, y)
+        of_noise = _tensors_of_noise(self.physics)
+        self.watch = Watch((f for key, f in self.pristine.found.items() if key not in of_noise), self.constants)
         self.graded = torch.is_grad_enabled()
         self.inputs = self._find_inputs(y)
         self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] | None = None
@@ -84,8 +87,20 @@ class Capture:
         replica.roots[1].__dict__["_origin"] = self.physics.__dict__["_origin"].of(rows)
         return replica, constants
 
+    def evaluated(self) -> None:
+        r"""Take in an evaluation, of which the first shows what the map writes to.
+
+        :raises RuntimeError: if it wrote to an object of the user of which it reads a copy.
+        """
+        self.watch.evaluated()
+        if self._originals is not None:
+            originals, self._originals = self._originals, None
+            originals.refuse_written()
+
     def separable(self, size: int) -> bool:
         r"""Whether the map can be restricted to any ``size`` samples."""
+        if stored(self.first, self.pristine):  # a part of the batch is made of what was there before
+            return False
         if size not in self._separable and self._verdicts.separable(self, size):
             self._separable.add(size)
         return size in self._separable
@@ -165,6 +180,27 @@ def _with(capture: Capture, known: Samples | None) -> Samples | None:
     return known
 
 
+def _tensors_of_noise(physics: Physics) -> set[int]:
+    r"""Identities of the tensors of noise and sensor models, on which a map does not depend unless it reads them itself."""
+    models = [m for name in MODELS if isinstance(m := getattr(physics, name, None), torch.nn.Module)]
+    return {id(t) for model in models for t in (*model.parameters(), *model.buffers(), *vars(model).values())}
+
+
+def stored(used: Replica, pristine: Replica) -> list[str]:
+    r"""Names of the numbers and tensors that ``constants`` or ``init`` stored on the iteration or the physics.
+
+    :param Replica used: the replica on which they were called.
+    :param Replica pristine: the replica of which it is one.
+    """
+    plain, names = (bool, int, float, complex, str, type(None)), []
+    for mine, theirs, kinds in zip(used.roots, pristine.roots, ((*plain, Tensor), plain), strict=True):
+        for name, value in vars(mine).items():
+            before = vars(theirs).get(name, stored)
+            if value is not before and isinstance(value, kinds) and not (type(before) in plain and value == before):
+                names.append(name)
+    return names
+
+
 def _private(replica: Replica, sigma: float | Tensor | None) -> Replica:
     r"""Mark the iteration as a replica, and give it another noise level, if there is one."""
     iteration = replica.roots[0]
@@ -197,39 +233,3 @@ def _refuse_unused(*modules: torch.nn.Module) -> None:
                     f"The lazy parameter {name} of {type(module).__name__} has no shape, because an evaluation does not use it: "
                     "remove its layer, or call the layer once."
                 )
-
-
-def diagnose(capture: Capture) -> str:
-    r"""Compare the stepsize with the norm of the operator.
-
-    :param Capture capture: what the map depends on.
-    :return: a sentence with the stepsize that would do, or an empty string.
-    """
-    replica = capture.replicate()[0]
-    iteration, physics = replica.roots
-    eta = float(iteration.stepsize.detach().max())
-    try:
-        sqnorm = _squared_norm(physics, physics.A_adjoint(capture._y()))
-    except Exception:  # whatever is wrong with this operator, the message of the solve matters more
-        return ""
-    safe = iteration.safe_stepsize(sqnorm)
-    if eta < 2 * safe:
-        return ""
-    return (
-        f"The stepsize {eta:.3g} diverges for this operator, whose squared norm is {sqnorm:.3g} "
-        f"(physics.compute_sqnorm): use stepsize={safe:.2g}."
-    )
-
-
-@torch.no_grad()
-def _squared_norm(physics: Any, like: Tensor) -> float:
-    r"""The squared norm of an operator by the power method, with a start of its own: ``physics.compute_sqnorm`` draws one from the
-    global random generators, which other threads use at the same time."""
-    x = random_numbers(np.random.default_rng(0), like.shape, normal=True).to(like.device, like.dtype)
-    size = old = torch.linalg.vector_norm(x)
-    for _ in range(100):
-        x = physics.A_adjoint_A(x / size)
-        size, old = torch.linalg.vector_norm(x), size
-        if not bool((size - old).abs() > 1e-3 * old):
-            break
-    return float(size)

@@ -3,26 +3,22 @@ r"""Checks of what a user hands to an iteration, and of what happens to it betwe
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from deepinv_deq import compat
 from deepinv_deq.compat import version
-from deepinv_deq.iterations.replica import Found, Replica
-from deepinv_deq.states import as_tuple
-
-_LIMIT = 64  # measurement shapes remembered per physics
+from deepinv_deq.iterations.replica import Found
 
 
 class Watch:
     r"""Notices when a shared tensor is changed in place.
+
+    Tensors that an evaluation changes itself, such as a counter or statistics of a user's own layer, are not watched.
 
     :param Iterable found: tensors of a replica. Running statistics of layers in training mode are not watched.
     :param tuple[torch.Tensor, ...] constants: what the iteration computed from the measurements.
@@ -30,23 +26,20 @@ class Watch:
 
     def __init__(self, found: Iterable[Found], constants: tuple[Tensor, ...]):
         found = [f for f in found if not f.statistic]
-        # buffers that a layer in training mode may update itself, such as statistics of a user's own layer
-        self._own = [i for i, f in enumerate(found) if f.role == "buffer" and f.training and f.root == 0]
-        self._known = [(t, _mark(t)) for t in (*(f.tensor for f in found), *constants)]
+        self._known = [(t, _mark(t), t.detach()) for t in (*(f.tensor for f in found), *constants)]
+        self._own = {id(f.tensor) for f in found if f.root == 0 and not f.tensor.requires_grad}
 
     def evaluated(self) -> None:
-        r"""Accept what layers in training mode did to their own buffers in an evaluation."""
-        for i in self._own:
-            t = self._known[i][0]
-            self._known[i] = (t, _mark(t))
+        r"""Take in an evaluation: forget the tensors without gradient that it changed."""
+        self._known = [each for each in self._known if id(each[0]) not in self._own or each[1] == _mark(each[0])]
 
     def check(self) -> None:
         r"""Compare the tensors with those of the forward pass.
 
         :raises RuntimeError: if a tensor was changed in place.
         """
-        for t, known in self._known:
-            if known != _mark(t):
+        for t, known, before in self._known:
+            if known != _mark(t) and not _moved(t, known, before):
                 raise RuntimeError(
                     f"A tensor of shape {tuple(t.shape)} was changed in place between forward and backward: a tensor of the "
                     "physics, a weight, a buffer or the measurements. The gradient would be that of another map. Replace a "
@@ -63,6 +56,16 @@ def _mark(t: Tensor) -> tuple[Any, ...]:
         with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):
             address = t.data_ptr()
     return version(t), t.dtype, address
+
+
+def _moved(t: Tensor, known: tuple[Any, ...], before: Tensor) -> bool:
+    r"""Whether only the memory of a tensor is another, as after ``t.data = t.data.clamp(...)``, and its values are the same."""
+    return (
+        known[:2] == _mark(t)[:2]
+        and t.shape == before.shape
+        and t.device == before.device
+        and torch.equal(t.detach(), before)
+    )
 
 
 def changed(copy: Tensor, known: int | None, of: Tensor) -> bool:
@@ -107,57 +110,6 @@ class OwnInput:
             # an inference tensor does not tell: copies are always safe
             self.writes = any(known is None or changed(t, known, of) for t, known, of in self._given)
             self._given = []
-
-
-class Fits:
-    r"""Whether measurements fit a physics, checked once for each shape of measurements and of the physics' tensors, and for its numbers."""
-
-    def __init__(self) -> None:
-        self._known: WeakKeyDictionary[Physics, set[Any]] = WeakKeyDictionary()
-        self._lock = threading.Lock()
-
-    def check(self, y: Any, of: Physics, physics: Any, replica: Replica) -> None:
-        r"""Evaluate :math:`A` once: some operators broadcast measurements of a wrong shape in silence.
-
-        :param torch.Tensor y: measurement.
-        :param deepinv.physics.Physics of: the user's physics.
-        :param deepinv.physics.Physics physics: its replica.
-        :param Replica replica: the replica of the iteration and of the physics.
-        :raises RuntimeError: if the shapes do not fit.
-        """
-        tensors = _kind(f.tensor for f in replica.found.values() if 1 in f.roots)
-        key = _kind(as_tuple(y)), tensors, _numbers(replica.modules[1])
-        with self._lock:
-            if key in self._known.get(of, ()):
-                return
-        with torch.no_grad():
-            image = physics.A_adjoint(y)
-            expected = shape(physics.A(image))
-        if expected != shape(y):
-            raise RuntimeError(f"A maps images of shape {shape(image)} to measurements of shape {expected}")
-        with self._lock:
-            known = self._known.setdefault(of, set())
-            if len(known) >= _LIMIT:
-                known.clear()
-            known.add(key)
-
-
-fits = Fits()
-
-
-def _numbers(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    r"""The whole numbers and texts of modules, such as a number of views, on which shapes may depend."""
-    return tuple((name, v) for m in modules for name, v in vars(m).items() if type(v) in (int, bool, str))
-
-
-def _kind(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    return tuple((t.shape, t.dtype, t.device) for t in tensors)
-
-
-def shape(y: Any) -> Any:
-    r"""Shape of measurements, of every part where there are several."""
-    of = y.shape
-    return tuple(of) if isinstance(of, torch.Size) else tuple(tuple(s) for s in of)
 
 
 def refuse_zero(stepsize: Tensor) -> None:

@@ -11,7 +11,7 @@ import types
 import weakref
 from array import array
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -135,21 +135,6 @@ def contents(function: Any) -> Iterator[Any]:
     for cell in getattr(function, "__closure__", None) or ():
         with contextlib.suppress(ValueError):
             yield cell.cell_contents
-
-
-def tensors_of_hook(hook: Any, known: Container[int]) -> Iterator[Tensor]:
-    r"""The tensors to which a hook refers, also those of modules of which no part is known.
-
-    :param Callable hook: the hook.
-    :param Container known: identities of what was replicated.
-    """
-    for value in contents(hook):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, nn.Module) and not any(id(m) in known for m in value.modules()):
-            yield from value.parameters()
-            # a layer in training mode changes its buffers itself
-            yield from (b for m in value.modules() if not m.training for b in m.buffers(recurse=False))
 
 
 @functools.cache

@@ -10,16 +10,17 @@ What cannot be made private is listed here, and only here:
   address. PyTorch does not count changes through ``tensor.data.mul_(...)`` or a NumPy view of the tensor.
 - *Global variables* and the attributes of other classes are looked up in every evaluation. Make them attributes of the module. Whether
   samples are independent is tested again where a number or a text changes that the user's methods name directly.
-- *Hooks* are the user's functions themselves, so that what they record reaches the user. Tensors and modules in their closures are
-  watched, those deeper inside (in a list, in a module that holds the model itself) are not. A batch is solved whole where a module
-  has forward hooks, since a hook may couple samples.
+- *Hooks* are the user's functions, so that what they record in a list or an object of the user reaches the user. Where they refer to a module, or to what it
+  keeps, such as a dictionary of feature maps, they get that of the replica. This holds for closures, arguments of ``functools.partial`` and attributes of callable objects. Tensors and modules in their closures are watched, those deeper inside (in a list, in a module that holds the model itself) are not. A batch
+  is solved whole where a module has forward hooks, since a hook may couple samples.
 - A *cache of a class*, as of a method with ``functools.lru_cache``, takes every replica for another object and keeps it alive. Give it a
   ``maxsize``, or keep such a result as a buffer.
 - Objects of extension modules (random generators, C++ objects), weak dictionaries and resources (objects with ``__del__``) are
   shared.
 
 - What *methods of a class* refer to (closures, default values) is not copied. If this, a global variable or another class is changed before the
-  backward pass, :mod:`deepinv_deq.implicit.unchanged` notices that the residual has changed, and raises.
+  backward pass, :mod:`deepinv_deq.implicit.unchanged` notices that the residual has changed, and raises. An evaluation that writes there to an
+  object that a module keeps as an attribute, too, raises (:mod:`deepinv_deq.iterations.originals`).
 - *Identities*: an object that looks itself up by ``id(self)``, or in a weak dictionary, is not found there.
 
 Everything else is private: numbers, containers, NumPy arrays, plain objects, what functions refer to (closures and default
@@ -49,6 +50,7 @@ from torch.nn.utils import parametrize
 from deepinv_deq import compat
 from deepinv_deq.compat import HOOKS, STORES
 from deepinv_deq.iterations.computed import compute_weights, renew, replicate_script
+from deepinv_deq.iterations.hooks import rebind, tensors_of_hook
 from deepinv_deq.iterations.objects import (
     SHARED,
     Cached,
@@ -58,9 +60,9 @@ from deepinv_deq.iterations.objects import (
     of_function,
     owner_of,
     shallow,
-    tensors_of_hook,
     without_finaliser,
 )
+from deepinv_deq.iterations.originals import Originals
 
 _SUFFIXES = ("_orig", "_mask", "_u", "_v", "_g")  # of the tensors from which old-style hooks compute a weight
 
@@ -113,11 +115,9 @@ class Replica:
             self._of_hooks = [(root, t) for root, hook in found for t in tensors_of_hook(hook, memo)]
         for root, t in self._of_hooks:
             self._tensor(t, "closure", None, root)
-        for _, hooks in self._hooks:  # a bound method of a module that was replicated acts on the replica
-            for key, hook in hooks.items():
-                if type(hook) is types.MethodType and id(hook.__self__) in memo:
-                    hooks[key] = types.MethodType(hook.__func__, memo[id(hook.__self__)][1])
+        rebind([hooks for _, hooks in self._hooks], memo, self._put)
         self.roots = tuple(twins)
+        self.originals = Originals(memo.values()) if self._first else None
         del self._memo, self._hooks, self._put
 
     def again(self, put: Mapping[int, Tensor] | None = None) -> Replica:

@@ -39,9 +39,9 @@ _COMPOSED = (dinv.ComposedPhysics, dinv.ComposedLinearPhysics)
 _OTHER_SHAPES = (dinv.MultiCoilMRI, dinv.CompressedSensing, SparseLinearPhysics)  # measurements of another rank
 # not used by A and its adjoint, or no tensors
 _NUMBERS = (int, float, bool, str, type(None), torch.dtype, torch.device)
-_MODELS = ("noise_model", "sensor_model")
+MODELS = ("noise_model", "sensor_model")
 _UNUSED = {
-    *_MODELS,
+    *MODELS,
     "_device_holder",
     "rng",
     "gen",
@@ -111,7 +111,7 @@ def _by_table(physics: nn.Module, rules: Rules, batch: int, ndim: int, samples: 
 def _own(module: nn.Module, batch: int, samples: Samples) -> bool:
     r"""Whether everything that a module of a user keeps is a number, a tensor of numbers, or a module of that kind."""
     for name, value in stored(module):
-        if name in (*_MODELS, "_origin", "img_size"):
+        if name in (*MODELS, "_origin", "img_size"):
             continue
         if isinstance(value, Tensor):
             if not (value.is_floating_point() or value.is_complex()) and batch in value.shape:
@@ -124,7 +124,7 @@ def _own(module: nn.Module, batch: int, samples: Samples) -> bool:
             callable(value) and _is_plain(value, type(module), name)
         ):
             return False
-    return all(_own(child, batch, samples) for name, child in module.named_children() if name not in _MODELS)
+    return all(_own(child, batch, samples) for name, child in module.named_children() if name not in MODELS)
 
 
 def _of_deepinv(thing: Any) -> bool:

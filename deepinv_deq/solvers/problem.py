@@ -111,7 +111,7 @@ class Problem:
     def __call__(self, x: Tensor, tau: float = 1.0) -> Tensor:
         r"""The image of ``x``. TorchDEQ's plain iteration passes a damping factor ``tau``."""
         fx = self.image_and_step(x)[0]
-        return fx if tau == 1.0 else tau * fx + (1 - tau) * x
+        return fx.clone() if tau == 1.0 else tau * fx + (1 - tau) * x  # the map may return memory that it uses again
 
     def enter(self, x: Tensor) -> Tensor:
         r"""A point in the units that the problem is solved in."""

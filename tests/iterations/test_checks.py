@@ -1,91 +1,49 @@
-r"""Checks of measurements, noise levels and layers; what is remembered of a physics is forgotten with it."""
+r"""What an evaluation and a user may do to tensors between forward and backward."""
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
-from deepinv.physics import Inpainting, LinearPhysics
+from deepinv.physics import GaussianNoise, Inpainting
 from torch import nn
 
 from deepinv_deq import DEProx
-from deepinv_deq.iterations.checks import OwnInput, Watch, fits
+from deepinv_deq.iterations.checks import OwnInput, Watch
 from deepinv_deq.iterations.replica import Replica
+from tests.problems import F64, deq, random_mask, relative_error
 
 
-class Broadcasts(LinearPhysics):
-    r"""Its adjoint takes measurements of any height, its measurements have the height of the gain."""
-
-    def __init__(self, rows):
-        super().__init__()
-        self.register_buffer("gain", torch.ones(rows, 1))
-
-    def A(self, x, **_):
-        return x[..., :1, :] * self.gain
-
-    def A_adjoint(self, y, **_):
-        return y.expand(-1, -1, 4, -1) if y.shape[-2] == 1 else y
-
-
-def test_another_physics_at_the_same_address_is_checked_again():
-    y = torch.zeros(1, 1, 1, 4)
-    for _ in range(20):
-        right = Broadcasts(1)
-        DEProx(nn.Identity()).bind(y, right)
-        del right
-        gc.collect()
-        wrong = Broadcasts(3)
-        with pytest.raises(ValueError, match="to measurements of shape"):
-            DEProx(nn.Identity()).bind(y, wrong)
-        del wrong
-
-
-def test_a_physics_whose_tensors_change_shape_is_checked_again():
-    y, physics = torch.zeros(1, 1, 1, 4), Broadcasts(1)
-    iteration = DEProx(nn.Identity())
-    iteration.bind(y, physics)
-    physics.gain = torch.ones(3, 1)
-    with pytest.raises(ValueError, match="to measurements of shape"):
-        iteration.bind(y, physics)
-
-
-def test_the_check_costs_one_evaluation_for_each_shape(monkeypatch):
-    calls, original = [], Inpainting.A
-    monkeypatch.setattr(Inpainting, "A", lambda self, x, **k: calls.append(len(x)) or original(self, x, **k))
-    physics, iteration = Inpainting((1, 4, 4), mask=torch.ones(1, 4, 4)), DEProx(nn.Identity())
-    for batch in (2, 2, 3, 2):
-        iteration.bind(torch.zeros(batch, 1, 4, 4), physics)
-    assert calls == [2, 3]
-    count = len(fits._known)
-    del physics
-    gc.collect()
-    assert len(fits._known) < count
-
-
-def test_watch_accepts_what_layers_do_to_their_own_buffers():
+@pytest.mark.parametrize("training", [False, True])
+def test_watch_accepts_what_an_evaluation_does_to_its_own_buffers(training):
     class Counts(nn.Module):
         def __init__(self):
             super().__init__()
             self.register_buffer("mean", torch.zeros(1))
+            self.register_buffer("other", torch.zeros(1))
 
         def forward(self, x):
             self.mean.mul_(0.9).add_(0.1 * x.mean())
             return x
 
-    layer = Counts()
+    layer = Counts().train(training)
     replica = Replica([layer])
     watch = Watch(replica.found.values(), ())
     replica.roots[0](torch.ones(3))
     watch.evaluated()
+    layer(torch.ones(3))  # another pass through the model, as in equivariant imaging
     watch.check()
-    layer.mean.fill_(1.0)
+    layer.other.fill_(1.0)
     with pytest.raises(RuntimeError, match="changed in place"):
         watch.check()
-    layer.eval()
+
+
+def test_watch_compares_values_where_only_the_memory_is_another():
+    layer = nn.Conv2d(1, 2, 3)
     watch = Watch(Replica([layer]).found.values(), ())
-    layer(torch.ones(3))
-    watch.evaluated()
+    layer.weight.data = layer.weight.data.clamp(-10, 10)
+    layer.to(memory_format=torch.channels_last)
+    watch.check()
+    layer.weight.data = 2 * layer.weight.data
     with pytest.raises(RuntimeError, match="changed in place"):
         watch.check()
 
@@ -110,3 +68,59 @@ def test_the_memory_of_a_subclass_of_tensors_is_watched():
     t.data = torch.zeros(3)
     with pytest.raises(RuntimeError, match="changed in place"):
         watch.check()
+
+
+class Denoiser(nn.Module):
+    r"""Contracts; ``does`` is what an evaluation does besides."""
+
+    def __init__(self, does):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5, dtype=F64))
+        self.gain.offset = 0.1
+        self.register_buffer("count", torch.zeros((), dtype=F64))
+        self.plain, self.does = torch.zeros((), dtype=F64), does
+
+    def forward(self, x, *_):
+        self.does(self)
+        return torch.tanh(self.gain * x) + (self.gain.offset if isinstance(self.gain, nn.Parameter) else 0.0)
+
+
+def nothing(network):
+    pass
+
+
+def count_in_a_buffer(network):
+    network.count.add_(1)
+
+
+def count_in_a_tensor(network):
+    network.plain += 1
+
+
+def clamp(network):
+    network.gain.data = network.gain.data.clamp(-0.9, 0.9)
+
+
+def gradient(does, training, between=nothing):
+    r"""Of the loss of equivariant imaging, whose two passes come before the one backward pass."""
+    physics = Inpainting((1, 6, 6), mask=random_mask(1, 6, 6), noise_model=GaussianNoise(0.1))
+    y = physics.A(torch.rand(2, 1, 6, 6, dtype=F64, generator=torch.Generator().manual_seed(0)))
+    model = deq(DEProx(Denoiser(does), stepsize=0.7)).train(training)
+    x = model(y, physics)
+    loss = x.square().sum() + model(physics.A(x.flip(-1)), physics).square().sum()
+    between(physics)
+    return torch.autograd.grad(loss, [model.iteration.denoiser.gain])[0]
+
+
+def fill_noise_level(physics):
+    physics.noise_model.sigma.fill_(0.2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("does", [count_in_a_buffer, count_in_a_tensor, clamp])
+def test_what_does_not_change_the_map_is_no_error(does, training):
+    assert relative_error(gradient(does, training), gradient(nothing, training)) < 1e-12
+
+
+def test_the_noise_level_of_the_physics_may_change_before_the_backward_pass():
+    assert relative_error(gradient(nothing, False, fill_noise_level), gradient(nothing, False)) < 1e-12

@@ -161,3 +161,11 @@ def test_a_map_that_writes_to_its_argument_is_refused(method):
     with pytest.raises(RuntimeError, match="wrote to its argument in place"):
         Solver(method)(lambda x: x.mul_(0.5).add_(1), x0)
     assert torch.equal(x0, torch.full((1, 3), 0.3))
+
+
+@pytest.mark.parametrize("method", ["anderson", "broyden", "fixed_point_iter", "gmres", "simple_fixed_point_iter"])
+def test_the_solution_is_no_memory_of_the_map(method):
+    memory = torch.ones(2, 3)
+    x, _ = Solver(method, tol=1e-6)(lambda x: memory, torch.zeros(2, 3))
+    x.mul_(2)
+    assert torch.equal(memory, torch.ones(2, 3))

@@ -1,0 +1,92 @@
+r"""Evaluations that write where the map does not read: an error, and not another fixed point."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepinv.physics import Inpainting
+from torch import nn
+
+from deepinv_deq import DEGrad, DEProx
+from tests.problems import F64, deq, random_mask
+
+BANK = {}
+
+
+class Encoder(nn.Module):
+    def forward(self, x):
+        BANK["features"] = 0.5 * x
+
+
+class GlobalDictionary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.bank = Encoder(), BANK
+
+    def forward(self, x, *_):
+        self.encoder(x)
+        return torch.tanh(self.bank["features"])
+
+
+class ClassDictionary(nn.Module):
+    kept = {}  # noqa: RUF012
+
+    def forward(self, x, *_):
+        type(self).kept["features"] = 0.5 * x
+        return torch.tanh(self.kept["features"])
+
+
+class ClassAttribute(nn.Module):
+    last = torch.zeros(1, dtype=F64)
+
+    def forward(self, x, *_):
+        type(self).last = 0.5 * x
+        return torch.tanh(self.last)
+
+
+def closure_of_a_method():
+    kept = [torch.zeros(1, dtype=F64)]
+
+    class Closure(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = kept
+
+        def forward(self, x, *_):
+            kept[0] = 0.5 * x
+            return torch.tanh(self.kept[0])
+
+    return Closure()
+
+
+class Counting(nn.Module):
+    calls = 0
+    names = {}  # noqa: RUF012
+
+    def forward(self, x, *_):
+        type(self).calls += 1
+        return torch.tanh(0.5 * x)
+
+
+def problem(network, template=DEProx):
+    physics = Inpainting((1, 6, 6), mask=random_mask(1, 6, 6))
+    y = physics.A(torch.rand(2, 1, 6, 6, dtype=F64))
+    return deq(template(network, stepsize=0.7)), y, physics
+
+
+@pytest.mark.parametrize("template", [DEGrad, DEProx])
+@pytest.mark.parametrize("make", [GlobalDictionary, ClassDictionary, ClassAttribute, closure_of_a_method])
+def test_a_write_to_what_is_read_as_an_attribute_is_an_error(make, template):
+    network = make()
+    network(torch.zeros(2, 1, 6, 6, dtype=F64))  # else there may be nothing to read
+    model, y, physics = problem(network, template)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="keep it in one place only"):
+            model(y, physics)
+
+
+def test_classes_may_count():
+    model, y, physics = problem(Counting())
+    with torch.no_grad():
+        model(y, physics)
+    assert model.forward_stat.converged.all() and Counting.calls > 3
