@@ -82,7 +82,8 @@ class BoundIteration(Map):
         # in the first evaluation a copy, so that the caller's point survives an iteration that writes to it
         point = as_tuple(x) if self._pure else tuple(t.clone() for t in as_tuple(x))
         before = [version(t) for t in point]
-        out = function(point[0] if isinstance(x, Tensor) else point, self._physics, *self._constants)
+        with self._capture.evaluating():
+            out = function(point[0] if isinstance(x, Tensor) else point, self._physics, *self._constants)
         if any(changed(*each) for each in zip(point, before, as_tuple(x), strict=True)):
             raise RuntimeError(
                 f"{type(self._iteration).__name__}.forward wrote to its argument x in place, which the solver still uses. "
@@ -90,7 +91,6 @@ class BoundIteration(Map):
             )
         self._pure = True
         self._network.settle()
-        self._capture.evaluated()
         return out
 
     @property

@@ -2,8 +2,9 @@ r"""What a bound map captures: private replicas, what is computed once from the 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -87,14 +88,18 @@ class Capture:
         replica.roots[1].__dict__["_origin"] = self.physics.__dict__["_origin"].of(rows)
         return replica, constants
 
-    def evaluated(self) -> None:
-        r"""Take in an evaluation, of which the first shows what the map writes to.
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        r"""Around each evaluation, of which the first shows what the map writes to.
 
         :raises RuntimeError: if it wrote to an object of the user of which it reads a copy.
         """
+        originals, self._originals = self._originals, None
+        if originals is not None:
+            originals.note()
+        yield
         self.watch.evaluated()
-        if self._originals is not None:
-            originals, self._originals = self._originals, None
+        if originals is not None:
             originals.refuse_written()
 
     def separable(self, size: int) -> bool:

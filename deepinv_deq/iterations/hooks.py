@@ -82,8 +82,11 @@ def rebound(value: Any, twin_of: Callable[[Any], Any], inside_of: frozenset[int]
         if all(a is b for a, b in zip(items, value.values() if kind is dict else value, strict=True)):
             return value
         return dict(zip(value, items, strict=True)) if kind is dict else tuple(items)
-    if callable(value) and is_plain(kind) and not slots(kind) and not isinstance(value, nn.Module):
-        attributes = {name: again(item) for name, item in vars(value).items()}
+    if is_plain(kind) and hasattr(value, "__dict__") and not slots(kind):
+        # an object that only refers to a network, as to look at its activations, stays the user's, and what it records with it
+        attributes = {
+            name: item if isinstance(item, nn.Module) else twin_of(item) for name, item in vars(value).items()
+        }
         if any(item is not vars(value)[name] for name, item in attributes.items()):
             twin = object.__new__(kind)
             twin.__dict__.update(attributes)

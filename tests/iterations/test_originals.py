@@ -59,6 +59,38 @@ def closure_of_a_method():
     return Closure()
 
 
+class Hooked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kept, self.layer = {}, nn.Tanh()
+        self.layer.register_forward_hook(lambda m, i, out: self.kept.__setitem__("features", out))
+
+    def forward(self, x, *_):
+        self.layer(0.5 * x)
+        return self.kept["features"]
+
+
+class Recorder:
+    def save(self, module, inputs, out):
+        self.network.last = out
+
+
+def hook_of_an_object():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.layer = torch.zeros(1, dtype=F64), nn.Tanh()
+            recorder = Recorder()
+            recorder.network = self
+            self.layer.register_forward_hook(recorder.save)
+
+        def forward(self, x, *_):
+            self.layer(0.5 * x)
+            return self.last
+
+    return Reads()
+
+
 class Counting(nn.Module):
     calls = 0
     names = {}  # noqa: RUF012
@@ -75,7 +107,9 @@ def problem(network, template=DEProx):
 
 
 @pytest.mark.parametrize("template", [DEGrad, DEProx])
-@pytest.mark.parametrize("make", [GlobalDictionary, ClassDictionary, ClassAttribute, closure_of_a_method])
+@pytest.mark.parametrize(
+    "make", [GlobalDictionary, ClassDictionary, ClassAttribute, closure_of_a_method, hook_of_an_object]
+)
 def test_a_write_to_what_is_read_as_an_attribute_is_an_error(make, template):
     network = make()
     network(torch.zeros(2, 1, 6, 6, dtype=F64))  # else there may be nothing to read
@@ -90,3 +124,11 @@ def test_classes_may_count():
     with torch.no_grad():
         model(y, physics)
     assert model.forward_stat.converged.all() and Counting.calls > 3
+
+
+def test_the_network_may_be_called_by_the_user_between_binding_and_solving():
+    network = Hooked()
+    model, y, physics = problem(network)
+    with torch.no_grad():
+        model(y, physics, init=lambda y, physics: network(physics.A_adjoint(y)))
+    assert model.forward_stat.converged.all()
