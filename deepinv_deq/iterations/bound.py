@@ -22,6 +22,10 @@ _HOOKED = (
     "The iteration has hooks or another forward, so its residual is a difference, which loses digits for small stepsizes: put "
     "hooks on the denoiser instead. "
 )
+_WROTE = (
+    "{iteration}.forward wrote to its argument x in place, which the solver still uses. Write to a copy (x.clone()), or name the network that "
+    "does it in networks()."
+)
 
 
 class BoundIteration(Map):
@@ -60,7 +64,7 @@ class BoundIteration(Map):
         :return: its image, of the same shape.
         :raises RuntimeError: if the iteration writes to its argument in place.
         """
-        return self._evaluate(self._iteration, x)
+        return self._evaluate("__call__", x)
 
     def step(self, x: State) -> State:
         r"""The residual :math:`F_\theta(x; y) - x`, see :meth:`FixedPointIteration.step`.
@@ -70,27 +74,27 @@ class BoundIteration(Map):
         """
         if _is_hooked(self._iteration):
             return super().step(x)  # which calls the iteration with its hooks
-        return self._evaluate(self._iteration.step, x)
+        return self._evaluate("step", x)
 
     @property
     def has_own_step(self) -> bool:
         r"""Whether the iteration computes its residual without a difference that loses digits."""
         return self._iteration.has_own_step and not _is_hooked(self._iteration)
 
-    def _evaluate(self, function: Callable[..., State], x: State) -> State:
-        self._remember(x)
+    def _evaluate(self, name: str, x: State) -> State:
+        self._capture.remember(x, self._rows)
         # in the first evaluation a copy, so that the caller's point survives an iteration that writes to it
         point = as_tuple(x) if self._pure else tuple(t.clone() for t in as_tuple(x))
-        before = [version(t) for t in point]
-        with self._capture.evaluating():
-            out = function(point[0] if isinstance(x, Tensor) else point, self._physics, *self._constants)
+        before, originals = [version(t) for t in point], self._capture.first_evaluation()
+        out = _of(self._replica, name, point[0] if isinstance(x, Tensor) else point, self._constants)
         if any(changed(*each) for each in zip(point, before, as_tuple(x), strict=True)):
-            raise RuntimeError(
-                f"{type(self._iteration).__name__}.forward wrote to its argument x in place, which the solver still uses. "
-                "Write to a copy (x.clone()), or name the network that does it in networks()."
-            )
+            raise RuntimeError(_WROTE.format(iteration=type(self._iteration).__name__))
         self._pure = True
         self._network.settle()
+        self._capture.watch.evaluated()
+        if originals is not None and not self._capture.stores:
+            replicas = lambda new: self._capture.replicate(rows=self._rows, of=new)[0] if new else self._replica  # noqa: E731
+            originals.refuse_stale(x, lambda new, x: _of(replicas(new), name, x, self._constants))
         return out
 
     @property
@@ -134,10 +138,6 @@ class BoundIteration(Map):
             return None
         return self._with({}, rows)
 
-    def _remember(self, x: State) -> None:
-        if self._rows is None:
-            self._capture.remember(x)
-
     def _with(self, put: Put, rows: Rows | None) -> BoundIteration:
         replica, constants = self._capture.replicate(put, rows)
         return BoundIteration(self._capture, replica, constants, rows, self._network)
@@ -149,7 +149,9 @@ class BoundIteration(Map):
         :return: a state, without gradient.
         """
         with unwritten(y, self._physics, self._iteration):
-            return checked_start(self._iteration.init(y, self._physics), self._iteration)
+            state = checked_start(self._iteration.init(y, self._physics), self._iteration)
+        self._capture.note_stored()
+        return state
 
     def preconditioner(self, x: State) -> Callable[[State], State] | None:
         r"""An approximate inverse of :math:`I - \partial F / \partial x`, see :meth:`FixedPointIteration.preconditioner`.
@@ -157,7 +159,7 @@ class BoundIteration(Map):
         :param torch.Tensor, tuple[torch.Tensor, ...] x: a state.
         :return: a linear map of states, or ``None``.
         """
-        self._remember(x)
+        self._capture.remember(x, self._rows)
         return self._iteration.preconditioner(x, self._physics)
 
     def natural(self, x: State) -> Callable[[State], State] | None:
@@ -166,7 +168,7 @@ class BoundIteration(Map):
 
     def contractive_part(self, x: State, exact: bool = False) -> tuple[State, Callable[[State], State] | None]:
         r"""See :meth:`FixedPointIteration.contractive_part`."""
-        self._remember(x)
+        self._capture.remember(x, self._rows)
         return self._iteration.contractive_part(x, self._physics, *self._constants, exact=exact)
 
     def diagnose(self) -> str:
@@ -174,6 +176,11 @@ class BoundIteration(Map):
         return (_HOOKED if _is_hooked(self._iteration) and self._iteration.has_own_step else "") + diagnose(
             self._capture
         )
+
+
+def _of(replica: Replica, name: str, x: State, constants: tuple[Tensor, ...]) -> State:
+    iteration, physics = replica.roots
+    return getattr(iteration, name)(x, physics, *constants)
 
 
 def _is_hooked(iteration: Any) -> bool:

@@ -2,9 +2,8 @@ r"""What a bound map captures: private replicas, what is computed once from the 
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,8 +16,9 @@ from deepinv_deq.implicit.graphs import leaves
 from deepinv_deq.iterations.checks import Watch, refuse_other_dimension
 from deepinv_deq.iterations.circulant import Origin
 from deepinv_deq.iterations.measurements import fits, shape, unwritten
+from deepinv_deq.iterations.originals import Originals, stored
 from deepinv_deq.iterations.replica import Replica
-from deepinv_deq.iterations.samples import MODELS, Samples, sample_tensors
+from deepinv_deq.iterations.samples import Samples, read_by_maps, sample_tensors
 from deepinv_deq.iterations.separability import Verdicts
 from deepinv_deq.iterations.terms import all_constants, constants_of_rows
 from deepinv_deq.states import Rows, State, as_tuple
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from deepinv_deq.iterations.base import FixedPointIteration
 
 Put = Mapping[int, Tensor]
+Replicated = tuple[Replica, tuple[Tensor, ...]]
 
 
 class Capture:
@@ -47,7 +48,9 @@ class Capture:
             initialise(iteration, physics, y)
             self.pristine = Replica([iteration, physics])
             _refuse_unused(iteration, physics)
-        self._originals = self.pristine.originals
+        # only until the first evaluation: a map must not keep the user's objects alive
+        self._originals, self.pristine.originals = self.pristine.originals, None
+        self._originals.renewed = lambda: _private(Replica([iteration, physics]), sigma)  # type: ignore[union-attr]
         self.pristine = _private(self.pristine, sigma)
         self.levels = sigma if isinstance(sigma, Tensor) and sigma.ndim else None  # one row per sample
         # the measurements are for a diagnosis only: a map lives until backward, and must not keep them alive
@@ -63,18 +66,20 @@ class Capture:
         self.first = self.replicate()[0]
         with unwritten(y, physics, iteration):
             self.constants = self._compute_constants(physics, y)
-        of_noise = _tensors_of_noise(self.physics)
-        self.watch = Watch((f for key, f in self.pristine.found.items() if key not in of_noise), self.constants)
+        self.stores = False
+        self.note_stored()
+        self.watch = Watch(read_by_maps(self.pristine, self.physics), self.constants)
         self.graded = torch.is_grad_enabled()
         self.inputs = self._find_inputs(y)
         self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] | None = None
         self._verdicts, self._separable = getattr(iteration, "_verdicts", None) or Verdicts(), set[int]()
 
-    def replicate(self, put: Put | None = None, rows: Rows | None = None) -> tuple[Replica, tuple[Tensor, ...]]:
+    def replicate(self, put: Put | None = None, rows: Rows | None = None, of: Replica | None = None) -> Replicated:
         r"""Replicas and constants of a map, with other tensors in some places.
 
         :param Mapping put: tensors by the identity of those that they replace.
         :param torch.Tensor, slice, None rows: which samples, default all.
+        :param Replica, None of: what is replicated. Default: the objects as they were when the map was bound.
         :return: the replica and the constants.
         """
         places = {**self._copies, **(put or {})}
@@ -84,27 +89,24 @@ class Capture:
             places |= {id(t): places.get(id(t), t)[rows] for t in (() if samples is None else samples.rows)}
             # Never None: `separable` was checked before.
             constants = cast(Any, constants_of_rows(self.iteration, constants, rows))
-        replica = self.pristine.again(places)
+        replica = (of or self.pristine).again(places)
         replica.roots[1].__dict__["_origin"] = self.physics.__dict__["_origin"].of(rows)
         return replica, constants
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        r"""Around each evaluation, of which the first shows what the map writes to.
-
-        :raises RuntimeError: if it wrote to an object of the user of which it reads a copy.
-        """
+    def first_evaluation(self) -> Originals | None:
+        r"""What was replicated, noted before the first evaluation; ``None`` before any other."""
         originals, self._originals = self._originals, None
         if originals is not None:
             originals.note()
-        yield
-        self.watch.evaluated()
-        if originals is not None:
-            originals.refuse_written()
+        return originals
+
+    def note_stored(self) -> None:
+        r"""Note whether ``constants`` or ``init`` stored something on the iteration or the physics."""
+        self.stores = self.stores or stored(self.first, self.pristine)
 
     def separable(self, size: int) -> bool:
         r"""Whether the map can be restricted to any ``size`` samples."""
-        if stored(self.first, self.pristine):  # a part of the batch is made of what was there before
+        if self.stores:  # a part of the batch is made of what was there before
             return False
         if size not in self._separable and self._verdicts.separable(self, size):
             self._separable.add(size)
@@ -115,12 +117,12 @@ class Capture:
         state = self.example()
         return None if state is None else _with(self, sample_tensors(self.physics, self.batch, len(state[0][0])))
 
-    def remember(self, x: State) -> None:
-        r"""Note the shapes of a state of all samples.
+    def remember(self, x: State, rows: Rows | None = None) -> None:
+        r"""Note the shapes of a state of all samples; of ``rows``, nothing.
 
         :raises ValueError: if a stepsize per channel is none for such states.
         """
-        if self._shapes is None:
+        if self._shapes is None and rows is None:
             refuse_other_dimension(self.iteration.stepsize, as_tuple(x)[0])
             self._shapes = [(t.shape, t.dtype, t.device) for t in as_tuple(x)]
 
@@ -183,27 +185,6 @@ def _with(capture: Capture, known: Samples | None) -> Samples | None:
     if known is not None and capture.levels is not None and len(capture.levels) == capture.batch:
         known.rows.append(capture.levels)
     return known
-
-
-def _tensors_of_noise(physics: Physics) -> set[int]:
-    r"""Identities of the tensors of noise and sensor models, on which a map does not depend unless it reads them itself."""
-    models = [m for name in MODELS if isinstance(m := getattr(physics, name, None), torch.nn.Module)]
-    return {id(t) for model in models for t in (*model.parameters(), *model.buffers(), *vars(model).values())}
-
-
-def stored(used: Replica, pristine: Replica) -> list[str]:
-    r"""Names of the numbers and tensors that ``constants`` or ``init`` stored on the iteration or the physics.
-
-    :param Replica used: the replica on which they were called.
-    :param Replica pristine: the replica of which it is one.
-    """
-    plain, names = (bool, int, float, complex, str, type(None)), []
-    for mine, theirs, kinds in zip(used.roots, pristine.roots, ((*plain, Tensor), plain), strict=True):
-        for name, value in vars(mine).items():
-            before = vars(theirs).get(name, stored)
-            if value is not before and isinstance(value, kinds) and not (type(before) in plain and value == before):
-                names.append(name)
-    return names
 
 
 def _private(replica: Replica, sigma: float | Tensor | None) -> Replica:

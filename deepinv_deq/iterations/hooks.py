@@ -6,11 +6,11 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
-from deepinv_deq.iterations.objects import SHARED, contents, is_plain, slots
+from deepinv_deq.iterations.objects import contents
 
 
 def tensors_of_hook(hook: Any, known: Container[int]) -> Iterator[Tensor]:
@@ -31,71 +31,64 @@ def tensors_of_hook(hook: Any, known: Container[int]) -> Iterator[Tensor]:
 def rebind(hooks: Iterable[dict[int, Any]], memo: Mapping[int, tuple[Any, Any]], put: Mapping[int, Tensor]) -> None:
     r"""Let the hooks of replicas act on replicas: what a hook does to a module, or to what it keeps, it does to the replica.
 
+    What a hook refers to in a closure, as a default value or as an argument of ``functools.partial`` is replaced by its replica, if it has one. Everything
+    else goes on being the user's, so that what a hook records in it reaches the user.
+
     :param Iterable hooks: the dictionaries of the hooks, changed in place.
     :param Mapping memo: originals and replicas, by the identity of the original.
     :param Mapping put: tensors to use in the place of others, by the identity of the others.
     """
-
-    def twin_of(value: Any) -> Any:
-        return put.get(id(value), value) if isinstance(value, Tensor) else memo.get(id(value), (None, value))[1]
-
+    again = _Again(memo, put)
     for each in hooks:
         for key, hook in each.items():
-            each[key] = rebound(hook, twin_of)
+            each[key] = again(hook)
 
 
-def rebound(value: Any, twin_of: Callable[[Any], Any], inside_of: frozenset[int] = frozenset()) -> Any:
-    r"""A hook that refers to replicas in the place of what was replicated, and goes on sharing everything else with the user's hook.
+class _Again:
+    r"""What a hook is to refer to. No recursive function: it would refer to itself, and keep replicas alive."""
 
-    :param object value: the hook, or what it refers to.
-    :param Callable twin_of: the replica of an object; the object itself where there is none.
-    :param frozenset inside_of: identities of the functions and objects around it, which may refer to themselves.
-    :return: ``value`` itself where it refers to nothing that was replicated.
-    """
-    twin, kind = twin_of(value), cast(Any, type(value))
-    if twin is not value or kind in SHARED or id(value) in inside_of:
-        return twin
+    def __init__(self, memo: Mapping[int, tuple[Any, Any]], put: Mapping[int, Tensor]):
+        self._memo, self._put = memo, put
+        self._known: dict[int, tuple[Any, Any]] = {}  # functions may refer to one another
 
-    def again(part: Any) -> Any:
-        return rebound(part, twin_of, inside_of | {id(value)})
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._put.get(id(value), value)
+        found = self._memo.get(id(value)) or self._known.get(id(value))
+        if found is not None:
+            return found[1]
+        if type(value) in (types.FunctionType, types.MethodType, functools.partial):
+            self._known[id(value)] = value, value
+            self._known[id(value)] = value, _rebound(value, self)
+            return self._known[id(value)][1]
+        return value
 
-    if kind is types.FunctionType:
-        cells = tuple(_rebound_cell(cell, again) for cell in value.__closure__ or ())
-        defaults = again(value.__defaults__), again(value.__kwdefaults__)
-        if all(
-            a is b for a, b in zip((*cells, *defaults), (*(value.__closure__ or ()), *_defaults(value)), strict=True)
-        ):
-            return value
-        function = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults[0], cells)
-        function.__kwdefaults__ = defaults[1]
-        function.__dict__.update(value.__dict__)
-        return function
-    if kind is types.MethodType:
+
+def _rebound(value: Any, again: Callable[[Any], Any]) -> Any:
+    if isinstance(value, types.MethodType):
         owner = again(value.__self__)
         return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-    if kind is functools.partial:
-        parts = again(value.func), again(value.args), again(value.keywords)
-        same = all(a is b for a, b in zip(parts, (value.func, value.args, value.keywords), strict=True))
-        return value if same else functools.partial(parts[0], *parts[1], **parts[2])
-    if kind in (tuple, dict):
-        items = [again(item) for item in (value.values() if kind is dict else value)]
-        if all(a is b for a, b in zip(items, value.values() if kind is dict else value, strict=True)):
-            return value
-        return dict(zip(value, items, strict=True)) if kind is dict else tuple(items)
-    if is_plain(kind) and hasattr(value, "__dict__") and not slots(kind):
-        # an object that only refers to a network, as to look at its activations, stays the user's, and what it records with it
-        attributes = {
-            name: item if isinstance(item, nn.Module) else twin_of(item) for name, item in vars(value).items()
-        }
-        if any(item is not vars(value)[name] for name, item in attributes.items()):
-            twin = object.__new__(kind)
-            twin.__dict__.update(attributes)
-            return twin
-    return value
-
-
-def _defaults(function: types.FunctionType) -> tuple[Any, Any]:
-    return function.__defaults__, function.__kwdefaults__
+    if isinstance(value, functools.partial):
+        old: list[Any] = [value.func, *value.args, *value.keywords.values()]
+        new: list[Any] = [again(part) for part in old]
+        stop = 1 + len(value.args)
+        same = all(a is b for a, b in zip(old, new, strict=True))
+        return (
+            value
+            if same
+            else functools.partial(new[0], *new[1:stop], **dict(zip(value.keywords, new[stop:], strict=True)))
+        )
+    cells, defaults, named = value.__closure__ or (), value.__defaults__ or (), value.__kwdefaults__ or {}
+    inside = tuple(_rebound_cell(cell, again) for cell in cells)
+    given = tuple(again(part) for part in defaults)
+    of_names = {name: again(part) for name, part in named.items()}
+    pairs = zip((*inside, *given, *of_names.values()), (*cells, *defaults, *named.values()), strict=True)
+    if all(a is b for a, b in pairs):
+        return value
+    function = types.FunctionType(value.__code__, value.__globals__, value.__name__, given or None, inside)
+    function.__kwdefaults__ = of_names or None
+    function.__dict__.update(value.__dict__)
+    return function
 
 
 def _rebound_cell(cell: types.CellType, again: Callable[[Any], Any]) -> types.CellType:

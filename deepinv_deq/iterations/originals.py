@@ -1,66 +1,103 @@
-r"""What the user's containers and classes hold, to notice that an evaluation of a replica writes to them."""
+r"""Whether an evaluation of a replica writes to what the user keeps, and reads its own copy of it."""
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from deepinv_deq.iterations.objects import LIBRARIES, SHARED, library
+from deepinv_deq.states import State, as_tuple
+
+if TYPE_CHECKING:
+    from deepinv_deq.iterations.replica import Replica
 
 _CONTAINERS = (dict, list, set, deque)
+_ROUNDING = 1e-3
+_FACTORS = itertools.cycle((1.1, 0.9))  # another point each time: at the same point, what was written is what was there
 
 
 class Originals:
-    r"""The contents of what was replicated.
+    r"""What was replicated, to be compared before and after the first evaluation.
 
     An evaluation may write to a dictionary through a global variable, a class or the closure of a method, and read it as an attribute.
-    The attribute is that of the replica, so that it would read what was there before.
+    The attribute is that of the replica, so that it would read what was there before. A write alone is no error: it may be a record.
 
     :param Iterable pairs: originals with their replicas.
     """
 
     def __init__(self, pairs: Iterable[tuple[Any, Any]]):
-        replicated = [value for value, twin in pairs if twin is not value]
-        self._containers = [value for value in replicated if isinstance(value, _CONTAINERS)]
-        self._modules = [value for value in replicated if isinstance(value, nn.Module)]
-        self._classes = {base for value in replicated for base in type(value).__mro__ if library(base) not in LIBRARIES}
+        self._replicated = [value for value, twin in pairs if twin is not value]
+        self._known = list[tuple[Any, Any]]()
+        #: Replicates the user's objects as they are now.
+        self.renewed: Callable[[], Replica] | None = None
 
     def note(self) -> None:
         r"""Note the contents."""
-        self._known = [(container, _items(container)) for container in self._containers]
-        owners = (*self._classes, *self._modules)
-        self._attributes = [(owner, dict(vars(owner))) for owner in owners]
+        bases = {base for value in self._replicated for base in type(value).__mro__ if library(base) not in LIBRARIES}
+        self._known = [(value, _contents(value)) for value in (*self._replicated, *bases)]
 
-    def refuse_written(self) -> None:
-        r"""Compare the contents with those that were noted.
+    @torch.no_grad()
+    def refuse_stale(self, x: State, evaluate: Callable[[Replica | None, State], State]) -> None:
+        r"""Compare two further evaluations, with and without what was written, if an evaluation wrote to what was noted. Numbers and
+        texts do not count.
 
-        :raises RuntimeError: if a container or a class attribute was written to. Numbers and texts of classes may change: they may be counters.
+        :param torch.Tensor, tuple[torch.Tensor, ...] x: the point of the evaluation.
+        :param Callable evaluate: evaluates a replica of the user's objects, or the present replica for ``None``.
+        :raises RuntimeError: if the results differ.
         """
-        for container, before in self._known:
-            now = _items(container)
-            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-                raise RuntimeError(_WRITTEN.format(what=f"a {type(container).__name__}"))
-        for owner, attributes in self._attributes:
-            for name, value in dict(vars(owner)).items():
-                known = attributes.get(name, value if isinstance(owner, type) else None)
-                if value is not known and type(value) not in SHARED:
-                    of = (
-                        f"the class {owner.__name__}"
-                        if isinstance(owner, type)
-                        else f"the user's {type(owner).__name__}"
-                    )
-                    raise RuntimeError(_WRITTEN.format(what=f"the attribute {name!r} of {of}"))
+        if self.renewed is None or all(_contents(value) == before for value, before in self._known):
+            return
+        factor = next(_FACTORS)
+        elsewhere = tuple(factor * t + 0.1 for t in as_tuple(x))
+        point = elsewhere[0] if isinstance(x, Tensor) else elsewhere
+        pairs = [as_tuple(evaluate(replica(), point)) for replica in (lambda: None, self.renewed)]
+        if any(float((a - b).norm()) > _ROUNDING * float(b.norm()) for a, b in zip(*pairs, strict=True)):
+            raise RuntimeError(_STALE)
 
 
-_WRITTEN = (
-    "An evaluation of the iteration wrote to {what} through a global variable, a class, a closure or an object that a hook belongs to. Each map "
-    "has a copy of what the iteration keeps as attributes, so that it would read what was there before. Write to the attribute of the module itself (self.name), "
-    "or keep it in one place only."
+def _contents(value: Any) -> list[tuple[Any, _Same]]:
+    r"""What a container or an object holds, with the names of attributes."""
+    items = (
+        list(enumerate(value.values() if isinstance(value, dict) else value)) if isinstance(value, _CONTAINERS) else []
+    )
+    items += list(dict(vars(value)).items()) if hasattr(value, "__dict__") else []
+    return [(name, _Same(item)) for name, item in items if type(item) not in SHARED]
+
+
+class _Same:
+    r"""Equal to the same object only, which it keeps alive."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_STALE = (
+    "An evaluation of the iteration wrote to an object through a global variable, a class, a closure or an object that a hook belongs to, and "
+    "read another value of it. Each map has a copy of what the iteration keeps as attributes. Write to the attribute of the module itself "
+    "(self.name), or keep the object in one place only."
 )
 
 
-def _items(container: Any) -> list[Any]:
-    return list(container.values() if isinstance(container, dict) else container)
+def stored(used: Replica, pristine: Replica) -> bool:
+    r"""Whether numbers or tensors were stored on the iteration, or numbers on the physics. Integers do not count: they may be counters.
+
+    :param Replica used: the replica on which ``constants`` or ``init`` were called.
+    :param Replica pristine: the replica of which it is one.
+    """
+    plain = bool, float, complex, str, type(None)
+    for mine, theirs, kinds in zip(used.roots, pristine.roots, ((*plain, Tensor), plain), strict=True):
+        for name, value in vars(mine).items():
+            before = vars(theirs).get(name, stored)
+            if value is not before and type(value) in kinds and not (type(before) in plain and value == before):
+                return True
+    return False

@@ -11,7 +11,7 @@ What cannot be made private is listed here, and only here:
 - *Global variables* and the attributes of other classes are looked up in every evaluation. Make them attributes of the module. Whether
   samples are independent is tested again where a number or a text changes that the user's methods name directly.
 - *Hooks* are the user's functions, so that what they record in a list or an object of the user reaches the user. Where they refer to a module, or to what it
-  keeps, such as a dictionary of feature maps, they get that of the replica. This holds for closures, arguments of ``functools.partial`` and attributes of callable objects. Tensors and modules in their closures are watched, those deeper inside (in a list, in a module that holds the model itself) are not. A batch
+  keeps, such as a dictionary of feature maps, they get that of the replica. This holds for closures, default values and arguments of ``functools.partial``. Tensors and modules in their closures are watched, those deeper inside (in a list, in a module that holds the model itself) are not. A batch
   is solved whole where a module has forward hooks, since a hook may couple samples.
 - A *cache of a class*, as of a method with ``functools.lru_cache``, takes every replica for another object and keeps it alive. Give it a
   ``maxsize``, or keep such a result as a buffer.

@@ -14,6 +14,7 @@ from deepinv import physics as dinv
 from torch import Tensor, nn
 
 from deepinv_deq.compat import stored
+from deepinv_deq.iterations.replica import Found, Replica
 from deepinv_deq.physics import SparseLinearPhysics
 
 # A number k: dimension 0 of the tensor is the batch where the tensor has k dimensions more than the state. With fewer, it is
@@ -39,9 +40,9 @@ _COMPOSED = (dinv.ComposedPhysics, dinv.ComposedLinearPhysics)
 _OTHER_SHAPES = (dinv.MultiCoilMRI, dinv.CompressedSensing, SparseLinearPhysics)  # measurements of another rank
 # not used by A and its adjoint, or no tensors
 _NUMBERS = (int, float, bool, str, type(None), torch.dtype, torch.device)
-MODELS = ("noise_model", "sensor_model")
+_MODELS = ("noise_model", "sensor_model")
 _UNUSED = {
-    *MODELS,
+    *_MODELS,
     "_device_holder",
     "rng",
     "gen",
@@ -111,7 +112,7 @@ def _by_table(physics: nn.Module, rules: Rules, batch: int, ndim: int, samples: 
 def _own(module: nn.Module, batch: int, samples: Samples) -> bool:
     r"""Whether everything that a module of a user keeps is a number, a tensor of numbers, or a module of that kind."""
     for name, value in stored(module):
-        if name in (*MODELS, "_origin", "img_size"):
+        if name in (*_MODELS, "_origin", "img_size"):
             continue
         if isinstance(value, Tensor):
             if not (value.is_floating_point() or value.is_complex()) and batch in value.shape:
@@ -124,7 +125,7 @@ def _own(module: nn.Module, batch: int, samples: Samples) -> bool:
             callable(value) and _is_plain(value, type(module), name)
         ):
             return False
-    return all(_own(child, batch, samples) for name, child in module.named_children() if name not in MODELS)
+    return all(_own(child, batch, samples) for name, child in module.named_children() if name not in _MODELS)
 
 
 def _of_deepinv(thing: Any) -> bool:
@@ -141,3 +142,17 @@ def _is_plain(value: Any, kind: type, name: str) -> bool:
     if callable(value) and not isinstance(value, type):
         return _of_deepinv(value) and not hasattr(kind, name)
     return True
+
+
+def read_by_maps(replica: Replica, physics: Any) -> list[Found]:
+    r"""The tensors of the iteration and the physics, without those of noise and sensor models of deepinv's physics, whose operators do
+    not read them.
+
+    :param Replica replica: the replica of both.
+    :param deepinv.physics.Physics physics: the physics in it.
+    """
+    ours = type(physics).__module__.startswith("deepinv.")
+    models = [getattr(physics, name, None) for name in _MODELS] if ours else []
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    of_noise = {id(t) for m in modules for t in (*m.parameters(), *m.buffers(), *vars(m).values())}
+    return [f for key, f in replica.found.items() if key not in of_noise or f.roots != {1}]

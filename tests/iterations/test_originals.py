@@ -2,6 +2,9 @@ r"""Evaluations that write where the map does not read: an error, and not anothe
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
+
 import pytest
 import torch
 from deepinv.physics import Inpainting
@@ -70,7 +73,14 @@ class Hooked(nn.Module):
         return self.kept["features"]
 
 
+NORMS = []
+
+
 class Recorder:
+    def also(self, network):
+        self.network = network
+        return self.save
+
     def save(self, module, inputs, out):
         self.network.last = out
 
@@ -80,9 +90,7 @@ def hook_of_an_object():
         def __init__(self):
             super().__init__()
             self.last, self.layer = torch.zeros(1, dtype=F64), nn.Tanh()
-            recorder = Recorder()
-            recorder.network = self
-            self.layer.register_forward_hook(recorder.save)
+            self.layer.register_forward_hook(Recorder().also(self))
 
         def forward(self, x, *_):
             self.layer(0.5 * x)
@@ -91,13 +99,28 @@ def hook_of_an_object():
     return Reads()
 
 
-class Counting(nn.Module):
-    calls = 0
-    names = {}  # noqa: RUF012
+class Recording(nn.Module):
+    r"""Counts, records and caches where it does not read, or what is the same in each evaluation."""
+
+    calls, counts, norms, grid = 0, Counter(), [], None
+
+    def __init__(self):
+        super().__init__()
+        self.history, self.kept, self.layer = NORMS, {}, nn.Tanh()
+        self.layer.register_forward_hook(Recorder().also(self))
 
     def forward(self, x, *_):
         type(self).calls += 1
-        return torch.tanh(0.5 * x)
+        type(self).counts["forward"] += 1
+        type(self).norms.append(x.norm())
+        NORMS.append(x.norm())
+        if Recording.grid is None:
+            Recording.grid = torch.linspace(0.4, 0.5, x.shape[-1], dtype=x.dtype)
+        return self.layer(self.grid_of_class() * x)
+
+    @classmethod
+    def grid_of_class(cls):
+        return cls.grid
 
 
 def problem(network, template=DEProx):
@@ -115,15 +138,29 @@ def test_a_write_to_what_is_read_as_an_attribute_is_an_error(make, template):
     network(torch.zeros(2, 1, 6, 6, dtype=F64))  # else there may be nothing to read
     model, y, physics = problem(network, template)
     for _ in range(2):
-        with torch.no_grad(), pytest.raises(RuntimeError, match="keep it in one place only"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="keep the object in one place only"):
             model(y, physics)
 
 
-def test_classes_may_count():
-    model, y, physics = problem(Counting())
+def test_records_counters_and_caches_are_no_error():
+    network = Recording()
+    model, y, physics = problem(network)
+    for _ in range(2):
+        with torch.no_grad():
+            model(y, physics)
+    assert model.forward_stat.converged.all() and min(Recording.calls, Recording.counts["forward"], len(NORMS)) > 3
+    assert network.last.shape == y.shape
+
+
+def test_a_map_does_not_keep_the_users_objects():
+    network = Recording()
+    model, y, physics = problem(network)
     with torch.no_grad():
         model(y, physics)
-    assert model.forward_stat.converged.all() and Counting.calls > 3
+    x = model(y, physics)
+    of = weakref.ref(physics)
+    del physics
+    assert of() is None and x.requires_grad is False
 
 
 def test_the_network_may_be_called_by_the_user_between_binding_and_solving():
