@@ -123,7 +123,7 @@ def _sentence(records: Records, about: str, pair: tuple[Cell, Cell], threshold: 
     if found.caution and max(found.seeds) > 1:
         single = pair[found.seeds.index(1)][1]
         verdict += f" of {METHODS[single].title}"
-    verdict += "" if _sound(records, *pair) else ". One training did not reach one fixed point on all images"
+    verdict += "" if _sound(records, *pair) else ". Not every training reached one fixed point on all images"
     return f"{about}: {found.mean:+.2f} ± {found.error:.2f} dB. Claim: {claim}. **{verdict}.**"
 
 
