@@ -93,8 +93,8 @@ class BoundIteration(Map):
         self._network.settle()
         self._capture.watch.evaluated()
         if originals is not None and not self._capture.stores:
-            replicas = lambda new: self._capture.replicate(rows=self._rows, of=new)[0] if new else self._replica  # noqa: E731
-            originals.refuse_stale(x, lambda new, x: _of(replicas(new), name, x, self._constants))
+            replicate, rows = self._capture.replicate, self._rows
+            originals.refuse_stale(x, lambda of, x: _of(replicate(rows=rows, of=of)[0], name, x, self._constants))
         return out
 
     @property

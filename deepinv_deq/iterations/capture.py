@@ -16,7 +16,7 @@ from deepinv_deq.implicit.graphs import leaves
 from deepinv_deq.iterations.checks import Watch, refuse_other_dimension
 from deepinv_deq.iterations.circulant import Origin
 from deepinv_deq.iterations.measurements import fits, shape, unwritten
-from deepinv_deq.iterations.originals import Originals, stored
+from deepinv_deq.iterations.originals import Originals, has_stored
 from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import Samples, read_by_maps, sample_tensors
 from deepinv_deq.iterations.separability import Verdicts
@@ -49,8 +49,9 @@ class Capture:
             self.pristine = Replica([iteration, physics])
             _refuse_unused(iteration, physics)
         # only until the first evaluation: a map must not keep the user's objects alive
-        self._originals, self.pristine.originals = self.pristine.originals, None
-        self._originals.renewed = lambda: _private(Replica([iteration, physics]), sigma)  # type: ignore[union-attr]
+        renewed = lambda: _private(Replica([iteration, physics]), sigma)  # noqa: E731
+        self._originals: Originals | None = Originals(self.pristine.pairs, renewed)
+        self.pristine.pairs = ()
         self.pristine = _private(self.pristine, sigma)
         self.levels = sigma if isinstance(sigma, Tensor) and sigma.ndim else None  # one row per sample
         # the measurements are for a diagnosis only: a map lives until backward, and must not keep them alive
@@ -102,7 +103,7 @@ class Capture:
 
     def note_stored(self) -> None:
         r"""Note whether ``constants`` or ``init`` stored something on the iteration or the physics."""
-        self.stores = self.stores or stored(self.first, self.pristine)
+        self.stores = self.stores or has_stored(self.first, self.pristine)
 
     def separable(self, size: int) -> bool:
         r"""Whether the map can be restricted to any ``size`` samples."""

@@ -65,6 +65,7 @@ class _Again:
 
 
 def _rebound(value: Any, again: Callable[[Any], Any]) -> Any:
+    r"""A function, bound method or partial that refers to what ``again`` returns; itself where that is the same."""
     if isinstance(value, types.MethodType):
         owner = again(value.__self__)
         return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
@@ -72,12 +73,9 @@ def _rebound(value: Any, again: Callable[[Any], Any]) -> Any:
         old: list[Any] = [value.func, *value.args, *value.keywords.values()]
         new: list[Any] = [again(part) for part in old]
         stop = 1 + len(value.args)
-        same = all(a is b for a, b in zip(old, new, strict=True))
-        return (
-            value
-            if same
-            else functools.partial(new[0], *new[1:stop], **dict(zip(value.keywords, new[stop:], strict=True)))
-        )
+        if all(a is b for a, b in zip(old, new, strict=True)):
+            return value
+        return functools.partial(new[0], *new[1:stop], **dict(zip(value.keywords, new[stop:], strict=True)))
     cells, defaults, named = value.__closure__ or (), value.__defaults__ or (), value.__kwdefaults__ or {}
     inside = tuple(_rebound_cell(cell, again) for cell in cells)
     given = tuple(again(part) for part in defaults)

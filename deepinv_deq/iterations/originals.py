@@ -5,19 +5,17 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepinv_deq.iterations.objects import LIBRARIES, SHARED, library
+from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.states import State, as_tuple
 
-if TYPE_CHECKING:
-    from deepinv_deq.iterations.replica import Replica
-
 _CONTAINERS = (dict, list, set, deque)
-_ROUNDING = 1e-3
+_ROUNDING, _MISSING = 1e-3, object()
 _FACTORS = itertools.cycle((1.1, 0.9))  # another point each time: at the same point, what was written is what was there
 
 
@@ -28,13 +26,12 @@ class Originals:
     The attribute is that of the replica, so that it would read what was there before. A write alone is no error: it may be a record.
 
     :param Iterable pairs: originals with their replicas.
+    :param Callable renewed: replicates the user's objects as they are then.
     """
 
-    def __init__(self, pairs: Iterable[tuple[Any, Any]]):
+    def __init__(self, pairs: Iterable[tuple[Any, Any]], renewed: Callable[[], Replica]):
         self._replicated = [value for value, twin in pairs if twin is not value]
-        self._known = list[tuple[Any, Any]]()
-        #: Replicates the user's objects as they are now.
-        self.renewed: Callable[[], Replica] | None = None
+        self._known, self._renewed = list[tuple[Any, Any]](), renewed
 
     def note(self) -> None:
         r"""Note the contents."""
@@ -47,16 +44,19 @@ class Originals:
         texts do not count.
 
         :param torch.Tensor, tuple[torch.Tensor, ...] x: the point of the evaluation.
-        :param Callable evaluate: evaluates a replica of the user's objects, or the present replica for ``None``.
+        :param Callable evaluate: evaluates a replica of the user's objects; for ``None``, of these objects as they were when the map was bound.
         :raises RuntimeError: if the results differ.
         """
-        if self.renewed is None or all(_contents(value) == before for value, before in self._known):
+        if all(_contents(value) == before for value, before in self._known):
             return
         factor = next(_FACTORS)
         elsewhere = tuple(factor * t + 0.1 for t in as_tuple(x))
         point = elsewhere[0] if isinstance(x, Tensor) else elsewhere
-        pairs = [as_tuple(evaluate(replica(), point)) for replica in (lambda: None, self.renewed)]
-        if any(float((a - b).norm()) > _ROUNDING * float(b.norm()) for a, b in zip(*pairs, strict=True)):
+        without = as_tuple(
+            evaluate(None, point)
+        )  # before the objects are replicated, since it writes to them at this point
+        with_it = as_tuple(evaluate(self._renewed(), point))
+        if any(float((a - b).norm()) > _ROUNDING * float(b.norm()) for a, b in zip(without, with_it, strict=True)):
             raise RuntimeError(_STALE)
 
 
@@ -88,7 +88,7 @@ _STALE = (
 )
 
 
-def stored(used: Replica, pristine: Replica) -> bool:
+def has_stored(used: Replica, pristine: Replica) -> bool:
     r"""Whether numbers or tensors were stored on the iteration, or numbers on the physics. Integers do not count: they may be counters.
 
     :param Replica used: the replica on which ``constants`` or ``init`` were called.
@@ -97,7 +97,7 @@ def stored(used: Replica, pristine: Replica) -> bool:
     plain = bool, float, complex, str, type(None)
     for mine, theirs, kinds in zip(used.roots, pristine.roots, ((*plain, Tensor), plain), strict=True):
         for name, value in vars(mine).items():
-            before = vars(theirs).get(name, stored)
+            before = vars(theirs).get(name, _MISSING)
             if value is not before and type(value) in kinds and not (type(before) in plain and value == before):
                 return True
     return False

@@ -62,7 +62,6 @@ from deepinv_deq.iterations.objects import (
     shallow,
     without_finaliser,
 )
-from deepinv_deq.iterations.originals import Originals
 
 _SUFFIXES = ("_orig", "_mask", "_u", "_v", "_g")  # of the tensors from which old-style hooks compute a weight
 
@@ -94,6 +93,8 @@ class Replica:
     :param Iterable roots: modules or other objects.
     :param Mapping put: tensors to use in the place of others, by the identity of the others.
     :param Replica, None original: the replica whose roots these are. Default: they are the user's.
+
+    ``pairs`` has the user's objects with their replicas; empty for a replica of a replica.
     """
 
     def __init__(self, roots: Iterable[Any], put: Mapping[int, Tensor] | None = None, original: Replica | None = None):
@@ -117,7 +118,7 @@ class Replica:
             self._tensor(t, "closure", None, root)
         rebind([hooks for _, hooks in self._hooks], memo, self._put)
         self.roots = tuple(twins)
-        self.originals = Originals(memo.values()) if self._first else None
+        self.pairs = tuple(memo.values()) if self._first else ()
         del self._memo, self._hooks, self._put
 
     def again(self, put: Mapping[int, Tensor] | None = None) -> Replica:

@@ -10,7 +10,7 @@ import torch
 
 from deepinv_deq.autocast import FINER, Autocast
 from deepinv_deq.maps import Map, as_map
-from deepinv_deq.solvers.graphs import graphed
+from deepinv_deq.solvers.cuda_graphs import graphed
 from deepinv_deq.solvers.loop import Settings
 from deepinv_deq.solvers.methods import METHODS, available_methods, foreign, run_foreign
 from deepinv_deq.solvers.problem import Problem

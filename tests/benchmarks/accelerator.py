@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepinv_deq import Solver, group_norm
-from deepinv_deq.solvers.graphs import graphed
+from deepinv_deq.solvers.cuda_graphs import graphed
 from tests.benchmarks.bench import Bench, gradient, say, seconds
 from tests.benchmarks.names import BATCH
 from tests.benchmarks.peers import METHODS, Settings

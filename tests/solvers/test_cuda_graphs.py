@@ -10,7 +10,7 @@ import torch
 
 from deepinv_deq import DEADMM, DEHQS, DEGrad, DEProx, DEQReconstructor, EquilibriumUNet, Solver
 from deepinv_deq.maps import as_map
-from deepinv_deq.solvers import graphs
+from deepinv_deq.solvers import cuda_graphs
 from tests.problems import relative_error
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
@@ -37,8 +37,8 @@ def made(monkeypatch):
         found.append(Replayed(work))
         return found[-1], found[-1].out
 
-    monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
-    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(cuda_graphs, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "captured", captured)
     return found
 
 
@@ -90,7 +90,7 @@ def test_training_and_tests_of_a_model_give_the_same_with_graphs(made):
 
 
 def test_results_of_a_replay_are_not_overwritten_by_the_next(made):
-    f = graphs.graphed(as_map(lambda x: 0.5 * x + 1), torch.zeros(1, 3))
+    f = cuda_graphs.graphed(as_map(lambda x: 0.5 * x + 1), torch.zeros(1, 3))
     first = f(torch.zeros(1, 3))
     f(torch.ones(1, 3))
     assert torch.equal(first, torch.ones(1, 3))
@@ -109,7 +109,7 @@ def test_maps_that_a_graph_would_change_stay_as_they_are(made):
 
 
 def test_without_a_gpu_the_setting_does_nothing(monkeypatch):
-    monkeypatch.setattr(graphs, "captured", lambda work: pytest.fail("captured without a GPU"))
+    monkeypatch.setattr(cuda_graphs, "captured", lambda work: pytest.fail("captured without a GPU"))
     x, stat = Solver("anderson", tol=1e-6, cuda_graphs=True)(lambda x: 0.5 * x + 1, torch.zeros(1, 3))
     assert stat.converged.all() and torch.allclose(x, torch.full((1, 3), 2.0))
 
@@ -118,8 +118,8 @@ def test_a_map_that_cannot_be_captured_is_named_with_the_remedy(monkeypatch):
     def captured(work):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
-    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(cuda_graphs, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "captured", captured)
     with pytest.raises(RuntimeError, match=r"cannot be captured .*is capturing\)\. .*cuda_graphs=False"):
         Solver("anderson", cuda_graphs=True)(lambda x: 0.5 * x, torch.ones(1, 3))
 
