@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deepinv_deq.autocast import Autocast
+from deepinv_deq.compat import numbers
 
 State = Tensor | tuple[Tensor, ...]
 Rows = Tensor | slice
@@ -129,13 +131,14 @@ def orthogonalised(w: Tensor, basis: Tensor, dual: Tensor) -> tuple[Tensor, Tens
     :param torch.Tensor dual: the basis times the matrix of the inner product; ``basis`` itself for the Euclidean one.
     :return: the rest, and the components in double precision, of shape ``(B, k)``.
     """
-    components = w.new_zeros(basis.shape[:2], dtype=torch.float64)
+    rest, components = w[:, None], []
     with Autocast(w.device.type).off():
         for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
-            c = torch.bmm(w[:, None], dual.transpose(1, 2))  # with columns, a batch takes four times as long on CPU
-            w = torch.baddbmm(w[:, None], c, basis, alpha=-1)[:, 0]
-            components = components + c[:, 0]
-    return w, components
+            components.append(
+                torch.bmm(rest, dual.transpose(1, 2))
+            )  # with columns, a batch takes four times as long on CPU
+            rest = torch.baddbmm(rest, components[-1], basis, alpha=-1)
+    return rest[:, 0], (components[0].double() + components[1])[:, 0]
 
 
 def norms(x: Tensor) -> Tensor:
@@ -158,6 +161,21 @@ def finite_rows(x: Tensor) -> Tensor:
 def on_host(t: Tensor) -> bool:
     r"""Whether reading a number does not wait for a device, and launching an operation costs little."""
     return t.device.type == "cpu"
+
+
+def read(*tensors: Tensor) -> list[np.ndarray]:
+    r"""Numbers on the host, with one synchronisation.
+
+    :param torch.Tensor tensors: in double precision, of shape ``(B,)`` or ``(B, k)``.
+    :return: arrays of these shapes.
+    """
+    table = torch.cat([t.reshape(len(t), -1) for t in tensors], dim=1)
+    values, start, out = np.array(numbers(table.reshape(-1))).reshape(table.shape), 0, []
+    for t in tensors:
+        width = t.shape[1] if t.ndim > 1 else 1
+        out.append(values[:, start : start + width].reshape(t.shape))
+        start += width
+    return out
 
 
 def unit_size(c: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ r"""What a solve has reached: the best point of every sample, the course of its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,18 +106,19 @@ class Best:
     def result(self) -> tuple[Tensor, dict[str, Any]]:
         r"""The points, and the keys of their statistic."""
         found = self._merged()
-        return found["x"], information(found, self.traces)
+        traces = torch.stack(self.traces[0], dim=1), torch.stack(self.traces[1], dim=1)
+        return found["x"], information(found, traces)
 
 
-def information(found: dict[str, Tensor], traces: tuple[list[Tensor], list[Tensor]]) -> dict[str, Any]:
+def information(found: dict[str, Tensor], traces: Sequence[Tensor]) -> dict[str, Any]:
     r"""The keys of a statistic from measures in double precision; residuals get the precision of the point."""
     dtype = found["x"].dtype
     info = {
         "abs_lowest": found["absolute"].to(dtype),
         "rel_lowest": found["relative"].to(dtype),
         "plain_residual": found["plain"].to(dtype),
-        "abs_trace": torch.stack(traces[0], dim=1).to(dtype),
-        "rel_trace": torch.stack(traces[1], dim=1).to(dtype),
+        "abs_trace": traces[0].to(dtype),
+        "rel_trace": traces[1].to(dtype),
         "nstep": found["nstep"].to(dtype),
     }
     return info | {key: found[key] for key in ("converged", "at_floor", "singular", "coupled") if key in found}
