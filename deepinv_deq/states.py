@@ -169,7 +169,7 @@ def read(*tensors: Tensor) -> list[np.ndarray]:
     :param torch.Tensor tensors: in double precision, of shape ``(B,)`` or ``(B, k)``.
     :return: arrays of these shapes.
     """
-    table = torch.cat([t.reshape(len(t), -1) for t in tensors], dim=1)
+    table = torch.cat([t if t.ndim > 1 else t[:, None] for t in tensors], dim=1)
     values, start, out = np.array(numbers(table.reshape(-1))).reshape(table.shape), 0, []
     for t in tensors:
         width = t.shape[1] if t.ndim > 1 else 1
@@ -189,6 +189,11 @@ def unit_size(c: Tensor) -> Tensor:
 def everywhere(mask: Tensor) -> bool:
     r"""Whether the host knows, without waiting for a device, that a mask is true for all samples."""
     return on_host(mask) and bool(mask.all())
+
+
+def nowhere(mask: Tensor) -> bool:
+    r"""Whether the host knows, without waiting for a device, that a mask is true for no sample."""
+    return on_host(mask) and not bool(mask.any())
 
 
 def where_rows(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.progress import Best, Progress
-from deepinv_deq.states import everywhere, finite_rows, where_rows
+from deepinv_deq.states import everywhere, norms, where_rows
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
     samples that were done before are still: the map may couple them.
     """
     tol, max_iter, eps = settings.tol, settings.max_iter, torch.finfo(x0.dtype).eps
-    x, best, progress, whole = x0, Best(x0), Progress(x0), problem
+    x, norm, best, progress, whole = x0, norms(x0), Best(x0), Progress(), problem
     shorter, active = torch.ones_like(best.absolute), torch.ones_like(best.converged)
     floor, one, none = torch.zeros_like(best.absolute), shorter, ~active
 
     for k in range(1, max_iter + 1):
-        now = problem.evaluate(x)
+        now = problem.evaluate(x, norm)
         fx, step = now.image, now.step
         done = now.relative <= tol
         if k == 1:  # a fixed point at zero has no relative accuracy: it is reached far below the rounding of the start
@@ -122,7 +122,7 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
         active = active & ~done
         if k == 1:
             active = active & (best.absolute < torch.inf)
-        stalled = progress.ended(k, now, better, best.relative)
+        stalled = progress.ended(k, now, best)
         if stalled is not None:
             best.at_floor = best.at_floor | (active & stalled)
             active = active & ~stalled
@@ -152,11 +152,13 @@ def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) ->
             fx = where_rows(rejected, best.x + best.step, fx)
         method.residual = step
         x_next = method.update(x, fx, restart)
-        usable = finite_rows(x_next) if as_they_are else finite_rows(x_next) & ~rejected
+        norm = norms(x_next)  # Inf or NaN where an entry is
+        usable = norm < torch.inf if as_they_are else (norm < torch.inf) & ~rejected
         if not everywhere(usable):
             damped = best.x + shorter[:, None].to(x.dtype) * best.step
             x_next = where_rows(usable, x_next, damped)
             x_next = x_next if as_they_are else where_rows(active, x_next, best.x)
+            norm = norms(x_next)
         x = x_next
 
     if problem is whole:

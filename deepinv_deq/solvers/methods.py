@@ -69,4 +69,6 @@ def run_foreign(
     measured = {"abs_lowest": now.absolute, "rel_lowest": now.relative, "plain_residual": now.plain}
     none = torch.zeros_like(now.relative, dtype=torch.bool)
     verdict = {"converged": now.relative <= settings.tol, "at_floor": none, "singular": none}
-    return x, dict(info) | {key: value.to(x.dtype) for key, value in measured.items()} | verdict
+    return x, dict(info) | {
+        key: t.nan_to_num(torch.inf, torch.inf).to(x.dtype) for key, t in measured.items()
+    } | verdict

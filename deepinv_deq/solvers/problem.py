@@ -3,7 +3,9 @@ r"""A fixed-point problem as solvers see it: a map of ``(B, N)`` matrices, count
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,22 +18,35 @@ Linear = Callable[[Tensor], Tensor]
 _CANCELLED = 0.1  # Residuals below this many roundings are noise, because N amplifies cancellation.
 
 
-class Evaluation(NamedTuple):
-    r"""What one evaluation says of a point; all but the first two have one number per sample, in double precision.
+@dataclass
+class Evaluation:
+    r"""What one evaluation says of a point; all but the first three have one number per sample, in double precision.
 
-    ``absolute`` is :math:`\|N (F(x) - x)\|`, ``relative`` the criterion, ``plain`` is :math:`\|F(x) - x\| / \|F(x)\|`, ``size``
-    is :math:`\|F(x)\|`, and ``rounding`` estimates what the rounding of :math:`F(x)` adds to ``relative``. The first three are
-    Inf where the image is not finite. ``image`` is what a method works with: :math:`F(x)`, or :math:`x + P (F(x) - x)`; ``step``
-    is its difference to :math:`x`.
+    ``image`` is :math:`F(x)`, ``step`` its difference to :math:`x`, and ``change`` is :math:`N (F(x) - x)`; :meth:`Problem.evaluate` puts in
+    :math:`x + P (F(x) - x)`, which methods work with. ``absolute`` is the norm of the change, ``relative`` the criterion, ``residual`` is
+    :math:`\|F(x) - x\|`, ``size`` is :math:`\|F(x)\|`, and ``scale`` what ``relative`` is relative to. Norms are Inf or NaN where the image
+    is not finite.
     """
 
     image: Tensor
     step: Tensor
+    change: Tensor
     absolute: Tensor
     relative: Tensor
-    plain: Tensor
+    residual: Tensor
     size: Tensor
-    rounding: Tensor
+    scale: Tensor
+    estimate: Callable[[Evaluation], Tensor]
+
+    @cached_property
+    def rounding(self) -> Tensor:
+        r"""An estimate of what the rounding of :math:`F(x)` adds to ``relative``. Few evaluations need it."""
+        return self.estimate(self)
+
+    @property
+    def plain(self) -> Tensor:
+        r"""The residual relative to the image, :math:`\|F(x) - x\| / \|F(x)\|`."""
+        return relative_to(self.residual, self.size)
 
 
 class Problem:
@@ -65,6 +80,7 @@ class Problem:
         around = self._autocast.around
         self.affine = isinstance(f, AffineMap)
         self._steps = not self.affine and f.has_own_step  # the map has a better way to its residual than a difference
+        self._first: Tensor | None = None  # relative residual
         self._amplification: Tensor | None = None
         # closures without self: a reference cycle would keep the graph that f holds alive until the garbage collector runs
         state = layout.unpack(x)
@@ -87,6 +103,7 @@ class Problem:
             units = offered if precondition and type(f).natural is Map.natural else around(f.natural)(state)
             same = precondition and (units is offered or (units == offered) is True)  # then it is applied once
             self.natural = self.precondition if same else _of_matrices(units, layout, around)
+        self._cancels = self.natural is not None and not self._steps
 
     @property
     def evaluations(self) -> int:
@@ -142,35 +159,41 @@ class Problem:
         r"""The product :math:`(I - \ell) b` of an affine map."""
         return b - self.linear(b) if self.change is None else -self.change(b)
 
-    def evaluate(self, x: Tensor) -> Evaluation:
-        r"""Evaluate the map once, and measure the point."""
-        return self.measure(x, *self.image_and_step(x))
-
-    def measure(self, x: Tensor, image: Tensor, step: Tensor) -> Evaluation:
-        r"""Measure a point whose image and whose residual ``step`` are known."""
-        change = step if self.natural is None else self.natural(step)
-        absolute, size = norms(change), norms(image)
-        plain = absolute if change is step else norms(step)
-        scale = self.offset_norm if self.affine else norms(x)
-        scale = torch.where(scale > 0, scale, absolute)  # at x = 0 any step is a relative change of 1
-        finite = absolute + size < torch.inf
-        relative, plain = (torch.where(a == 0, a, a / s) for a, s in ((absolute, scale), (plain, size)))
-        absolute, relative, plain = (torch.where(finite, t, torch.inf) for t in (absolute, relative, plain))
-        if self._amplification is None:
-            gain = _amplification(self.natural, image)
-            # without a difference that cancels digits, rounding is that of the terms of the step, of the size of the first one
-            self._amplification = torch.minimum(gain, relative.clamp_min(1.0)) if self._steps else gain
-        rounding = torch.finfo(self.precision).eps * self._amplification * size / scale
-        if self._autocast.dtype is not None:  # the map may switch autocast off
-            self._finer = self._finer | (relative < FINER * rounding)
-            of_state = torch.finfo(self.precision_of_state).eps / torch.finfo(self.precision).eps
-            rounding = torch.where(self._finer, of_state * rounding, rounding)
-        if self.natural is not None and not self._steps:
-            relative = torch.maximum(relative, _CANCELLED * rounding)
+    def evaluate(self, x: Tensor, norm: Tensor | None = None) -> Evaluation:
+        r"""Evaluate the map once, and measure the point, whose ``norm`` may be known."""
+        now = self.measure(x, *self.image_and_step(x), norm)
         if self.precondition is not None:
-            step = change if self.precondition is self.natural else self.precondition(step)
-            image = x + step
-        return Evaluation(image, step, absolute, relative, plain, size, rounding)
+            now.step = now.change if self.precondition is self.natural else self.precondition(now.step)
+            now.image = x + now.step
+        return now
+
+    def measure(self, x: Tensor, image: Tensor, step: Tensor, norm: Tensor | None = None) -> Evaluation:
+        r"""Measure a point whose image and whose residual ``step`` are known, and maybe its ``norm``."""
+        change = step if self.natural is None else self.natural(step)
+        size = norms(image)
+        absolute = torch.add(norms(change), size, alpha=0.0)  # NaN where the image is not finite
+        residual = absolute if change is step else norms(step)
+        scale = self.offset_norm if self.affine else norms(x) if norm is None else norm
+        scale = torch.where(scale > 0, scale, absolute)  # at x = 0 any step is a relative change of 1
+        relative = relative_to(absolute, scale)
+        now = Evaluation(image, step, change, absolute, relative, residual, size, scale, self._rounding)
+        self._first = relative if self._first is None else self._first
+        if self._autocast.dtype is not None or self._cancels:
+            rounding = now.rounding  # which notes the samples that autocast does not limit
+            now.relative = torch.maximum(relative, _CANCELLED * rounding) if self._cancels else relative
+        return now
+
+    def _rounding(self, now: Evaluation) -> Tensor:
+        if self._amplification is None:
+            gain = _amplification(self.natural, now.image)
+            # without a difference that cancels digits, rounding is that of the terms of the step, of the size of the first one
+            self._amplification = torch.minimum(gain, cast(Tensor, self._first).clamp_min(1.0)) if self._steps else gain
+        rounding = torch.finfo(self.precision).eps * self._amplification * now.size / now.scale
+        if self._autocast.dtype is None:
+            return rounding
+        self._finer = self._finer | (now.relative < FINER * rounding)  # the map may switch autocast off
+        of_state = torch.finfo(self.precision_of_state).eps / torch.finfo(self.precision).eps
+        return torch.where(self._finer, of_state * rounding, rounding)
 
     def subset(self, rows: Tensor, x: Tensor) -> Problem | None:
         r"""The problem of some samples, or ``None`` where that is not possible or not worth it; ``x`` is a point of all."""
@@ -180,10 +203,16 @@ class Problem:
         if part is None:
             return None
         problem = Problem(part, self._layout.select(rows), x[rows], self._precondition, self._count, self._autocast)
-        if self._amplification is not None:
-            problem._amplification = self._amplification[rows]
+        for name in ("_first", "_amplification"):
+            value = getattr(self, name)
+            setattr(problem, name, None if value is None else value[rows])
         problem._finer = self._finer[rows]
         return problem
+
+
+def relative_to(a: Tensor, size: Tensor) -> Tensor:
+    r"""Norms relative to others, in double precision; zero is zero, relative to anything."""
+    return a / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
 def _amplification(natural: Linear | None, image: Tensor) -> Tensor:

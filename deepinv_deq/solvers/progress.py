@@ -8,43 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq.solvers.problem import Evaluation
+from deepinv_deq.solvers.problem import Evaluation, relative_to
 from deepinv_deq.states import where_rows
 
 STALL = 10  # After this many evaluations without progress, a residual of rounding size counts as the floor.
-FALL = 0.95  # A residual counts as smaller below this fraction of the last mark.
+FALL = 0.95  # A residual counts as smaller below this fraction of what it was.
 ROUNDING = 16.0  # largest residual at the floor, in units of the estimated rounding of one evaluation
 # Near the floor a residual may creep down for hundreds of evaluations. One that has not halved in half of a long solve is there, too: at any
 # linear rate it would have halved. The terms inside of a map can be larger than its image, and so can their rounding.
 CREEP, CREEPING = 60, 40.0
+_MEASURES = "absolute", "relative", "residual", "size"
 
 
 class Progress:
-    r"""Numbers of evaluations since the residual of each sample fell, by a little and by half."""
+    r"""How far the smallest residual of each sample fell in the last evaluations."""
 
-    def __init__(self, x0: Tensor):
-        self._factors = torch.tensor([[FALL], [0.5]], dtype=torch.float64, device=x0.device)
-        self._marks = self._factors.new_full((2, len(x0)), torch.inf)
-        self._ages = torch.zeros_like(self._marks)
+    def __init__(self) -> None:
+        self._smallest: list[Tensor] = []
 
-    def ended(self, k: int, now: Evaluation, better: Tensor, best: Tensor) -> Tensor | None:
+    def ended(self, k: int, now: Evaluation, best: Best) -> Tensor | None:
         r"""Take in the ``k``-th evaluation.
 
-        :return: which samples are at the floor of rounding, ``best`` being their smallest relative residuals; ``None`` for no sample.
+        :return: which samples are at the floor of rounding; ``None`` for no sample.
         """
-        fell = better & (now.absolute < self._factors * self._marks)
-        self._marks = torch.where(fell, now.absolute, self._marks)
-        self._ages = (self._ages + 1).masked_fill(fell, 0.0)
+        self._smallest.append(best.absolute)
         if k <= STALL:
             return None
-        ended = (self._ages[0] >= max(STALL, k // 3)) & (best <= ROUNDING * now.rounding)
+        ended = self._stands(FALL, max(STALL, k // 3)) & (best.relative <= ROUNDING * now.rounding)
         if k <= CREEP:
             return ended
-        return ended | ((self._ages[1] >= max(CREEP, k // 2)) & (best <= CREEPING * now.rounding))
+        return ended | (self._stands(0.5, max(CREEP, k // 2)) & (best.relative <= CREEPING * now.rounding))
+
+    def _stands(self, part: float, evaluations: int) -> Tensor:
+        r"""Whether the smallest residual is still above a part of what it was some evaluations ago."""
+        return self._smallest[-1] >= part * self._smallest[-1 - evaluations]
 
     def keep(self, rows: Tensor) -> None:
         r"""Forget all samples but these."""
-        self._marks, self._ages = self._marks[:, rows], self._ages[:, rows]
+        self._smallest = [t[rows] for t in self._smallest]
 
 
 class Best:
@@ -53,7 +54,7 @@ class Best:
     def __init__(self, x0: Tensor):
         self.x, self.step = x0, torch.zeros_like(x0)
         self.absolute = torch.full((x0.shape[0],), torch.inf, dtype=torch.float64, device=x0.device)
-        self.relative, self.plain = self.absolute.clone(), self.absolute.clone()
+        self.relative, self.residual, self.size = self.absolute, self.absolute, torch.ones_like(self.absolute)
         self.nstep = torch.zeros_like(self.absolute)
         self.converged, self.at_floor, self.coupled = torch.zeros_like(self.absolute, dtype=torch.bool).repeat(3, 1)
         self.traces: tuple[list[Tensor], list[Tensor]] = [], []
@@ -63,9 +64,8 @@ class Best:
     def update(self, k: int, x: Tensor, now: Evaluation, better: Tensor, active: Tensor, done: Tensor) -> None:
         r"""Take in the ``k``-th evaluated point of each sample."""
         self.x, self.step = where_rows(better, x, self.x), where_rows(better, now.step, self.step)
-        self.plain = torch.where(better, now.plain, self.plain)
-        self.absolute = torch.where(better, now.absolute, self.absolute)
-        self.relative = torch.where(better, now.relative, self.relative)
+        for name in _MEASURES:
+            setattr(self, name, torch.where(better, getattr(now, name), getattr(self, name)))
         self.nstep = torch.where(active, float(k), self.nstep)
         self.converged = self.converged | (active & done)
         pairs = (now.absolute, self.absolute), (now.relative, self.relative)
@@ -73,7 +73,8 @@ class Best:
 
     def replace(self, k: int, x: Tensor, now: Evaluation, done: Tensor) -> None:
         r"""The same where the points of all samples are better, with fewer operations."""
-        self.x, self.step, self.plain, self.absolute, self.relative = x, now.step, now.plain, now.absolute, now.relative
+        self.x, self.step = x, now.step
+        self.absolute, self.relative, self.residual, self.size = now.absolute, now.relative, now.residual, now.size
         self.nstep, self.converged = torch.full_like(self.nstep, k), self.converged | done
         self._trace([now.absolute, now.relative])
 
@@ -85,7 +86,7 @@ class Best:
         r"""Take in the last evaluation. A sample that was done before others, and is not so now, is coupled with them."""
         self.coupled = self.converged & ~done & ~(now.relative <= (ROUNDING * now.rounding).clamp_min(2 * tol))
         self.converged = self.converged & ~self.coupled
-        for name in ("absolute", "relative", "plain"):
+        for name in _MEASURES:
             setattr(self, name, torch.where(self.coupled, getattr(now, name), getattr(self, name)))
 
     def keep(self, rows: Tensor) -> None:
@@ -97,7 +98,7 @@ class Best:
             setattr(self, name, getattr(self, name)[rows])
 
     def _merged(self) -> dict[str, Tensor]:
-        names = "x", "absolute", "relative", "plain", "nstep", "converged", "at_floor", "coupled"
+        names = "x", *_MEASURES, "nstep", "converged", "at_floor", "coupled"
         mine = {name: getattr(self, name) for name in names}
         if self._rows is None:
             return mine
@@ -106,19 +107,14 @@ class Best:
     def result(self) -> tuple[Tensor, dict[str, Any]]:
         r"""The points, and the keys of their statistic."""
         found = self._merged()
+        found["plain"] = relative_to(found["residual"], found["size"])
         traces = torch.stack(self.traces[0], dim=1), torch.stack(self.traces[1], dim=1)
         return found["x"], information(found, traces)
 
 
 def information(found: dict[str, Tensor], traces: Sequence[Tensor]) -> dict[str, Any]:
-    r"""The keys of a statistic from measures in double precision; residuals get the precision of the point."""
-    dtype = found["x"].dtype
-    info = {
-        "abs_lowest": found["absolute"].to(dtype),
-        "rel_lowest": found["relative"].to(dtype),
-        "plain_residual": found["plain"].to(dtype),
-        "abs_trace": traces[0].to(dtype),
-        "rel_trace": traces[1].to(dtype),
-        "nstep": found["nstep"].to(dtype),
-    }
+    r"""The keys of a statistic from measures in double precision; residuals get the precision of the point, and are Inf instead of NaN."""
+    measured = {"abs_lowest": found["absolute"], "rel_lowest": found["relative"], "plain_residual": found["plain"]}
+    measured |= {"abs_trace": traces[0], "rel_trace": traces[1], "nstep": found["nstep"]}
+    info = {key: t.nan_to_num(torch.inf, torch.inf).to(found["x"].dtype) for key, t in measured.items()}
     return info | {key: found[key] for key in ("converged", "at_floor", "singular", "coupled") if key in found}

@@ -11,7 +11,7 @@ from torchdeq.solver.stat import SolverStat as _TorchDEQStat
 
 from deepinv_deq import compat
 from deepinv_deq.autocast import FINER
-from deepinv_deq.states import Layout, State, norms
+from deepinv_deq.states import Layout, State, norms, read
 
 _DRIFT = 100.0  # roundings by which the recurrence of a Krylov method may differ from the measured residual
 _WORSE = 10.0  # a missed tolerance is warned of again if the residual is this many times as large as before
@@ -141,11 +141,10 @@ class SolverStat(_TorchDEQStat):
         :param str method: name of the method.
         :param float tol: its tolerance.
         """
-        residual, at_floor = self.residual.double(), self["at_floor"]
-        zero = residual.new_zeros(1)  # for an empty batch
-        largest = [torch.cat([r, zero]).max() for r in (residual, torch.where(at_floor, residual, 0.0))]
-        numbers = [t.sum().double() for t in (self.converged, at_floor, self["singular"], self["coupled"])]
-        worst, floor, good, at_floor, singular, coupled = compat.numbers(torch.stack([*largest, *numbers]))
+        masks = self.converged, self["at_floor"], self["singular"], self["coupled"]
+        residual, *rows = read(self.residual.double(), *(mask.double() for mask in masks))
+        good, at_floor, singular, coupled = (row.sum() for row in rows)
+        worst, floor = residual.max(initial=0.0), residual[rows[1] > 0].max(initial=0.0)
         said = [
             f"{method}: {good:.0f} of {len(residual)} samples reached the relative residual {tol:.1e} in "
             f"{self.evaluations} evaluations (largest residual {worst:.1e})."
