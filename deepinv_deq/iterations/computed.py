@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepinv.physics import Tomography
+from deepinv.physics import Physics, Tomography
 from torch import Tensor, nn
 
 from deepinv_deq import compat
@@ -70,10 +70,13 @@ class _AdjointProduct(torch.autograd.Function):
 
 
 def renew(module: nn.Module) -> None:
-    r"""Give a replica its own version of what deepinv built on first use from the original."""
+    r"""Give a replica its own version of what deepinv built on first use from the original, and let autograd go through it."""
     if isinstance(module, Tomography) and "_auto_grad_adjoint_fn" in module.__dict__:
         module.__dict__["_auto_grad_adjoint_fn"] = _Adjoint(module)
         module.__dict__["_auto_grad_adjoint_input_shape"] = _AnyShape()
+    if module.__dict__.get("implicit_backward_solver") is True and isinstance(module, Physics):
+        # deepinv's own backward of prox_l2 solves with the physics as it is then, and adds to the ``grad`` of its tensors
+        module.__dict__["implicit_backward_solver"] = False
 
 
 def compute_weights(twin: nn.Module, normalised: nn.ModuleDict | None) -> set[str]:

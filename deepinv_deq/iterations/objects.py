@@ -23,6 +23,7 @@ SHARED = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType, range}
     | {object, torch.dtype, torch.device, torch.Size, torch.Generator}
 )  # immutable, or the same for everyone
+IMMUTABLE = SHARED - {types.BuiltinFunctionType}  # a method of an object in C belongs to that object
 Cached = type(functools.lru_cache(lambda: None))  # a class of C
 _CONTAINERS = (dict, list, set, deque, bytearray, array, np.ndarray, types.SimpleNamespace)
 # modules of large libraries whose objects are Python objects that hold numbers or tensors
@@ -87,13 +88,30 @@ def _fill_dict(twin: dict[Any, Any], replicate: Callable[[Any], Any]) -> None:
 def of_class(twin: Any, replicate: Callable[[Any], Any]) -> None:
     r"""Put what the user's classes keep (tensors, numbers, containers) on the replica, where it is looked up first."""
     derived: set[str] = set()  # names that more derived classes define: the methods and properties among them must stay
-    for base in type(twin).__mro__ if hasattr(twin, "__dict__") else ():
+    for base in classes_up_to_users(type(twin)) if hasattr(twin, "__dict__") else ():
         names = dict(vars(base))
         for name, value in names.items() if library(base) not in LIBRARIES else ():
             data = isinstance(value, (Tensor, nn.Module)) or not (callable(value) or hasattr(value, "__get__"))
             if data and name not in derived and not name.startswith("__") and not hasattr(type(value), "__set__"):
                 twin.__dict__.setdefault(name, replicate(value))
         derived.update(names)
+
+
+def of_tuple(value: tuple[Any, ...] | frozenset[Any], replicate: Callable[[Any], Any]) -> Any:
+    r"""A tuple or a frozen set with private contents and attributes; the object itself where nothing can change."""
+    kind: Any = type(value)
+    if kind is tuple and IMMUTABLE.issuperset(map(type, value)):
+        return value
+    items = [replicate(item) for item in value]
+    inside = {name: replicate(item) for name, item in getattr(value, "__dict__", {}).items()}
+    if not inside and all(a is b for a, b in zip(items, value, strict=True)):
+        return value
+    with_attributes = inside or hasattr(kind, "_fields")
+    base: Any = tuple if isinstance(value, tuple) else frozenset
+    twin = base.__new__(kind, items) if with_attributes else kind(items)
+    if inside:
+        twin.__dict__.update(inside)
+    return twin
 
 
 def of_function(
@@ -150,6 +168,12 @@ def slots(kind: Any) -> tuple[str, ...]:
 
 def library(kind: Any) -> str:
     return kind.__module__.partition(".")[0]
+
+
+def classes_up_to_users(kind: type) -> tuple[type, ...]:
+    r"""A class and its bases, up to the last one that belongs to no library."""
+    users = [i for i, base in enumerate(kind.__mro__) if library(base) not in LIBRARIES]
+    return kind.__mro__[: users[-1] + 1] if users else ()
 
 
 _quiet: WeakKeyDictionary[type, weakref.ref[type]] = WeakKeyDictionary()

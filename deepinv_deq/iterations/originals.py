@@ -3,6 +3,7 @@ r"""Whether an evaluation of a replica writes to what the user keeps, and reads 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,12 +32,12 @@ class Originals:
 
     def __init__(self, pairs: Iterable[tuple[Any, Any]], renewed: Callable[[], Replica]):
         self._replicated = [value for value, twin in pairs if twin is not value]
-        self._known, self._renewed = list[tuple[Any, Any]](), renewed
+        self._known, self._renewed = list[tuple[Any, _Contents]](), renewed
 
     def note(self) -> None:
         r"""Note the contents."""
         bases = {base for value in self._replicated for base in type(value).__mro__ if library(base) not in LIBRARIES}
-        self._known = [(value, _contents(value)) for value in (*self._replicated, *bases)]
+        self._known = [(value, _Contents(value)) for value in (*self._replicated, *bases)]
 
     @torch.no_grad()
     def refuse_stale(self, x: State, evaluate: Callable[[Replica | None, State], State]) -> None:
@@ -47,38 +48,33 @@ class Originals:
         :param Callable evaluate: evaluates a replica of the user's objects; for ``None``, of these objects as they were when the map was bound.
         :raises RuntimeError: if the results differ.
         """
-        if all(_contents(value) == before for value, before in self._known):
+        if all(_Contents(value).same(before) for value, before in self._known):
             return
         factor = next(_FACTORS)
         elsewhere = tuple(factor * t + 0.1 for t in as_tuple(x))
         point = elsewhere[0] if isinstance(x, Tensor) else elsewhere
-        without = as_tuple(
-            evaluate(None, point)
-        )  # before the objects are replicated, since it writes to them at this point
+        # before the objects are replicated, since it writes to them at this point
+        without = as_tuple(evaluate(None, point))
         with_it = as_tuple(evaluate(self._renewed(), point))
         if any(float((a - b).norm()) > _ROUNDING * float(b.norm()) for a, b in zip(without, with_it, strict=True)):
             raise RuntimeError(_STALE)
 
 
-def _contents(value: Any) -> list[tuple[Any, _Same]]:
-    r"""What a container or an object holds, with the names of attributes."""
-    items = (
-        list(enumerate(value.values() if isinstance(value, dict) else value)) if isinstance(value, _CONTAINERS) else []
-    )
-    items += list(dict(vars(value)).items()) if hasattr(value, "__dict__") else []
-    return [(name, _Same(item)) for name, item in items if type(item) not in SHARED]
-
-
-class _Same:
-    r"""Equal to the same object only, which it keeps alive."""
+class _Contents:
+    r"""What a container or an object holds, with the names of attributes. Equal to the same objects only, which it keeps alive."""
 
     def __init__(self, value: Any):
-        self.value = value
+        items: list[tuple[Any, Any]] = []
+        if isinstance(value, _CONTAINERS):
+            items = list(enumerate(value.values() if isinstance(value, dict) else value))
+        if hasattr(value, "__dict__"):
+            items += dict(vars(value)).items()
+        kept = [item for item in items if type(item[1]) not in SHARED]
+        self._names, self._objects = [name for name, _ in kept], [item for _, item in kept]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
+    def same(self, other: _Contents) -> bool:
+        r"""Whether the names are the same, and the objects are."""
+        return self._names == other._names and all(map(operator.is_, self._objects, other._objects))
 
 
 _STALE = (

@@ -43,7 +43,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepinv.physics import Physics
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -52,12 +51,14 @@ from deepinv_deq.compat import HOOKS, STORES
 from deepinv_deq.iterations.computed import compute_weights, renew, replicate_script
 from deepinv_deq.iterations.hooks import rebind, tensors_of_hook
 from deepinv_deq.iterations.objects import (
+    IMMUTABLE,
     SHARED,
     Cached,
     fill,
     is_plain,
     of_class,
     of_function,
+    of_tuple,
     owner_of,
     shallow,
     without_finaliser,
@@ -134,6 +135,8 @@ class Replica:
             return value
         if id(value) in self._memo:
             return self._memo[id(value)][1]
+        if kind in (set, dict, list) and not value:  # as every module has
+            return self._keep(value, kind())
         if kind in weakref.ProxyTypes:
             return self._refer(value, value.__repr__.__self__, weakref.proxy)
         if isinstance(value, Tensor):
@@ -158,16 +161,8 @@ class Replica:
         if kind in (weakref.ref, weakref.WeakMethod):
             return self._refer(value, value(), kind)
         if isinstance(value, (tuple, frozenset)):
-            items = [self._copy(item) for item in value]
-            inside = {name: self._copy(item) for name, item in getattr(value, "__dict__", {}).items()}
-            if not inside and all(a is b for a, b in zip(items, value, strict=True)):
-                return value
-            with_attributes = inside or hasattr(kind, "_fields")
-            base = tuple if isinstance(value, tuple) else frozenset
-            twin = base.__new__(kind, items) if with_attributes else kind(items)
-            if inside:
-                twin.__dict__.update(inside)
-            return self._keep(value, twin)
+            twin = of_tuple(value, self._copy)
+            return value if twin is value else self._keep(value, twin)
         twin = shallow(value) if is_plain(kind) else value
         if twin is not value:
             fill(self._keep(value, twin), value, self._copy)
@@ -202,8 +197,9 @@ class Replica:
         if isinstance(module, torch.jit.ScriptModule):
             return replicate_script(module, self._keep, self._copy, self._tensor)
         parameters, buffers, modules = stores = [dict(inside[name]) for name in STORES]
-        normalised = modules.pop("parametrizations", None) if parametrize.is_parametrized(module) else None
-        if normalised is not None:
+        normalised = None
+        if "parametrizations" in modules and parametrize.is_parametrized(module):
+            normalised = modules.pop("parametrizations")
             kind = kind.__bases__[0]  # parametrize gave the module a class of its own
         twin: nn.Module = object.__new__(without_finaliser(kind))
         self._keep(module, twin)
@@ -214,7 +210,7 @@ class Replica:
             inside[name] = OrderedDict(inside[name])
             if inside[name]:
                 self._hooks.append((len(self.modules) - 1, inside[name]))
-        computed = compute_weights(twin, normalised)
+        computed = compute_weights(twin, normalised) if normalised is not None or inside[compat.PRE_HOOKS] else ()
         unused = {name + suffix for name in computed for suffix in _SUFFIXES}
         for store, role in ((parameters, "parameter"), (buffers, "buffer")):
             for name, t in store.items():
@@ -225,14 +221,11 @@ class Replica:
         for name, value in inside.items():
             if name in computed:
                 inside[name] = self._tensor(value, "computed", twin)
-            elif name not in STORES and name not in HOOKS:
+            elif type(value) not in IMMUTABLE and name not in STORES and name not in HOOKS:
                 inside[name] = self._copy(value)
         fill(twin, module, self._copy, slots_only=True)
         if self._first:
             of_class(twin, self._copy)
         renew(twin)
-        if inside.get("implicit_backward_solver") is True and isinstance(twin, Physics):
-            # deepinv's own backward of prox_l2 solves with the physics as it is then, and adds to the ``grad`` of its tensors
-            inside["implicit_backward_solver"] = False
         compat.compile_again(module, twin)
         return twin

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepinv_deq.solvers.evaluation import Linear
 from deepinv_deq.solvers.hessenberg import Numbers
 from deepinv_deq.solvers.krylov import LOST, Cycle, Point
 from deepinv_deq.solvers.loop import Method, Settings
-from deepinv_deq.solvers.problem import Linear, Problem
+from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.progress import ROUNDING, STALL, information
 from deepinv_deq.states import unit_size, where_rows
 

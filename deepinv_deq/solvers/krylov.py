@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.solvers.arnoldi import Basis
+from deepinv_deq.solvers.evaluation import Linear
 from deepinv_deq.solvers.hessenberg import LeastSquares, Numbers
-from deepinv_deq.solvers.problem import Linear, Problem
+from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.progress import STALL
 from deepinv_deq.states import norms, only_rows, read
 

@@ -3,50 +3,17 @@ r"""A fixed-point problem as solvers see it: a map of ``(B, N)`` matrices, count
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepinv_deq.autocast import FINER, Autocast
+from deepinv_deq.autocast import Autocast
 from deepinv_deq.maps import AffineMap, Map
+from deepinv_deq.solvers.evaluation import Evaluation, Linear, Rounding, relative_to, unit
 from deepinv_deq.states import WORTH, Layout, finite_rows, norms, unit_size
 
-Linear = Callable[[Tensor], Tensor]
 _CANCELLED = 0.1  # Residuals below this many roundings are noise, because N amplifies cancellation.
-
-
-@dataclass
-class Evaluation:
-    r"""What one evaluation says of a point; all but the first three have one number per sample, in double precision.
-
-    ``image`` is :math:`F(x)`, ``step`` its difference to :math:`x`, and ``change`` is :math:`N (F(x) - x)`; :meth:`Problem.evaluate` puts in
-    :math:`x + P (F(x) - x)`, which methods work with. ``absolute`` is the norm of the change, ``relative`` the criterion, ``residual`` is
-    :math:`\|F(x) - x\|`, ``size`` is :math:`\|F(x)\|`, and ``scale`` what ``relative`` is relative to. Norms are Inf or NaN where the image
-    is not finite.
-    """
-
-    image: Tensor
-    step: Tensor
-    change: Tensor
-    absolute: Tensor
-    relative: Tensor
-    residual: Tensor
-    size: Tensor
-    scale: Tensor
-    estimate: Callable[[Evaluation], Tensor]
-
-    @cached_property
-    def rounding(self) -> Tensor:
-        r"""An estimate of what the rounding of :math:`F(x)` adds to ``relative``. Few evaluations need it."""
-        return self.estimate(self)
-
-    @property
-    def plain(self) -> Tensor:
-        r"""The residual relative to the image, :math:`\|F(x) - x\| / \|F(x)\|`."""
-        return relative_to(self.residual, self.size)
 
 
 class Problem:
@@ -76,12 +43,9 @@ class Problem:
         self._f, self._layout, self._precondition = f, layout, precondition
         self._count = [0, 0] if count is None else count
         self._autocast = Autocast(x.device.type) if autocast is None else autocast
-        self._finer = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # samples that autocast does not limit
         around = self._autocast.around
         self.affine = isinstance(f, AffineMap)
         self._steps = not self.affine and f.has_own_step  # the map has a better way to its residual than a difference
-        self._first: Tensor | None = None  # relative residual
-        self._amplification: Tensor | None = None
         # closures without self: a reference cycle would keep the graph that f holds alive until the garbage collector runs
         state = layout.unpack(x)
         offered = around(f.preconditioner)(state) if precondition else None
@@ -104,6 +68,7 @@ class Problem:
             same = precondition and (units is offered or (units == offered) is True)  # then it is applied once
             self.natural = self.precondition if same else _of_matrices(units, layout, around)
         self._cancels = self.natural is not None and not self._steps
+        self._rounding = Rounding(self.natural, self._steps, self.precision, self.precision_of_state)
 
     @property
     def evaluations(self) -> int:
@@ -118,12 +83,12 @@ class Problem:
     @property
     def precision(self) -> torch.dtype:
         r"""The coarsest floating-point type that the map computes in."""
-        return max(self.precision_of_state, self._autocast.dtype or self.precision_of_state, key=_roundings)
+        return max(self.precision_of_state, self._autocast.dtype or self.precision_of_state, key=unit)
 
     @property
     def precision_of_state(self) -> torch.dtype:
         r"""The coarsest floating-point type of the state."""
-        return max([t.real.dtype if t.is_complex() else t.dtype for t in self._layout.like], key=_roundings)
+        return max([t.real.dtype if t.is_complex() else t.dtype for t in self._layout.like], key=unit)
 
     def __call__(self, x: Tensor, tau: float = 1.0) -> Tensor:
         r"""The image of ``x``. TorchDEQ's plain iteration passes a damping factor ``tau``."""
@@ -177,23 +142,11 @@ class Problem:
         scale = torch.where(scale > 0, scale, absolute)  # at x = 0 any step is a relative change of 1
         relative = relative_to(absolute, scale)
         now = Evaluation(image, step, change, absolute, relative, residual, size, scale, self._rounding)
-        self._first = relative if self._first is None else self._first
+        self._rounding.note(relative)
         if self._autocast.dtype is not None or self._cancels:
-            rounding = now.rounding  # which notes the samples that autocast does not limit
+            rounding = now.rounding  # which notes the samples that are finer
             now.relative = torch.maximum(relative, _CANCELLED * rounding) if self._cancels else relative
         return now
-
-    def _rounding(self, now: Evaluation) -> Tensor:
-        if self._amplification is None:
-            gain = _amplification(self.natural, now.image)
-            # without a difference that cancels digits, rounding is that of the terms of the step, of the size of the first one
-            self._amplification = torch.minimum(gain, cast(Tensor, self._first).clamp_min(1.0)) if self._steps else gain
-        rounding = torch.finfo(self.precision).eps * self._amplification * now.size / now.scale
-        if self._autocast.dtype is None:
-            return rounding
-        self._finer = self._finer | (now.relative < FINER * rounding)  # the map may switch autocast off
-        of_state = torch.finfo(self.precision_of_state).eps / torch.finfo(self.precision).eps
-        return torch.where(self._finer, of_state * rounding, rounding)
 
     def subset(self, rows: Tensor, x: Tensor) -> Problem | None:
         r"""The problem of some samples, or ``None`` where that is not possible or not worth it; ``x`` is a point of all."""
@@ -203,31 +156,8 @@ class Problem:
         if part is None:
             return None
         problem = Problem(part, self._layout.select(rows), x[rows], self._precondition, self._count, self._autocast)
-        for name in ("_first", "_amplification"):
-            value = getattr(self, name)
-            setattr(problem, name, None if value is None else value[rows])
-        problem._finer = self._finer[rows]
+        problem._rounding.take(self._rounding, rows)
         return problem
-
-
-def relative_to(a: Tensor, size: Tensor) -> Tensor:
-    r"""Norms relative to others, in double precision; zero is zero, relative to anything."""
-    return a / size.clamp_min(torch.finfo(size.dtype).tiny)
-
-
-def _amplification(natural: Linear | None, image: Tensor) -> Tensor:
-    r"""By how much the change of units enlarges noise, such as rounding, that has the size of the image everywhere."""
-    one = torch.ones(image.shape[0], dtype=torch.float64, device=image.device)
-    if natural is None or not image.shape[1]:
-        return one
-    n = torch.arange(image.shape[1], device=image.device, dtype=torch.float64)
-    noise = image * torch.cos(0.7 * n * n).to(image.dtype)  # a chirp has a flat spectrum, and needs no generator
-    gain = norms(natural(noise)) / norms(noise)
-    return torch.where(torch.isfinite(gain), gain, one)
-
-
-def _roundings(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
 
 
 def _of_matrices(linear: Callable[[Any], Any] | None, layout: Layout, around: Callable[[Any], Any]) -> Linear | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq.solvers.problem import Evaluation, relative_to
+from deepinv_deq.solvers.evaluation import Evaluation, relative_to
 from deepinv_deq.states import where_rows
 
 STALL = 10  # After this many evaluations without progress, a residual of rounding size counts as the floor.
