@@ -90,8 +90,9 @@ def main() -> None:
         print(json.dumps(memory_cell(bench, json.loads(args.memory_cell))))
         return
     chosen = [p for o in args.only or [""] for p in PARTS if p.startswith(o)]
-    if not chosen:
-        sys.exit(f"error: no part {' '.join(args.only)}: must be one of {', '.join(PARTS)}.")
+    for name in args.only or []:
+        if not any(p.startswith(name) for p in PARTS):
+            sys.exit(f"error: no part {name!r}: must be one of {', '.join(PARTS)}.")
     path = RECORDS / f"cost-{args.device}.json"
     for part in chosen:
         say(f"{part} ...")
