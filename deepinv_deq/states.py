@@ -134,9 +134,8 @@ def orthogonalised(w: Tensor, basis: Tensor, dual: Tensor) -> tuple[Tensor, Tens
     rest, components = w[:, None], []
     with Autocast(w.device.type).off():
         for _ in range(2):  # once more: classical Gram-Schmidt loses orthogonality in single precision
-            components.append(
-                torch.bmm(rest, dual.transpose(1, 2))
-            )  # with columns, a batch takes four times as long on CPU
+            # with columns instead of rows, a batch takes four times as long on CPU
+            components.append(torch.bmm(rest, dual.transpose(1, 2)))
             rest = torch.baddbmm(rest, components[-1], basis, alpha=-1)
     return rest[:, 0], (components[0].double() + components[1])[:, 0]
 
@@ -169,8 +168,11 @@ def read(*tensors: Tensor) -> list[np.ndarray]:
     :param torch.Tensor tensors: in double precision, of shape ``(B,)`` or ``(B, k)``.
     :return: arrays of these shapes.
     """
-    table = torch.cat([t if t.ndim > 1 else t[:, None] for t in tensors], dim=1)
-    values, start, out = np.array(numbers(table.reshape(-1))).reshape(table.shape), 0, []
+    table, start, out = torch.cat([t if t.ndim > 1 else t[:, None] for t in tensors], dim=1), 0, []
+    try:
+        values = table.numpy(force=True)
+    except RuntimeError:  # inside of torch.func
+        values = np.array(numbers(table.reshape(-1))).reshape(table.shape)
     for t in tensors:
         width = t.shape[1] if t.ndim > 1 else 1
         out.append(values[:, start : start + width].reshape(t.shape))

@@ -48,7 +48,7 @@ class FixedPoint(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()  # in a backward pass under create_graph=True only
         mapped = Mapped.of(g)
         refuse_tangents(g)
-        with as_in_forward(ctx.autocast):
+        with as_in_forward(ctx.autocast), compat.tangents(False):
             if mapped is not None:
                 grads = _one_by_one(adjoint, f, x_star, inputs, g, mapped)
             elif create_graph and adjoint.exact:
@@ -95,7 +95,7 @@ class BareAdjoint(torch.autograd.Function):
             raise RuntimeError(VMAP)
         refuse_tangents(g)
         if adjoint.exact:
-            with as_in_forward(ctx.autocast):
+            with as_in_forward(ctx.autocast), compat.tangents(False):
                 x = tuple(t.detach().requires_grad_() for t in saved[: ctx.n])
                 with torch.enable_grad():
                     image = as_tuple(ctx.f(as_state(x, adjoint.single)))

@@ -61,7 +61,7 @@ class Originals:
 
 
 class _Contents:
-    r"""What a container or an object holds, with the names of attributes. Equal to the same objects only, which it keeps alive."""
+    r"""What a container or an object holds, with the names of attributes. The objects stay alive."""
 
     def __init__(self, value: Any):
         items: list[tuple[Any, Any]] = []

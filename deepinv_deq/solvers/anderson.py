@@ -27,7 +27,8 @@ class Anderson(Method):
         self.units = x0.new_full((batch, depth), torch.inf, dtype=torch.float64)
         # added to a diagonal of about 1: above rounding, far below any residual ratio
         self.lam = 100 * torch.finfo(x0.dtype).eps
-        self.smallest = torch.finfo(x0.dtype).tiny * torch.finfo(x0.dtype).eps  # of all positive numbers
+        # of the positive numbers of the type
+        self.range = torch.finfo(x0.dtype).tiny * torch.finfo(x0.dtype).eps, torch.finfo(x0.dtype).max
         self.empty = torch.eye(depth, dtype=torch.float64, device=x0.device).expand(batch, -1, -1)
         self.gram = self.empty.clone()
         # 1 where the slot of a row is older than that of a column
@@ -46,9 +47,8 @@ class Anderson(Method):
         if not nowhere(restart):
             self.gram = torch.where(restart[:, None, None], self.empty, self.gram)
             self.units.masked_fill_(restart[:, None], torch.inf)
-        unit = norms(g).to(g.dtype).clamp_min(self.smallest)[:, None]
-        self.units[:, slot] = unit[:, 0]
-        self.residuals[:, slot] = scaled = g / unit
+        self.units[:, slot] = unit = norms(g).clamp(*self.range)
+        self.residuals[:, slot] = scaled = g / unit[:, None].to(g.dtype)
         row = torch.bmm(scaled[:, None], self.residuals.transpose(1, 2))[:, 0].double()
         row.masked_fill_(self.units == torch.inf, 0.0)  # forgotten residuals are still in memory
         row[:, slot] += self.lam

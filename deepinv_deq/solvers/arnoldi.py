@@ -2,7 +2,6 @@ r"""The Krylov space of each sample, on its device."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,17 +42,17 @@ class Basis:
         self._count += 1
         return torch.where(usable, length, 0.0), column
 
-    def combine(self, y: np.ndarray) -> Tensor:
-        r"""The solution's part in the space: ``Z y``."""
-        return self._sum(self._v if self._z is None else self._z, y)
+    def combine(self, y: Tensor) -> Tensor:
+        r"""The solution's part in the space: ``Z y``, where ``y`` may have further zeros."""
+        return _sum(self._v if self._z is None else self._z, y, self._count - 1)
 
-    def residual(self, rho: np.ndarray) -> Tensor:
-        r"""What is left of the first residual: ``V rho``."""
-        return self._sum(self._v, rho[:, : self._count])
+    def residual(self, rho: Tensor) -> Tensor:
+        r"""What is left of the first residual: ``V rho``, where ``rho`` may have further zeros."""
+        return _sum(self._v, rho, self._count)
 
-    def _sum(self, vectors: Tensor, weights: np.ndarray) -> Tensor:
-        there = torch.as_tensor(weights, dtype=vectors.dtype, device=vectors.device)
-        return torch.bmm(there[:, None], vectors[:, : weights.shape[1]])[:, 0]
+
+def _sum(vectors: Tensor, weights: Tensor, count: int) -> Tensor:
+    return torch.bmm(weights[:, None, :count].to(vectors.dtype), vectors[:, :count])[:, 0]
 
 
 def _doubled(vectors: Tensor) -> Tensor:

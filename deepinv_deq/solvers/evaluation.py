@@ -2,6 +2,7 @@ r"""What one evaluation of a map says of a point, and how far rounding lets one 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,28 +18,27 @@ Linear = Callable[[Tensor], Tensor]
 
 @dataclass
 class Evaluation:
-    r"""What one evaluation says of a point; all but the first three have one number per sample, in double precision.
+    r"""What one evaluation says of a point. ``image`` and ``step`` are states; all else has one number per sample, in double precision.
 
-    ``image`` is :math:`F(x)`, ``step`` its difference to :math:`x`, and ``change`` is :math:`N (F(x) - x)`; :meth:`Problem.evaluate` puts in
-    :math:`x + P (F(x) - x)`, which methods work with. ``absolute`` is the norm of the change, ``relative`` the criterion, ``residual`` is
-    :math:`\|F(x) - x\|`, ``size`` is :math:`\|F(x)\|`, and ``scale`` what ``relative`` is relative to. Norms are Inf or NaN where the image
-    is not finite.
+    ``image`` is :math:`F(x)`, and ``step`` its difference to :math:`x`. For methods, :meth:`Problem.evaluate` replaces the two by
+    :math:`x + P (F(x) - x)` and :math:`P (F(x) - x)`. ``absolute`` is :math:`\|N (F(x) - x)\|`, ``relative`` the criterion, ``residual`` is
+    :math:`\|F(x) - x\|`, ``size`` is :math:`\|F(x)\|`, and ``scale`` what ``relative`` is relative to. They are Inf or NaN where the image is
+    not finite.
     """
 
     image: Tensor
     step: Tensor
-    change: Tensor
     absolute: Tensor
     relative: Tensor
     residual: Tensor
     size: Tensor
     scale: Tensor
-    estimate: Callable[[Evaluation], Tensor]
+    estimate: Callable[[], Tensor]
 
     @cached_property
     def rounding(self) -> Tensor:
         r"""An estimate of what the rounding of :math:`F(x)` adds to ``relative``. Few evaluations need it."""
-        return self.estimate(self)
+        return self.estimate()
 
     @property
     def plain(self) -> Tensor:
@@ -47,51 +47,52 @@ class Evaluation:
 
 
 def relative_to(a: Tensor, size: Tensor) -> Tensor:
-    r"""Norms relative to others, in double precision; zero is zero, relative to anything."""
-    return a / size.clamp_min(torch.finfo(size.dtype).tiny)
+    r"""Norms relative to others; zero is zero, relative to anything."""
+    return torch.where(a == 0, a, a / size)
 
 
 class Rounding:
-    r"""An estimate of what the rounding of :math:`F(x)` adds to the relative residual, for each sample.
+    r"""Estimates of what the rounding of :math:`F(x)` adds to the relative residual, for each sample.
 
-    :param Callable, None natural: the units of the residual, see :meth:`Map.natural <deepinv_deq.maps.Map.natural>`.
-    :param bool steps: whether the map computes its residual without a difference that cancels digits.
+    :param torch.Tensor amplification: by how much rounding is larger in the residual than in the image.
     :param torch.dtype precision: the coarsest type that the map computes in.
     :param torch.dtype of_state: the coarsest type of the state.
     """
 
-    def __init__(self, natural: Linear | None, steps: bool, precision: torch.dtype, of_state: torch.dtype):
-        self._natural, self._steps, self._unit, self._least = natural, steps, unit(precision), unit(of_state)
-        self._first: Tensor | None = None
-        self._amplification: Tensor | None = None
-        self._finer: Tensor | None = None  # samples that autocast does not limit: the map may switch it off
+    def __init__(self, amplification: Tensor, precision: torch.dtype, of_state: torch.dtype):
+        self._amplification, self._coarse, self._fine = amplification, epsilon(precision), epsilon(of_state)
+        # samples that autocast does not limit: the map may switch it off
+        self._finer = torch.zeros_like(amplification, dtype=torch.bool)
 
-    def note(self, relative: Tensor) -> None:
-        r"""Note the relative residual of the first point."""
-        self._first = relative if self._first is None else self._first
+    @classmethod
+    def at(cls, image: Tensor, natural: Linear | None, first: Tensor | None, *types: torch.dtype) -> Rounding:
+        r"""From the first evaluation.
 
-    def __call__(self, now: Evaluation) -> Tensor:
-        r"""The estimate for a point."""
-        if self._amplification is None:
-            self._amplification = _amplification(self._natural, now.image)
-            if self._steps and self._first is not None:
-                # without a difference that cancels digits, rounding is that of the terms of the step, of the size of the first one
-                self._amplification = torch.minimum(self._amplification, self._first.clamp_min(1.0))
-        rounding = self._unit * self._amplification * now.size / now.scale
-        if self._unit == self._least:
+        :param torch.Tensor image: image of the first point.
+        :param Callable, None natural: the units of the residual, see :meth:`Map.natural <deepinv_deq.maps.Map.natural>`.
+        :param torch.Tensor, None first: relative residual of the first point, where the map computes residuals without a difference that
+            cancels digits. Rounding is then that of the terms of the residual, which are of its size.
+        :param torch.dtype types: types of the map and of the state.
+        """
+        gain = _amplification(natural, image)
+        return cls(gain if first is None else torch.minimum(gain, first.clamp_min(1.0)), *types)
+
+    def estimate(self, relative: Tensor, size: Tensor, scale: Tensor) -> Tensor:
+        r"""The estimate for a point, from three measures of its :class:`Evaluation`."""
+        rounding = self._coarse * self._amplification * size / scale
+        if self._coarse == self._fine:
             return rounding
-        finer = now.relative < FINER * rounding
-        self._finer = finer if self._finer is None else self._finer | finer
-        return torch.where(self._finer, self._least / self._unit * rounding, rounding)
+        self._finer = self._finer | (relative < FINER * rounding)
+        return torch.where(self._finer, self._fine / self._coarse * rounding, rounding)
 
-    def take(self, whole: Rounding, rows: Tensor) -> None:
-        r"""Take what is known of some samples of a batch."""
-        for name in ("_first", "_amplification", "_finer"):
-            value = getattr(whole, name)
-            setattr(self, name, None if value is None else value[rows])
+    def select(self, rows: Tensor) -> Rounding:
+        r"""The same of some samples."""
+        part = copy.copy(self)
+        part._amplification, part._finer = self._amplification[rows], self._finer[rows]
+        return part
 
 
-def unit(dtype: torch.dtype) -> float:
+def epsilon(dtype: torch.dtype) -> float:
     r"""The relative spacing of the numbers of a type."""
     return torch.finfo(dtype).eps
 

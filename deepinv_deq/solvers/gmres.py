@@ -3,20 +3,19 @@ r"""GMRES for affine fixed points, a Krylov space for each sample."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deepinv_deq.solvers.evaluation import Linear
+from deepinv_deq.solvers.evaluation import Linear, relative_to
 from deepinv_deq.solvers.hessenberg import Numbers
 from deepinv_deq.solvers.krylov import LOST, Cycle, Point
 from deepinv_deq.solvers.loop import Method, Settings
 from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.progress import ROUNDING, STALL, information
-from deepinv_deq.states import unit_size, where_rows
+from deepinv_deq.states import norms, unit_size, where_rows
 
 
 class GMRES(Method):
@@ -43,8 +42,9 @@ class GMRES(Method):
         """
         tol, max_iter, every = settings.tol, settings.max_iter, settings.sync_every
         product, x, step = self._start(problem, x0)
-        now = Point.of(problem, x, x + step, step)
-        absolute, relative, plain = now.absolute, now.relative, now.plain
+        measured = problem.measure(x, x + step, step)
+        now, plain = Point.of(measured, x), measured.plain
+        absolute, relative = now.absolute, now.relative
         courses: list[Sequence[Numbers]] = [(absolute, relative)]
         nstep = np.full(len(x), float(problem.evaluations))
         active = (absolute < np.inf) & (relative > tol)
@@ -77,17 +77,18 @@ class GMRES(Method):
             x = _choose_rows(claimed, new, x)
             absolute, relative = _choose(claimed, (cycle.absolute, cycle.relative), (absolute, relative))
             if claimed.any():
-                plain = np.where(claimed, Point.of(problem, new, new + left, left).plain, plain)
+                plain = _choose_rows(claimed, relative_to(norms(left), norms(new + left)), plain)
             if last:
                 break
             image, step = problem.image_and_step(new)  # the true residual, from which the recurrence starts anew
             nstep = np.where(again, nstep + 1, nstep)
-            now = Point.of(problem, new, image, step)
+            measured = problem.measure(new, image, step)
+            now = Point.of(measured, new)
             better = again & (now.absolute < absolute)
             fell = better & (now.absolute < 0.999 * absolute)
             x = _choose_rows(better, new, x)
-            true = now.absolute, now.relative, now.plain
-            absolute, relative, plain = _choose(better, true, (absolute, relative, plain))
+            plain = _choose_rows(better, measured.plain, plain)
+            absolute, relative = _choose(better, (now.absolute, now.relative), (absolute, relative))
             active = fell & ~cycle.at_floor & ~cycle.singular & (relative > tol)
             stuck = again & ~fell & ~(relative <= tol)
             rounding = stuck & (relative <= ROUNDING * now.rounding)
@@ -96,12 +97,12 @@ class GMRES(Method):
             singular = singular | lost | (stuck & ~rounding & (cycle.size >= STALL))
 
         converged = (relative < np.inf) & (relative <= tol)
-        there = partial(torch.as_tensor, device=x.device)
-        measures = {"absolute": absolute, "relative": relative, "plain": plain, "nstep": nstep, "converged": converged}
-        measures["at_floor"] = at_floor & ~converged
-        measures["singular"] = singular & ~converged & ~at_floor & problem.affine
-        traces = [there(np.stack(trace, axis=1)) for trace in zip(*courses, strict=True)]
-        return x, information({"x": x} | {key: there(value) for key, value in measures.items()}, traces)
+        singular = singular & ~converged & ~at_floor & problem.affine
+        rows = np.stack([absolute, relative, nstep, converged, at_floor & ~converged, singular])
+        there = torch.as_tensor(np.concatenate([rows, *courses]), device=x.device)  # one copy
+        found = dict(zip(("absolute", "relative", "nstep"), there[:3], strict=True)) | {"x": x, "plain": plain}
+        found |= {key: t > 0 for key, t in zip(("converged", "at_floor", "singular"), there[3:6], strict=True)}
+        return x, information(found, (there[6::2].T, there[7::2].T))
 
     def _start(self, problem: Problem, x0: Tensor) -> tuple[Linear, Tensor, Tensor]:
         r"""The product with :math:`I - \ell`, the start (x0 or zero, whichever has the smaller residual) and its residual."""
@@ -125,7 +126,7 @@ def _choose(rows: Numbers, new: Sequence[Numbers], old: Sequence[Numbers]) -> tu
 
 
 def _choose_rows(rows: Numbers, new: Tensor, old: Tensor) -> Tensor:
-    r"""As :func:`deepinv_deq.states.where_rows`, for a mask on the host."""
-    if rows.all():
-        return new
-    return where_rows(torch.as_tensor(rows, device=new.device), new, old) if rows.any() else old
+    if rows.all() or not rows.any():
+        return new if rows.all() else old
+    there = torch.as_tensor(rows, device=new.device)
+    return torch.where(there if new.ndim == 1 else there[:, None], new, old)

@@ -11,15 +11,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from deepinv_deq.solvers.arnoldi import Basis
-from deepinv_deq.solvers.evaluation import Linear
-from deepinv_deq.solvers.hessenberg import LeastSquares, Numbers
+from deepinv_deq.solvers.evaluation import Evaluation, Linear
+from deepinv_deq.solvers.hessenberg import PIVOT, Found, LeastSquares, Numbers
 from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.progress import STALL
 from deepinv_deq.states import norms, only_rows, read
 
-_PIVOT = 8.0  # roundings of a product: a pivot below is noise
 # Where the residual stops falling, the null space of a singular system makes ever larger solutions of it.
 # Such a solution is accepted only if the residual falls by more than `_SIZE` times the norm of the solution.
 _SIZE = 1e-3
@@ -28,23 +28,19 @@ LOST = 0.1  # relative residual of an affine map above which rounding is not wha
 
 
 class Point(NamedTuple):
-    r"""What the host knows of a point: four measures of its :class:`Evaluation`, the norms of its residual and of itself, and what the
-    residuals of an affine map are relative to."""
+    r"""What the host knows of a point: its norm as ``size``, and measures of its :class:`Evaluation`."""
 
     absolute: Numbers
     relative: Numbers
-    plain: Numbers
     rounding: Numbers
     residual: Numbers
-    size: Numbers
     scale: Numbers
+    size: Numbers
 
     @classmethod
-    def of(cls, problem: Problem, x: Tensor, image: Tensor, step: Tensor) -> Point:
-        r"""Measure a point whose image and whose residual ``step`` are known, with one synchronisation."""
-        now, residual = problem.measure(x, image, step), norms(step)
-        scale = problem.offset_norm if problem.affine else residual
-        return cls(*read(now.absolute, now.relative, now.plain, now.rounding, residual, norms(x), scale))
+    def of(cls, now: Evaluation, x: Tensor) -> Point:
+        r"""Read what was measured at ``x``, with one synchronisation."""
+        return cls(*read(now.absolute, now.relative, now.rounding, now.residual, now.scale, norms(x)))
 
 
 class Cycle:
@@ -66,14 +62,11 @@ class Cycle:
         first = step / beta[:, None].to(x.dtype)
         first = first if active.all() else only_rows(torch.as_tensor(active, device=x.device), first)
         self._basis = Basis(min(columns, 15) + 1, first, problem.precondition is not None)
-        self._least = LeastSquares(self._beta, columns)
+        self._cancels = problem.change is None  # a product is a difference to the direction
+        self._least = LeastSquares(self._beta, columns, self._floating.eps, self._cancels)
         self._weights = np.zeros((len(x), columns))
         self._rest = np.pad(self._beta[:, None], ((0, 0), (0, columns)))
-        scale = np.where(now.scale > 0, now.scale, self._beta)
-        self._scale = np.where(scale > 0, scale, 1.0)
-        # Norm of the linear system, seen from its products. The size includes the directions, from which products are differences.
-        self._gain = self._size = np.zeros_like(self._beta)
-        self._cancels = problem.change is None  # a product is a difference to the direction
+        self._scale = np.where(now.scale > 0, now.scale, 1.0)  # of the residuals of an affine map
         self._extent = torch.zeros_like(beta)  # what the noise is computed from, on the device
         self._unread: list[Tensor] = []
         self._lefts: list[Numbers] = []
@@ -97,40 +90,38 @@ class Cycle:
         size = norms(w)  # Inf or NaN where an entry is
         reach = torch.ones_like(size) if precondition is None else norms(direction)
         w = only_rows(size < torch.inf, w)
+        # as the host computes it from the same numbers
         self._extent = torch.maximum(self._extent, torch.maximum(size, reach) if self._cancels else size)
-        length, column = self._basis.append(w, direction, _PIVOT * self._floating.eps * self._extent)
+        length, column = self._basis.append(w, direction, PIVOT * self._floating.eps * self._extent)
         self._unread.append(torch.cat([t[:, None] for t in (size, reach, length)] + [column], dim=1))
 
-    @np.errstate(all="ignore")  # samples that are done may overflow
     def look(self, tol: float) -> None:
-        r"""Find the least residuals over the space after each product since the last look, with one synchronisation."""
+        r"""Find the least residuals over the space after each product since the last look, with one synchronisation; with two for a map
+        that is not affine, whose criterion needs the points themselves."""
+        refuse_forward_mode(self._unread[-1])
         tables, self._unread = read(*self._unread), []
-        found = [self._least_residual(table) for table in tables]
-        for each, measures in zip(found, self._measure(found), strict=True):
-            self._judge(each, *measures, tol)
+        with np.errstate(all="ignore"):  # samples that are done may overflow
+            found = [self._least.take(table) for table in tables]
+        measures = self._measure(found)
+        with np.errstate(all="ignore"):
+            for each, (absolute, scale) in zip(found, measures, strict=True):
+                self._judge(each, absolute, scale, tol)
 
-    def _least_residual(self, table: Numbers) -> _Found:
-        size, reach, length = table[:, :3].T
-        finite = size < np.inf
-        self._gain = np.maximum(self._gain, np.where(finite, size, 0.0))
-        self._size = np.maximum(self._size, np.where(finite, np.maximum(size, reach), 0.0))
-        noise = self._floating.eps * (self._size if self._cancels else self._gain)  # rounding of a product
-        y, rho, left = self._least.append(table[:, 3:], length, _PIVOT * noise)
-        return _Found(finite, length, self._gain, self._size, noise, y, rho, left)
-
-    def _measure(self, found: list[_Found]) -> list[tuple[Numbers, Numbers]]:
+    def _measure(self, found: list[Found]) -> list[tuple[Numbers, Numbers]]:
         r"""The residuals in the units of the criterion, and what they are relative to."""
         if self._problem.affine:
             return [(each.left, self._scale) for each in found]
-        measures = []
-        for each in found:
-            point, step = self._x + self._basis.combine(each.y), self._basis.residual(each.rho)
+        measures, weights = [], np.zeros((len(found), 2, *self._rest.shape))
+        for each, (of_point, of_step) in zip(found, weights, strict=True):
+            of_point[:, : each.y.shape[1]], of_step[:, : each.rho.shape[1]] = each.y, each.rho
+        for of_point, of_step in torch.as_tensor(weights, device=self._x.device):
+            point, step = self._x + self._basis.combine(of_point), self._basis.residual(of_step)
             measures += [norms(step if self._problem.natural is None else self._problem.natural(step)), norms(point)]
         numbers = read(*measures)
         pairs = [(a, np.where(b > 0, b, a)) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
         return [(absolute, np.where(scale > 0, scale, 1.0)) for absolute, scale in pairs]
 
-    def _judge(self, found: _Found, absolute: Numbers, scale: Numbers, tol: float) -> None:
+    def _judge(self, found: Found, absolute: Numbers, scale: Numbers, tol: float) -> None:
         go, left = self.active & found.finite, found.left
         grown = np.sqrt((found.y * found.y).sum(axis=1))
         doubt = found.noise * (grown + self._start)  # rounding of the products with the solution
@@ -177,7 +168,6 @@ class Cycle:
             return np.zeros_like(self.active)
         return self._lefts[-1] > 0.99 * self._lefts[-1 - STALL]
 
-    @np.errstate(all="ignore")
     def crawls(self, ill: Numbers, earlier: int) -> Numbers:
         r"""Whether a residual is still large and has nearly stopped falling.
 
@@ -185,24 +175,25 @@ class Cycle:
         :param int earlier: number of products of earlier cycles.
         """
         part = min(self.size / STALL, 1.0)
-        fell = self._lefts[-1] / (self._beta if self.size <= STALL else self._lefts[-1 - STALL])
+        with np.errstate(all="ignore"):
+            fell = self._lefts[-1] / (self._beta if self.size <= STALL else self._lefts[-1 - STALL])
         least = np.inf if self.size + earlier <= STALL else 0.95**part
         return (self.relative > self._most) & ((ill & (fell > 0.5)) | (fell > least))
 
     def solution(self) -> tuple[Tensor, Tensor]:
         r"""The point found, and its residual by the recurrence."""
-        return self._x + self._basis.combine(self._weights[:, : self.size]), self._basis.residual(self._rest)
+        weights = np.stack([np.pad(self._weights, ((0, 0), (0, 1))), self._rest])
+        of_point, of_step = torch.as_tensor(weights, device=self._x.device)
+        return self._x + self._basis.combine(of_point), self._basis.residual(of_step)
 
 
-class _Found(NamedTuple):
-    r"""The least residual over the space after one product. ``gain`` and ``size`` are the largest norms so far, of products and of
-    all, ``noise`` the rounding of a product. ``y``, ``rho`` and ``left`` are those of :class:`LeastSquares`."""
+def refuse_forward_mode(t: Tensor) -> None:
+    r"""Raise in forward mode: the solutions are found on the host, where tangents are lost.
 
-    finite: Numbers
-    length: Numbers
-    gain: Numbers
-    size: Numbers
-    noise: Numbers
-    y: Numbers
-    rho: Numbers
-    left: Numbers
+    :raises NotImplementedError: if ``t`` has a tangent.
+    """
+    if forward_ad.unpack_dual(t).tangent is not None:
+        raise NotImplementedError(
+            "Forward-mode derivatives do not go through the steps of GMRES. Solve without tangents, and give the solution its tangent by the "
+            "implicit function theorem: ModularIDHook(Solver('gmres'))(f, x)."
+        )

@@ -67,8 +67,7 @@ def run_foreign(
     x, _, info = function(problem, start, **theirs | dict(options))
     now = problem.evaluate(x)
     measured = {"abs_lowest": now.absolute, "rel_lowest": now.relative, "plain_residual": now.plain}
+    measured = {key: t.nan_to_num(torch.inf, torch.inf).to(x.dtype) for key, t in measured.items()}
     none = torch.zeros_like(now.relative, dtype=torch.bool)
     verdict = {"converged": now.relative <= settings.tol, "at_floor": none, "singular": none}
-    return x, dict(info) | {
-        key: t.nan_to_num(torch.inf, torch.inf).to(x.dtype) for key, t in measured.items()
-    } | verdict
+    return x, dict(info) | measured | verdict

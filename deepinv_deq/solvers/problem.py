@@ -3,6 +3,7 @@ r"""A fixed-point problem as solvers see it: a map of ``(B, N)`` matrices, count
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from deepinv_deq.autocast import Autocast
 from deepinv_deq.maps import AffineMap, Map
-from deepinv_deq.solvers.evaluation import Evaluation, Linear, Rounding, relative_to, unit
+from deepinv_deq.solvers.evaluation import Evaluation, Linear, Rounding, epsilon, relative_to
 from deepinv_deq.states import WORTH, Layout, finite_rows, norms, unit_size
 
 _CANCELLED = 0.1  # Residuals below this many roundings are noise, because N amplifies cancellation.
@@ -68,7 +69,7 @@ class Problem:
             same = precondition and (units is offered or (units == offered) is True)  # then it is applied once
             self.natural = self.precondition if same else _of_matrices(units, layout, around)
         self._cancels = self.natural is not None and not self._steps
-        self._rounding = Rounding(self.natural, self._steps, self.precision, self.precision_of_state)
+        self._rounding: Rounding | None = None  # known from the first evaluation
 
     @property
     def evaluations(self) -> int:
@@ -83,12 +84,12 @@ class Problem:
     @property
     def precision(self) -> torch.dtype:
         r"""The coarsest floating-point type that the map computes in."""
-        return max(self.precision_of_state, self._autocast.dtype or self.precision_of_state, key=unit)
+        return max(self.precision_of_state, self._autocast.dtype or self.precision_of_state, key=epsilon)
 
     @property
     def precision_of_state(self) -> torch.dtype:
         r"""The coarsest floating-point type of the state."""
-        return max([t.real.dtype if t.is_complex() else t.dtype for t in self._layout.like], key=unit)
+        return max([t.real.dtype if t.is_complex() else t.dtype for t in self._layout.like], key=epsilon)
 
     def __call__(self, x: Tensor, tau: float = 1.0) -> Tensor:
         r"""The image of ``x``. TorchDEQ's plain iteration passes a damping factor ``tau``."""
@@ -126,14 +127,17 @@ class Problem:
 
     def evaluate(self, x: Tensor, norm: Tensor | None = None) -> Evaluation:
         r"""Evaluate the map once, and measure the point, whose ``norm`` may be known."""
-        now = self.measure(x, *self.image_and_step(x), norm)
+        now, change = self._measure(x, *self.image_and_step(x), norm)
         if self.precondition is not None:
-            now.step = now.change if self.precondition is self.natural else self.precondition(now.step)
+            now.step = change if self.precondition is self.natural else self.precondition(now.step)
             now.image = x + now.step
         return now
 
-    def measure(self, x: Tensor, image: Tensor, step: Tensor, norm: Tensor | None = None) -> Evaluation:
-        r"""Measure a point whose image and whose residual ``step`` are known, and maybe its ``norm``."""
+    def measure(self, x: Tensor, image: Tensor, step: Tensor) -> Evaluation:
+        r"""Measure a point whose image and whose residual ``step`` are known."""
+        return self._measure(x, image, step)[0]
+
+    def _measure(self, x: Tensor, image: Tensor, step: Tensor, norm: Tensor | None = None) -> tuple[Evaluation, Tensor]:
         change = step if self.natural is None else self.natural(step)
         size = norms(image)
         absolute = torch.add(norms(change), size, alpha=0.0)  # NaN where the image is not finite
@@ -141,12 +145,15 @@ class Problem:
         scale = self.offset_norm if self.affine else norms(x) if norm is None else norm
         scale = torch.where(scale > 0, scale, absolute)  # at x = 0 any step is a relative change of 1
         relative = relative_to(absolute, scale)
-        now = Evaluation(image, step, change, absolute, relative, residual, size, scale, self._rounding)
-        self._rounding.note(relative)
+        if self._rounding is None:
+            types = self.precision, self.precision_of_state
+            self._rounding = Rounding.at(image, self.natural, relative if self._steps else None, *types)
+        estimate: Callable[[], Tensor] = partial(self._rounding.estimate, relative, size, scale)
+        now = Evaluation(image, step, absolute, relative, residual, size, scale, estimate)
         if self._autocast.dtype is not None or self._cancels:
-            rounding = now.rounding  # which notes the samples that are finer
+            rounding = now.rounding  # now, since this notes the samples that autocast does not limit
             now.relative = torch.maximum(relative, _CANCELLED * rounding) if self._cancels else relative
-        return now
+        return now, change
 
     def subset(self, rows: Tensor, x: Tensor) -> Problem | None:
         r"""The problem of some samples, or ``None`` where that is not possible or not worth it; ``x`` is a point of all."""
@@ -156,7 +163,7 @@ class Problem:
         if part is None:
             return None
         problem = Problem(part, self._layout.select(rows), x[rows], self._precondition, self._count, self._autocast)
-        problem._rounding.take(self._rounding, rows)
+        problem._rounding = None if self._rounding is None else self._rounding.select(rows)
         return problem
 
 

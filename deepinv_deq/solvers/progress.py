@@ -45,7 +45,8 @@ class Progress:
 
     def keep(self, rows: Tensor) -> None:
         r"""Forget all samples but these."""
-        self._smallest = [t[rows] for t in self._smallest]
+        every = torch.stack(self._smallest)
+        self._smallest = list(every[:, rows])
 
 
 class Best:
@@ -54,7 +55,8 @@ class Best:
     def __init__(self, x0: Tensor):
         self.x, self.step = x0, torch.zeros_like(x0)
         self.absolute = torch.full((x0.shape[0],), torch.inf, dtype=torch.float64, device=x0.device)
-        self.relative, self.residual, self.size = self.absolute, self.absolute, torch.ones_like(self.absolute)
+        self.relative = self.residual = self.absolute
+        self.size = torch.ones_like(self.absolute)  # to which a residual of Inf is Inf
         self.nstep = torch.zeros_like(self.absolute)
         self.converged, self.at_floor, self.coupled = torch.zeros_like(self.absolute, dtype=torch.bool).repeat(3, 1)
         self.traces: tuple[list[Tensor], list[Tensor]] = [], []

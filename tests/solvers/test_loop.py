@@ -206,6 +206,13 @@ def test_a_start_far_off_is_no_excuse():
         assert stat.converged.all() and torch.allclose(x, torch.tensor(1e-3), rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", NONLINEAR)
+def test_numbers_below_the_normal_ones_are_no_excuse(method):
+    c = torch.full((2, 3), 1e-312, dtype=F64)
+    x, stat = Solver(method, max_iter=300, tol=1e-4, on_failure="ignore")(lambda x: 0.5 * x + c, torch.zeros_like(c))
+    assert stat.converged.all() and torch.allclose(x / c, torch.tensor(2.0, dtype=F64), rtol=1e-3)
+
+
 @pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("affinely", [False, True])
