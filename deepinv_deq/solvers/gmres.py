@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from deepinv_deq import compat
+from deepinv_deq.maps import AffineMap
 from deepinv_deq.solvers.evaluation import Linear, relative_to
 from deepinv_deq.solvers.hessenberg import Numbers
-from deepinv_deq.solvers.krylov import LOST, Cycle, Point
+from deepinv_deq.solvers.krylov import LOST, Cycle, HasTangent, Point
 from deepinv_deq.solvers.loop import Method, Settings
 from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.progress import ROUNDING, STALL, information
-from deepinv_deq.states import norms, unit_size, where_rows
+from deepinv_deq.states import Layout, norms, unit_size, where_rows
 
 
 class GMRES(Method):
@@ -40,6 +43,12 @@ class GMRES(Method):
         :param Settings settings: settings of the solver.
         :return: the best point, and the keys of its :class:`SolverStat <deepinv_deq.SolverStat>`.
         """
+        try:
+            return self._solve(problem, x0, settings)
+        except HasTangent:
+            return self._solve_with_tangent(problem, x0, settings)
+
+    def _solve(self, problem: Problem, x0: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
         tol, max_iter, every = settings.tol, settings.max_iter, settings.sync_every
         product, x, step = self._start(problem, x0)
         measured = problem.measure(x, x + step, step)
@@ -103,6 +112,21 @@ class GMRES(Method):
         found = dict(zip(("absolute", "relative", "nstep"), there[:3], strict=True)) | {"x": x, "plain": plain}
         found |= {key: t > 0 for key, t in zip(("converged", "at_floor", "singular"), there[3:6], strict=True)}
         return x, information(found, (there[6::2].T, there[7::2].T))
+
+    def _solve_with_tangent(self, problem: Problem, x0: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
+        r"""In forward mode: the tangent of the solution is that of its residual, solved for with the same linear part."""
+        with compat.tangents(False):
+            x, info = self._solve(problem, x0, settings)
+        tangent = forward_ad.unpack_dual(problem.image_and_step(x)[1]).tangent
+        if tangent is None:  # only the start had one
+            return x, info
+        with compat.tangents(False):
+            zero = torch.zeros_like(x)
+            product = self._start(problem, zero)[0]
+            equation = AffineMap(lambda v: v - product(v), tangent, problem.precondition, lambda v: -product(v))
+            linear = Problem(equation, Layout(x, batched=True), zero, precondition=True)
+            v, of_tangent = linear.leave(*self._solve(linear, zero, settings))
+        return forward_ad.make_dual(x, v), info | {"converged": info["converged"] & of_tangent["converged"]}
 
     def _start(self, problem: Problem, x0: Tensor) -> tuple[Linear, Tensor, Tensor]:
         r"""The product with :math:`I - \ell`, the start (x0 or zero, whichever has the smaller residual) and its residual."""

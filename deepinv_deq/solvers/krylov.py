@@ -27,6 +27,10 @@ _CONDITION = 1e4  # of a system whose residual stopped falling: such a map does 
 LOST = 0.1  # relative residual of an affine map above which rounding is not what keeps it from its solution
 
 
+class HasTangent(RuntimeError):
+    r"""Forward mode: a product has a tangent, which would be lost on the host."""
+
+
 class Point(NamedTuple):
     r"""What the host knows of a point: its norm as ``size``, and measures of its :class:`Evaluation`."""
 
@@ -98,7 +102,8 @@ class Cycle:
     def look(self, tol: float) -> None:
         r"""Find the least residuals over the space after each product since the last look, with one synchronisation; with two for a map
         that is not affine, whose criterion needs the points themselves."""
-        refuse_forward_mode(self._unread[-1])
+        if forward_ad.unpack_dual(self._unread[-1]).tangent is not None:
+            raise HasTangent("Forward-mode derivatives do not go through the steps of GMRES.")
         tables, self._unread = read(*self._unread), []
         with np.errstate(all="ignore"):  # samples that are done may overflow
             found = [self._least.take(table) for table in tables]
@@ -185,15 +190,3 @@ class Cycle:
         weights = np.stack([np.pad(self._weights, ((0, 0), (0, 1))), self._rest])
         of_point, of_step = torch.as_tensor(weights, device=self._x.device)
         return self._x + self._basis.combine(of_point), self._basis.residual(of_step)
-
-
-def refuse_forward_mode(t: Tensor) -> None:
-    r"""Raise in forward mode: the solutions are found on the host, where tangents are lost.
-
-    :raises NotImplementedError: if ``t`` has a tangent.
-    """
-    if forward_ad.unpack_dual(t).tangent is not None:
-        raise NotImplementedError(
-            "Forward-mode derivatives do not go through the steps of GMRES. Solve without tangents, and give the solution its tangent by the "
-            "implicit function theorem: ModularIDHook(Solver('gmres'))(f, x)."
-        )

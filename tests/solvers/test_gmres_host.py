@@ -13,18 +13,27 @@ from tests.problems import F64, affine, relative_error
 
 
 @pytest.mark.parametrize("make", [lambda f, w, c: f, lambda f, w, c: AffineMap(lambda b: b @ w.T, c)])
-def test_forward_mode_is_refused_where_tangents_would_be_lost(make):
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_solutions_have_their_tangents(make, start):
     f, exact, w = affine()
-    solver, c = Solver("gmres", tol=1e-12, max_iter=100), f(torch.zeros_like(exact))
+    solver, c = Solver("gmres", tol=1e-12, max_iter=200, on_failure="raise"), f(torch.zeros_like(exact))
+    turn = 0.1 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=F64) / len(w) ** 0.5
 
-    def solve(c):
-        return solver(make(lambda x: x @ w.T + c, w, c), torch.zeros_like(exact))[0]
+    def solve(c, w):
+        return solver(make(lambda x: x @ w.T + c, w, c), torch.full_like(exact, start))[0]
 
-    with pytest.raises(NotImplementedError, match="ModularIDHook"):
-        torch.func.jvp(solve, (c,), (torch.ones_like(c),))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="do not go through the steps of GMRES"):
-        solve(forward_ad.make_dual(c, torch.ones_like(c)))
-    assert relative_error(solve(c), exact) <= 1e-9
+    def by_algebra(c, w):
+        return torch.linalg.solve(torch.eye(len(w), dtype=F64) - w, c.T).T
+
+    directions = torch.ones_like(c), turn
+    expected = torch.func.jvp(by_algebra, (c, w), directions)[1]
+    x, tangent = torch.func.jvp(solve, (c, w), directions)
+    assert relative_error(x, exact) <= 1e-9 and relative_error(tangent, expected) <= 1e-8
+    with forward_ad.dual_level():
+        x = solve(*(forward_ad.make_dual(t, d) for t, d in zip((c, w), directions, strict=True)))
+        assert relative_error(forward_ad.unpack_dual(x).tangent, expected) <= 1e-8
+        x0 = forward_ad.make_dual(torch.ones_like(c), c)  # the solution does not depend on the start
+        assert forward_ad.unpack_dual(solver(make(lambda x: x @ w.T + c, w, c), x0)[0]).tangent is None
 
 
 def test_the_errors_of_numpy_that_a_user_chose_stay():
