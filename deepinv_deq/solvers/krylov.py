@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from deepinv_deq import compat
 from deepinv_deq.solvers.arnoldi import Basis
 from deepinv_deq.solvers.evaluation import Evaluation, Linear
 from deepinv_deq.solvers.hessenberg import PIVOT, Found, LeastSquares, Numbers
@@ -102,7 +103,7 @@ class Cycle:
     def look(self, tol: float) -> None:
         r"""Find the least residuals over the space after each product since the last look, with one synchronisation; with two for a map
         that is not affine, whose criterion needs the points themselves."""
-        if forward_ad.unpack_dual(self._unread[-1]).tangent is not None:
+        if compat.forward_mode() and forward_ad.unpack_dual(self._unread[-1]).tangent is not None:
             raise HasTangent("Forward-mode derivatives do not go through the steps of GMRES.")
         tables, self._unread = read(*self._unread), []
         with np.errstate(all="ignore"):  # samples that are done may overflow
