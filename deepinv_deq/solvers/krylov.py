@@ -1,7 +1,7 @@
 r"""One cycle of GMRES: a Krylov space per sample, and the least residual in it.
 
-The device extends the space, which needs no solution. The host finds the solutions in it, whenever it looks: their few numbers would cost an
-accelerator one launch per operation, and a CPU several times what the same operations of NumPy cost.
+The device extends the space, for which it needs no solution. The host finds the solutions, whenever it checks convergence. They are small systems of a
+few numbers per sample: on an accelerator each operation would be a launch, and on a CPU NumPy's operations cost a fraction of PyTorch's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from deepinv_deq import compat
 from deepinv_deq.solvers.arnoldi import Basis
-from deepinv_deq.solvers.evaluation import Evaluation, Linear
+from deepinv_deq.solvers.evaluation import Evaluation, Linear, epsilon
 from deepinv_deq.solvers.hessenberg import PIVOT, Found, LeastSquares, Numbers
 from deepinv_deq.solvers.problem import Problem
 from deepinv_deq.solvers.progress import STALL
@@ -61,14 +61,14 @@ class Cycle:
     def __init__(
         self, problem: Problem, product: Linear, x: Tensor, step: Tensor, now: Point, active: Numbers, columns: int
     ):
-        self._problem, self._product, self._x, self._floating = problem, product, x, torch.finfo(x.dtype)
+        self._problem, self._product, self._x, self._epsilon = problem, product, x, epsilon(x.dtype)
         self._beta, self._start = now.residual, now.size
         beta = norms(step)
         first = step / beta[:, None].to(x.dtype)
         first = first if active.all() else only_rows(torch.as_tensor(active, device=x.device), first)
         self._basis = Basis(min(columns, 15) + 1, first, problem.precondition is not None)
         self._cancels = problem.change is None  # a product is a difference to the direction
-        self._least = LeastSquares(self._beta, columns, self._floating.eps, self._cancels)
+        self._least = LeastSquares(self._beta, columns, self._epsilon, self._cancels)
         self._weights = np.zeros((len(x), columns))
         self._rest = np.pad(self._beta[:, None], ((0, 0), (0, columns)))
         self._scale = np.where(now.scale > 0, now.scale, 1.0)  # of the residuals of an affine map
@@ -97,7 +97,7 @@ class Cycle:
         w = only_rows(size < torch.inf, w)
         # as the host computes it from the same numbers
         self._extent = torch.maximum(self._extent, torch.maximum(size, reach) if self._cancels else size)
-        length, column = self._basis.append(w, direction, PIVOT * self._floating.eps * self._extent)
+        length, column = self._basis.append(w, direction, PIVOT * self._epsilon * self._extent)
         self._unread.append(torch.cat([t[:, None] for t in (size, reach, length)] + [column], dim=1))
 
     def look(self, tol: float) -> None:

@@ -76,7 +76,8 @@ class Best:
     def replace(self, k: int, x: Tensor, now: Evaluation, done: Tensor) -> None:
         r"""The same where the points of all samples are better, with fewer operations."""
         self.x, self.step = x, now.step
-        self.absolute, self.relative, self.residual, self.size = now.absolute, now.relative, now.residual, now.size
+        for name in _MEASURES:
+            setattr(self, name, getattr(now, name))
         self.nstep, self.converged = torch.full_like(self.nstep, k), self.converged | done
         self._trace([now.absolute, now.relative])
 

@@ -11,6 +11,7 @@ from torchdeq.solver.stat import SolverStat as _TorchDEQStat
 
 from deepinv_deq import compat
 from deepinv_deq.autocast import FINER
+from deepinv_deq.solvers.evaluation import relative_to
 from deepinv_deq.states import Layout, State, norms, read
 
 _DRIFT = 100.0  # roundings by which the recurrence of a Krylov method may differ from the measured residual
@@ -175,7 +176,7 @@ class SolverStat(_TorchDEQStat):
         point, image, c = (norms(layout.pack(t)) for t in (x, fx, offset))
         absolute = norms(layout.pack(fx) - layout.pack(x))
         scale = torch.where(c > 0, c, point)  # without a constant, the solution is zero
-        relative, plain = (torch.where(absolute == 0, absolute, absolute / size) for size in (scale, image))
+        relative, plain = (relative_to(absolute, size) for size in (scale, image))
         finite = torch.isfinite(relative)
         for key, value in (("abs_lowest", absolute), ("rel_lowest", relative), ("plain_residual", plain)):
             self[key] = torch.where(finite, value, torch.inf).to(layout.dtype)
