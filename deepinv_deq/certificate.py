@@ -38,14 +38,14 @@ class Certificate:
     :param torch.Tensor norm: norm of the same Jacobian from below, in the norm of the preconditioner.
     :param torch.Tensor residual: the solver's criterion at ``x``.
     :param torch.Tensor converged: whether ``residual`` met the tolerance.
-    :param torch.Tensor error: estimate of :math:`\|x - x^*\| / \|x^*\|`, the distance to the fixed point.
+    :param torch.Tensor error: estimate of :math:`\|x - x^*\| / \|x^*\|`, the distance to the fixed point. Inf if the radius is 1 or more.
     :param torch.Tensor evaluations: number of evaluations of the iteration that ``x`` took.
     :param float tol: the tolerance.
     :param dict points: images of shape ``(B, C, H, W)``: ``x`` (``"start"``), the image at a tenth of the tolerance (``"tenth"``), and
         those reached from the other starts.
-    :param dict spread: for each other start, :math:`\|x' - x\| / \|x\|` of the point reached from there.
+    :param dict spread: for each other start (``"zeros"``, ``"noise"`` and, with ``x_gt``, ``"truth"``), :math:`\|x' - x\| / \|x\|` of the point reached from there.
     :param dict psnr: with ``x_gt``, PSNR in dB of each of ``points``.
-    :param dict errors: for each other start, the estimated relative error of the point reached from there.
+    :param dict errors: for each other start, the estimated relative error of the point reached from there. Inf if the radius is 1 or more.
     :param dict solved: for each other start, whether the solve met the tolerance.
 
     With ``Solver(batched=False)``, all samples have the numbers of the joint solve.

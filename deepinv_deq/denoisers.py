@@ -30,8 +30,8 @@ class EquilibriumUNet(UNet):
     :math:`2^{\text{scales} - 1}` and cropped back.
 
     The last, 1x1 convolution is not normalised and starts at zero, so that training starts from :math:`D_\theta(x) = c \, x`. With
-    ``contraction`` :math:`c < 1`, the first iteration already contracts, whatever the physics: it has one fixed point, and the adjoint
-    equation is well-posed. With :math:`c = 1` the adjoint equation of the untrained network is singular wherever the operator has a null
+    ``contraction`` :math:`c < 1`, the untrained iteration contracts for every linear physics at a safe stepsize
+    (:meth:`FixedPointIteration.safe_stepsize`): it has one fixed point, and the adjoint equation is well-posed. With :math:`c = 1` the adjoint equation of the untrained network is singular wherever the operator has a null
     space, and training does not start. Training changes the contraction: :class:`deepinv_deq.losses.ContractionLoss` bounds it, and
     :meth:`DEQReconstructor.certify` measures it. Spectral normalisation bounds the weight matrix of each convolution; it does not prove
     that the iteration contracts. Inside a :class:`DEQReconstructor` the normalisation is computed once per pass.

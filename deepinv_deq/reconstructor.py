@@ -57,7 +57,7 @@ class DEQReconstructor(_Solving):
     It takes the place of any :class:`deepinv.models.Reconstructor`: give it to a :class:`deepinv.Trainer` as ``model``,
     with any loss. Gradients are those of Proposition 1 (:class:`ModularIDHook`), for parameters, measurements and physics.
 
-    :param FixedPointIteration iteration: the template :math:`F_\theta`, such as :class:`DEProx` or :class:`DEGrad`.
+    :param FixedPointIteration iteration: the iteration :math:`F_\theta`, such as :class:`DEProx` or :class:`DEGrad`.
     :param Solver, None solver: forward solver; default ``Solver("anderson", max_iter=50, tol=1e-4)``.
     :param ModularIDHook, None hook: how the fixed point is differentiated; default implicit, with GMRES.
     :param int warm_starts: number of training samples whose fixed points are kept. From the third epoch on, solves of these samples
@@ -113,9 +113,9 @@ class DEQReconstructor(_Solving):
     ) -> DEQReconstructor:
         r"""A trained model, in one line.
 
-        :param str, os.PathLike name: a file written by :meth:`save_pretrained`, or a model that ships with the package and was
-            trained without ground truth in ``examples/paper``. ``"ct-ei"`` is for sparse-view CT (128×128 pixels, 50 views),
-            ``"ct-ei-small"`` too (64×64 pixels, 30 views). ``"mri-ei"`` is for 8x accelerated MRI (256×256 pixels, noise 0.05 in k-space).
+        :param str, os.PathLike name: a file written by :meth:`save_pretrained`, or a model that ships with the package, trained without
+            ground truth on images in [0, 1]. ``"ct-ei"``: ``Tomography(50, 128, normalize=True)``, ``(B, 1, 128, 128)``; ``"ct-ei-small"``:
+            30 views, 64×64 pixels; ``"mri-ei"``: 8x ``MRI`` with a Gaussian mask and noise 0.05, ``(B, 2, 256, 256)``, real and imaginary.
         :param str, torch.device device: where to put it.
         :param settings: ``solver=``, ``hook=`` or ``warm_starts=`` in the place of the saved ones.
         :return: the model, in evaluation mode.
@@ -166,7 +166,7 @@ class DEQReconstructor(_Solving):
             ``"residual"`` and, given ``x_gt``, ``"psnr"``: one list per sample, one number per evaluation.
         :raises ValueError: if ``y`` has NaN or Inf, or does not fit ``physics``; if ``init`` or ``sigma`` does not fit.
         :raises TypeError: if ``physics`` has no adjoint, or ``init`` is no state.
-        :raises RuntimeError: inside of :func:`torch.vmap`, :func:`torch.func.grad` and their kin.
+        :raises RuntimeError: inside of :func:`torch.vmap`, :func:`torch.func.grad`, :func:`torch.func.vjp` or :func:`torch.func.jacrev`.
         :raises ConvergenceError: if a solve misses its tolerance and its solver was told to raise.
         """
         with refusing_vmap():
@@ -184,16 +184,16 @@ class DEQReconstructor(_Solving):
     ) -> Certificate:
         r"""Measure whether the reconstruction is *the* fixed point: contraction, distance, and spread over starts.
 
-        It solves from all starts, and once to a thirtieth of the tolerance, and computes the spectral radius of
+        It solves from all starts, and to a tenth and a thirtieth of the tolerance, and computes the spectral radius of
         :meth:`FixedPointIteration.contractive_part`. The cost is that of some ten reconstructions.
 
-        :param torch.Tensor y: measurements.
+        :param torch.Tensor, list[torch.Tensor] y: measurements as ``physics.A`` returns them.
         :param deepinv.physics.Physics physics: forward operator.
         :param torch.Tensor, None x_gt: ground truth of shape ``(B, C, H, W)``: one more start, and the PSNR of every solve.
         :param int products: number of vector-Jacobian products for the spectral radius.
         :param torch.nn.Module, None metric: metric of the PSNRs, such as ``deepinv.metric.PSNR(complex_abs=True)``.
         :return: the certificate; its ``outcome`` says in one sentence what was found.
-        :raises ValueError: for batch norm or dropout in training mode, NaN or Inf in ``y``, or ``products`` that is no positive integer.
+        :raises ValueError: for batch norm or dropout in training mode, NaN in ``y``, or an ``x_gt`` or ``products`` that does not fit.
         """
         y = measurements(y, physics)
         return certify(self.iteration, self.solver, y, physics, x_gt=x_gt, products=products, metric=metric)

@@ -189,7 +189,7 @@ def unit_size(c: Tensor) -> Tensor:
 
 
 def everywhere(mask: Tensor) -> bool:
-    r"""Whether the host knows, without waiting for a device, that a mask is true for all samples."""
+    r"""Whether a mask is true for all samples. False on accelerators, where the answer would need a synchronisation."""
     return on_host(mask) and bool(mask.all())
 
 

@@ -125,7 +125,7 @@ def test_full_gmres_that_fails_has_no_count():
 
 
 def test_a_limit_that_was_not_found_is_no_success():
-    row = {"what": "products", "image": 0, "optimum": math.inf, "variants": {"plain": math.inf}, "gmres": 81}
+    row = {"what": "VJPs", "image": 0, "optimum": math.inf, "variants": {"plain": math.inf}, "gmres": 81}
     assert "| > 300 | – | gmres | 81 | – |" in _over_the_limit([row])
     parts = {"over the limit, ct": {"rows": [row]}}
     (line,) = [line for line in _targets(parts).splitlines() if "over the limit" in line]

@@ -24,9 +24,9 @@ TANGENT = (
     "create_graph=True), whose gradients have gradients of any order."
 )
 SECOND_ORDER = (
-    "Second-order gradients were asked for (create_graph=True) where there are none: the result of mode='jfb' is not the "
-    "gradient of any function, and nobody can see what a callable depends on that is no DifferentiableMap. Use "
-    "mode='implicit', and a map of iteration.bind(y, physics) or another with the methods of DifferentiableMap."
+    "Second-order gradients (create_graph=True) need mode='implicit' and a map that names the tensors it depends on: use "
+    "iteration.bind(y, physics), or a map with the methods of DifferentiableMap. A plain callable does not name them, and the "
+    "result of mode='jfb' is not the gradient of any function."
 )
 
 

@@ -116,7 +116,7 @@ class ModularIDHook:
         :param SolverStat, None stat: statistic of the solve that found ``x_star``. With it, the backward pass checks that ``f`` has the same
             residual there, and raises if ``f`` was changed in between.
         :return: a state with the values of ``x_star``; ``x_star`` itself where no gradient is wanted.
-        :raises RuntimeError: inside of :func:`torch.func.grad` and its kin, which have no implicit gradient here.
+        :raises RuntimeError: inside of :func:`torch.func.grad`, :func:`torch.func.vjp` or :func:`torch.func.jacrev`, which have no implicit gradient here.
         """
         forward_mode = compat.forward_mode()
         if not (forward_mode or torch.is_grad_enabled()):

@@ -34,11 +34,11 @@ class FixedPointIteration(Terms):
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module
         that maps images of shape ``(B, C, H, W)`` to the same shape.
     :param float, torch.Tensor stepsize: step :math:`\eta > 0` along the gradient of the data term: one number, or one per channel
-        of shape ``(C, 1, 1)``, for volumes ``(1, C, 1, 1, 1)``. The factor 2 of :math:`\nabla \|Ax - y\|^2` is in it (eq. 6).
+        of shape ``(C, 1, 1)``, for volumes ``(1, C, 1, 1, 1)``. The data step is :math:`x - \eta \lambda A^\top (A x - y)`. A stepsize
+        :math:`\gamma` along :math:`\nabla \|Ax - y\|^2` (eq. 6) is :math:`\eta = 2 \gamma`.
     :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image. A
         :class:`torch.nn.Parameter` is trained.
-    :param bool learn_stepsize: whether :math:`\eta` is trained. The stepsize is the absolute value of the trained number, so it stays
-        positive whatever the optimiser does.
+    :param bool learn_stepsize: whether :math:`\eta` is trained. It is the absolute value of the trained number, so it stays positive.
     :param float data_weight: weight :math:`\lambda > 0` of the data term, which is then
         :math:`\frac{\lambda}{2} \|Ax - y\|^2`; 1 is the paper's. It balances data and denoiser where the operator is
         normalised and the data are precise.
@@ -53,7 +53,7 @@ class FixedPointIteration(Terms):
 
     :Example:
 
-    Your own template: proximal gradient with over-relaxation.
+    Your own iteration: proximal gradient with over-relaxation.
 
     >>> import torch
     >>> from deepinv.physics import Inpainting

@@ -147,7 +147,7 @@ class Capture:
         try:
             if isinstance(physics, LinearPhysics):
                 fits.check(y, user_physics, physics, self.pristine)
-        except torch.cuda.OutOfMemoryError:  # a RuntimeError, but the measurements are not to blame
+        except torch.cuda.OutOfMemoryError:  # a RuntimeError too, but not one of shapes
             raise
         except (RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
             raise ValueError(

@@ -1,7 +1,7 @@
 r"""A circulant model of :math:`A^\top A`, with which a solver can take the physics out of a fixed-point problem.
 
 The iterations of a DEQ converge as slowly as the least visible frequencies of the image. Tomography, blur and MRI act on
-frequencies nearly one by one, so a filter undoes most of that, for the price of two Fourier transforms.
+frequencies nearly one by one, so a division in the Fourier domain undoes most of that, for the price of two Fourier transforms.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def spectrum(physics: Physics, x: Tensor) -> Tensor | None:
     return model if model is None or len(model) == 1 or origin.rows is None else model[origin.rows]
 
 
-class Filter:
-    r"""The filter that divides by ``response`` in the Fourier domain, a map of tensors of shape ``(B, C, *spatial)``; self-adjoint.
+class CirculantInverse:
+    r"""Division by ``response`` in the Fourier domain, a self-adjoint map of tensors of shape ``(B, C, *spatial)``.
 
-    Two filters of the same response are equal, so that a solver which gets the same one twice applies it once.
+    Two of the same response are equal, so that a solver which gets the same one twice applies it once.
 
-    :param torch.Tensor response: positive values, shaped as :func:`spectrum` returns them; NaN is no filter at all.
+    :param torch.Tensor response: positive values, shaped as :func:`spectrum` returns them; NaN leaves a frequency as it is.
     """
 
     def __init__(self, response: Tensor):
@@ -109,7 +109,7 @@ class Filter:
         return out.to(r.dtype)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Filter):
+        if not isinstance(other, CirculantInverse):
             return NotImplemented
         mine, its = self.factors, other.factors
         return (mine.dtype, mine.device) == (its.dtype, its.device) and torch.equal(mine, its)

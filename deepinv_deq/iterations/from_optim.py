@@ -1,4 +1,4 @@
-r"""deepinv's optimisation algorithms as fixed-point templates."""
+r"""deepinv's optimisation algorithms as fixed-point iterations."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class FromOptim(MeasurementIteration):
         fidelity = optim.data_fidelity[0]
         self.data_fidelity = L2OfAnySize(fidelity) if type(fidelity) is L2 else fidelity
         self.iterator = copy.copy(optim.fixed_point.iterator)
-        self.iterator.has_cost = False  # nobody asks what an iterate costs
+        self.iterator.has_cost = False  # the cost function is not used
         self._name, self._init, self._output = type(optim).__name__, optim.init_iterate_fn, optim.get_output
         self._options = {k: v for k, v in given.items() if not isinstance(v, Tensor) and k not in trainable}
         self._tensors = nn.ParameterDict()

@@ -10,8 +10,8 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
 from deepinv_deq.iterations.base import FixedPointIteration
-from deepinv_deq.iterations.circulant import Filter, spectrum
-from deepinv_deq.iterations.prox import measurement, prox_by_filter, prox_of_zero
+from deepinv_deq.iterations.circulant import CirculantInverse, spectrum
+from deepinv_deq.iterations.prox import measurement, prox_by_cg, prox_of_zero
 from deepinv_deq.states import State, as_tuple
 
 
@@ -129,8 +129,9 @@ class DEGrad(FixedPointIteration):
         :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: forward operator.
         :param torch.Tensor constants: as in :meth:`forward`.
-        :param bool exact: whether :math:`P` is exact, by ``physics.prox_l2``, or by a few steps of conjugate gradients with a filter.
-        :return: the denoised image, and :math:`P \approx (\lambda A^\top A + I)^{-1}` where the physics is nearly a filter, or ``exact`` is set.
+        :param bool exact: whether :math:`P` is exact, by ``physics.prox_l2``, or by a few preconditioned steps of conjugate gradients.
+        :return: the denoised image, and :math:`P \approx (\lambda A^\top A + I)^{-1}` where :math:`A^\top A` is
+            nearly a convolution, or ``exact`` is set.
         """
         if self._is_changed():
             return super().contractive_part(x, physics, *constants, exact=exact)
@@ -139,25 +140,25 @@ class DEGrad(FixedPointIteration):
             metric = prox_of_zero(physics, cast(Tensor, x), self.data_weight)
         elif (inverse := self.preconditioner(x, physics)) is not None:
             eta = self.stepsize.detach()
-            metric = prox_by_filter(physics, self.data_weight.detach(), lambda r: eta * inverse(r))
+            metric = prox_by_cg(physics, self.data_weight.detach(), lambda r: eta * inverse(r))
         return self.denoise(cast(Tensor, x), *self.split(constants)[1]), metric
 
     def preconditioner(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
-        r"""A filter near to :math:`\frac{1}{\eta} (\lambda A^\top A + I)^{-1}`, where the physics is nearly a filter.
+        r"""A circulant approximation of :math:`\frac{1}{\eta} (\lambda A^\top A + I)^{-1}`, where :math:`A^\top A` is nearly a convolution.
 
         It is :math:`(I - \partial F_\theta / \partial x)^{-1}` for a denoiser that removes everything, and an upper bound
         for one that keeps something.
 
         :param torch.Tensor x: a state, of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: forward operator.
-        :return: a linear, self-adjoint map of states, or ``None`` where :math:`A^\top A` is far from any filter. Samples to whose
-            operator no filter comes near are divided by :math:`\eta`.
+        :return: a linear, self-adjoint map of states, or ``None`` where :math:`A^\top A` is far from a convolution for
+            all samples. Single samples of this kind are divided by :math:`\eta`.
         """
         eigenvalues = spectrum(physics, x) if isinstance(x, Tensor) else None
         if eigenvalues is None:
             return None
         response = self.stepsize * (self.data_weight * eigenvalues + 1)
-        return Filter(torch.where(response.isnan(), self.stepsize, response).detach())
+        return CirculantInverse(torch.where(response.isnan(), self.stepsize, response).detach())
 
     def natural(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
         r"""The preconditioner, else division by :math:`\eta`: applied to :meth:`step`, the result does not depend on :math:`\eta`.

@@ -51,16 +51,16 @@ def prox_of_zero(physics: Physics, x: Tensor, gamma: Any) -> Any:
     return torch.no_grad()(lambda r: prox_l2(physics, r, parts, gamma))
 
 
-def prox_by_filter(physics: Physics, gamma: Any, inverse: Callable[[Any], Any], steps: int = 4) -> Callable[[Any], Any]:
-    r"""The linear map of :func:`prox_of_zero`, nearly: a few steps of conjugate gradients, preconditioned by a filter.
+def prox_by_cg(physics: Physics, gamma: Any, inverse: Callable[[Any], Any], steps: int = 4) -> Callable[[Any], Any]:
+    r"""The linear map of :func:`prox_of_zero`, nearly: a few preconditioned steps of conjugate gradients.
 
-    A filter alone shortens what no measurement sees, which the map leaves as it is. On CT with 50 views four steps leave an error
-    of one percent.
+    The preconditioner alone shortens what no measurement sees, which the map leaves as it is. On CT with 50 views four steps leave an
+    error of one percent.
 
     :param deepinv.physics.Physics physics: linear forward operator.
     :param float, torch.Tensor gamma: weight of the data term.
-    :param Callable inverse: filter near to :math:`(\gamma A^\top A + I)^{-1}`, positive definite.
-    :param int steps: number of products with :math:`A^\top A`, and of filters.
+    :param Callable inverse: preconditioner, an approximation of :math:`(\gamma A^\top A + I)^{-1}`, positive definite.
+    :param int steps: number of products with :math:`A^\top A`, and with the preconditioner.
     :return: the map of images of shape ``(B, C, *spatial)``.
     """
 

@@ -1,4 +1,4 @@
-r"""What one evaluation of a map says of a point, and how far rounding lets one believe it."""
+r"""One evaluation of a map: image, residual, and an estimate of its rounding error."""
 
 from __future__ import annotations
 

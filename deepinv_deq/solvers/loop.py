@@ -22,7 +22,7 @@ class Settings:
     r"""Solver settings passed to a method, see :class:`Solver <deepinv_deq.Solver>`.
 
     :param int max_iter: largest number of evaluations.
-    :param float tol: relative error to reach.
+    :param float tol: relative residual to reach.
     :param int, None history: number of past points to keep; ``None`` is the method's own default.
     :param float damping: step along the residual.
     :param int sync_every: number of evaluations after which the host checks whether all samples are done.
@@ -88,7 +88,7 @@ class Method:
 
 
 def iterate(method: Method, problem: Problem, x0: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
-    r"""Run ``x <- update(x, F(x), restart)`` for each sample until its relative error is below the tolerance.
+    r"""Run ``x <- update(x, F(x), restart)`` for each sample until its relative residual is below the tolerance.
 
     A point is rejected if its residual is not finite, or more than ``growth`` times the best one. The method then forgets its
     history of that sample, and the next point is a damped step from the best one. Each consecutive rejection halves that step and

@@ -38,7 +38,7 @@ class Solver:
     r"""A fixed-point method with its settings: ``solver(f, x0)`` returns :math:`x = f(x)` and a statistic.
 
     Every sample (index of dimension 0) is solved by itself, and depends on no other. It stops, and is frozen from then on, when
-    its **relative error in natural units**
+    its **relative residual in natural units**
 
     .. math::
 
@@ -54,11 +54,11 @@ class Solver:
         ``"fixed_point_iter"`` (Picard), ``"gmres"`` (:footcite:t:`saad1986gmres`, for affine maps such as eq. 10 of the
         paper), another name in :data:`deepinv_deq.solvers.METHODS`, or one in TorchDEQ's registry.
     :param int max_iter: largest number of evaluations of ``f``, the one at ``x0`` included.
-    :param float tol: relative error to reach, no unit.
+    :param float tol: relative residual to reach, no unit. The distance to the fixed point can be much larger.
     :param int, None history: number of past points kept: Anderson's depth (default 8), Broyden's rank (default: all),
         GMRES' restart length (default 30).
-    :param float damping: step :math:`\beta` along the residual in Picard and Anderson steps, in :math:`(0, 1]`.
-    :param str on_failure: ``"warn"`` (once per solver and cause, and again where it is ten times worse), ``"raise"`` or
+    :param float damping: step :math:`\beta` along the residual in Picard and Anderson steps, in :math:`(0, 1]`. With 1 nothing is damped.
+    :param str on_failure: ``"warn"`` (once per solver and cause, and again for residuals ten times as large), ``"raise"`` or
         ``"ignore"`` where the tolerance is missed.
     :param bool batched: ``False`` treats the whole state as one sample, for maps that couple the samples of a batch.
     :param int, None chunk_size: number of samples that are solved at a time, for maps that can be restricted to samples.
@@ -68,9 +68,9 @@ class Solver:
     :param int, None sync_every: number of evaluations after which the host checks whether all samples are done. A larger number
         keeps an accelerator busy, at the cost of up to ``sync_every - 1`` unnecessary evaluations. ``None`` is 4 on
         accelerators, 1 on CPU.
-    :param bool precondition: whether to use the preconditioner that a map may offer, as :class:`DEGrad` does where the
-        physics is nearly a filter: fewer evaluations, the same solution and the same criterion. ``False`` does not save the
-        measurement of the filter, which the criterion uses.
+    :param bool precondition: whether to use the preconditioner that a map may offer, as :class:`DEGrad` does where
+        :math:`A^\top A` is nearly a convolution: fewer evaluations, the same solution and the same criterion. With ``False`` it is
+        measured nevertheless, because the criterion uses it.
     :param bool cuda_graphs: whether evaluations on an NVIDIA GPU are captured in a CUDA graph, which saves the launches of single operations.
         Each solve spends about five evaluations on this. The map must not read numbers of tensors, and what it does besides
         computing, such as printing, is not repeated. Maps under autocast and adjoint solves stay as they are.
@@ -208,7 +208,7 @@ def parts_of(solver: Solver, f: Map, x: State, numbers: int = WORTH) -> list[tup
 def _contradicted(solver: Solver, worst: float, dtype: torch.dtype) -> str:
     cause = "the map is not deterministic, or couples the samples of the batch (then use Solver(..., batched=False))."
     if dtype.itemsize < 4 and worst >= FINER * torch.finfo(dtype).eps:
-        cause = f"products in {str(dtype).removeprefix('torch.')} cannot reach {solver.tol:.1e}."
+        cause = f"vector-Jacobian products in {str(dtype).removeprefix('torch.')} cannot reach {solver.tol:.1e}."
     return f"{solver.method} reported convergence, but the measured residual is {worst:.1e}: {cause}"
 
 
@@ -216,7 +216,7 @@ def _check(solver: Solver) -> None:
     if solver.method not in available_methods() and foreign(solver.method) is None:
         raise ValueError(f"Unknown solver method {solver.method!r}: must be one of {', '.join(available_methods())}.")
     if not solver.tol > 0:
-        raise ValueError(f"tol is a relative error and must be positive, got {solver.tol}.")
+        raise ValueError(f"tol is a relative residual and must be positive, got {solver.tol}.")
     for name in ("max_iter", "history", "chunk_size", "sync_every"):
         value = getattr(solver, name)
         if value is not None and not hasattr(value, "__index__"):

@@ -32,7 +32,7 @@ _TF32 = (
     "torch.backends.cudnn.allow_tf32 = False."
 )
 _REMEDY = {
-    "tolerance": "Raise max_iter or tol, lower damping, or make the map more contractive.",
+    "tolerance": "Raise max_iter or tol, try Solver(damping=0.5), or make the map more contractive (train with ContractionLoss).",
     "non-finite": "The map or its constant (for a gradient: the cotangent) is NaN or Inf: check weights, input and loss.",
     "floor": "",
     "singular": "",
@@ -45,7 +45,7 @@ class ConvergenceWarning(UserWarning):
 
 
 class ConvergenceError(RuntimeError):
-    r"""A fixed-point solve stopped before it reached its tolerance, and was asked to raise.
+    r"""A fixed-point solve stopped before it reached its tolerance, with ``on_failure="raise"``.
 
     :param str message: what happened and what to do.
     :param SolverStat stat: the statistic of the solve, kept as attribute ``stat``.

@@ -27,6 +27,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet, FixedPointResidual, ModularIDHook, Solver
 from deepinv_deq.datasets import phantoms
+from deepinv_deq.losses import ContractionLoss
 
 
 def arguments() -> argparse.Namespace:
@@ -71,7 +72,6 @@ def main() -> None:
     sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, seed=0)
     loader = DataLoader(dataset, args.batch_size // world, sampler=sampler)
 
-    # pretrained as a contraction, so that the fixed point is unique in the missing pixels, too
     model = DEQReconstructor(
         DEProx(EquilibriumUNet(pretrained="gray")),
         solver=Solver("anderson", max_iter=100, tol=1e-3, on_failure="ignore"),
@@ -80,7 +80,8 @@ def main() -> None:
     parallel = DistributedDataParallel(model) if several else model
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     rotate = dinv.transform.Rotate(multiples=90, positive=True, interpolation_mode="nearest")
-    losses = [dinv.loss.MCLoss(), dinv.loss.EILoss(rotate)]
+    # ContractionLoss keeps the fixed point unique: pretrained weights alone need not contract.
+    losses = [dinv.loss.MCLoss(), dinv.loss.EILoss(rotate, no_grad=True), ContractionLoss()]
     metric = FixedPointResidual()
 
     path, start = args.out / "checkpoint.pt", 0

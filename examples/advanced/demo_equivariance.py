@@ -10,7 +10,8 @@ how equivariant a model is before and after training, with the measures of Table
 # Two models
 # ----------
 #
-# The shipped model for sparse-view CT, trained without ground-truth CT images, and the same iteration before this training.
+# The shipped model for sparse-view CT, trained without ground-truth CT images, and the same iteration before this training. The slice
+# comes with pydicom (``pip install pydicom``).
 
 import deepinv as dinv
 import matplotlib.pyplot as plt

@@ -58,8 +58,8 @@ y, y_test = physics(x), physics_test(x_test)
 # An iteration
 # ------------
 #
-# A gradient step on the data term, a network, and an average with :math:`A^\top y`, which makes the iteration contract. The weight of the average
-# is learned.
+# A gradient step on the data term, a network, and an average with :math:`A^\top y`, which multiplies the norm of the Jacobian by :math:`1 - s`. The weight
+# :math:`s` of the average is learned.
 
 
 class Anchored(FixedPointIteration):

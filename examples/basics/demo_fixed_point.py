@@ -11,7 +11,7 @@ shows the solve evaluation by evaluation, checks uniqueness with the certificate
 # -----------------------
 #
 # The model ``"ct-ei-small"`` ships with the package. It was trained on sinograms with ContractionLoss, without ground-truth CT images.
-# The slice comes with pydicom.
+# The slice comes with pydicom (``pip install pydicom``).
 
 import deepinv as dinv
 import matplotlib.pyplot as plt

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet
 from deepinv_deq.datasets import mr_slice
+from deepinv_deq.losses import BicubicRotate
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -52,7 +53,7 @@ def train(model):
         model=model,
         physics=physics,
         optimizer=torch.optim.Adam(model.parameters(), lr=3e-4),
-        losses=[dinv.loss.MCLoss(), dinv.loss.EILoss(dinv.transform.Rotate(interpolation_mode="bilinear"))],
+        losses=[dinv.loss.MCLoss(), dinv.loss.EILoss(BicubicRotate(), no_grad=True)],
         train_dataloader=DataLoader(measurements, batch_size=4, shuffle=True),
         epochs=4,
         metrics=None,

@@ -1,6 +1,6 @@
 r"""
-Sparse-view CT without ground truth
-===================================
+The shipped CT model on another scanner
+=======================================
 
 The model ``"ct-ei"`` ships with the package. It was trained on 90 sinograms of 50 views each (128×128 pixels), without ground-truth CT images. Its
 denoiser had been pretrained on natural images. Here the model reconstructs a slice of another scanner, with 30 views and 64×64 pixels. Then

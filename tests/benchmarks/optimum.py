@@ -29,7 +29,7 @@ def over_the_limit(bench: Bench, name: str) -> list[dict[str, Any]]:
         rows.append({"what": "evaluations", "image": i, "optimum": min(limit.values()), "variants": limit, **taken})
         limit, b_star = limits.adjoint_limit(double, exact, i)
         taken, error = limits.products(task, exact, b_star, i, Solver("gmres", max_iter=300, on_failure="ignore"))
-        rows.append({"what": "products", "image": i, "optimum": min(limit.values()), "variants": limit, "gmres": taken})
+        rows.append({"what": "VJPs", "image": i, "optimum": min(limit.values()), "variants": limit, "gmres": taken})
         rows[-1]["error"] = error
         say(f"  {rows[-2]}\n  {rows[-1]}")
     return rows

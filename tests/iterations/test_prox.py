@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from deepinv_deq import DEGrad
-from deepinv_deq.iterations.circulant import Filter, spectrum
-from deepinv_deq.iterations.prox import prox_by_filter
+from deepinv_deq.iterations.circulant import CirculantInverse, spectrum
+from deepinv_deq.iterations.prox import prox_by_cg
 from tests.problems import F64, SmallDenoiser, relative_error
 
 GAMMA = 50.0
@@ -25,16 +25,16 @@ def dense_inverse(physics: dinv.physics.LinearPhysics, side: int) -> torch.Tenso
 @pytest.mark.parametrize(("steps", "tolerance"), [(4, 0.1), (12, 2e-3), (40, 1e-5)])
 def test_steps_with_a_filter_come_near_to_the_dense_inverse(steps, tolerance):
     physics, r = tomography(), torch.randn(3, 1, 16, 16)
-    inverse = Filter(GAMMA * spectrum(physics, r) + 1)
+    inverse = CirculantInverse(GAMMA * spectrum(physics, r) + 1)
     exact = (r.flatten(1).double() @ dense_inverse(physics, 16)).view_as(r)
-    assert relative_error(prox_by_filter(physics, GAMMA, inverse, steps)(r), exact) < tolerance
+    assert relative_error(prox_by_cg(physics, GAMMA, inverse, steps)(r), exact) < tolerance
     assert relative_error(inverse(r), exact) > 0.1  # the filter alone
 
 
 def test_every_sample_is_solved_alone_and_nothing_stays_nothing():
     physics, r = tomography(), torch.randn(3, 1, 16, 16)
     r[1] = 0.0
-    apply = prox_by_filter(physics, GAMMA, Filter(GAMMA * spectrum(physics, r) + 1))
+    apply = prox_by_cg(physics, GAMMA, CirculantInverse(GAMMA * spectrum(physics, r) + 1))
     together = apply(r)
     assert not together[1].any()
     for one, alone in zip(together, r, strict=True):
@@ -52,5 +52,5 @@ def test_the_metric_of_the_penalty_leaves_what_no_measurement_sees():
     assert eigenvalues[0] < 1.01
     metric = f.contractive_part(x)[1]
     assert relative_error(metric(unseen), unseen) < 0.1
-    filter_alone = Filter(GAMMA * spectrum(physics, x) + 1)
+    filter_alone = CirculantInverse(GAMMA * spectrum(physics, x) + 1)
     assert relative_error(filter_alone(unseen), unseen) > 0.3
