@@ -105,6 +105,18 @@ class RampFilteredError(nn.Module):
     :param deepinv.physics.LinearPhysics physics: parallel-beam tomography.
     :param tuple[int, ...] img_size: size of an image, ``(C, H, W)``.
     :param str, torch.device device: device of ``physics``.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Tomography
+    >>> from deepinv_deq.losses import RampFilteredError
+    >>> physics = Tomography(angles=10, img_width=16, normalize=True)
+    >>> error = RampFilteredError(physics, (1, 16, 16))
+    >>> error(physics.A(torch.ones(2, 1, 16, 16)), physics.A(torch.zeros(2, 1, 16, 16))).shape
+    torch.Size([2])
     """
 
     def __init__(self, physics: LinearPhysics, img_size: tuple[int, ...], *, device: torch.device | str = "cpu"):
@@ -129,6 +141,15 @@ class BicubicRotate(Rotate):
     r"""Rotation with bicubic interpolation. Bilinear interpolation removes detail, and a model trained with it removes detail, too.
 
     :param kwargs: arguments of :class:`deepinv.transform.Rotate`, without ``interpolation_mode``.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deq.losses import BicubicRotate
+    >>> BicubicRotate(n_trans=2)(torch.rand(1, 1, 16, 16)).shape
+    torch.Size([2, 1, 16, 16])
     """
 
     def __init__(self, **kwargs: Any):

@@ -78,6 +78,12 @@ class SparseLinearPhysics(SparseProducts):
         :return: the sparse operator, on the device of ``physics``.
         :raises ValueError: if the operator is not linear with real images, needs more memory, or the cache is broken or
             belongs to another operator.
+
+        >>> from deepinv.physics import Tomography
+        >>> from deepinv_deq.physics import SparseLinearPhysics
+        >>> physics = SparseLinearPhysics.from_physics(Tomography(angles=10, img_width=16, normalize=True), (1, 16, 16))
+        >>> physics.A(torch.rand(2, 1, 16, 16)).shape
+        torch.Size([2, 1, 23, 10])
         """
         return _from_physics(cls, physics, tuple(img_size), None if cache is None else Path(cache), max_bytes)
 

@@ -34,6 +34,18 @@ class DEProx(FixedPointIteration):
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Inpainting
+    >>> from deepinv_deq import DEProx, DEQReconstructor, EquilibriumUNet
+    >>> physics = Inpainting((1, 8, 8), mask=torch.ones(1, 8, 8).tril())
+    >>> model = DEQReconstructor(DEProx(EquilibriumUNet(channels=(4, 8))))
+    >>> model(physics(torch.rand(2, 1, 8, 8)), physics).shape
+    torch.Size([2, 1, 8, 8])
     """
 
     def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
@@ -63,6 +75,18 @@ class DEGrad(FixedPointIteration):
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Tomography
+    >>> from deepinv_deq import DEGrad, DEQReconstructor, EquilibriumUNet
+    >>> physics = Tomography(angles=10, img_width=16, normalize=True)
+    >>> model = DEQReconstructor(DEGrad(EquilibriumUNet(channels=(4, 8)), data_weight=50.0, stepsize=1 / 51))
+    >>> model(physics(torch.rand(1, 1, 16, 16)), physics).shape
+    torch.Size([1, 1, 16, 16])
     """
 
     def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class DEHQS(MeasurementIteration):
 
         F_\theta(x; y) = D_\theta(\operatorname{prox}_{\eta \lambda f}(x)), \qquad f(x) = \tfrac12 \|A x - y\|^2
 
-    The proximal map of the data term converges for any step, where a gradient step would need :math:`\eta < 2/\|A\|^2`.
+    The proximal map of the data term does not expand for any step, where a gradient step would need :math:`\eta < 2/\|A\|^2`.
 
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module.
     :param float stepsize: :math:`\eta > 0`.
@@ -50,6 +50,18 @@ class DEHQS(MeasurementIteration):
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Downsampling
+    >>> from deepinv_deq import DEHQS, DEQReconstructor, EquilibriumUNet
+    >>> physics = Downsampling(img_size=(1, 16, 16), factor=2, filter="gaussian")
+    >>> model = DEQReconstructor(DEHQS(EquilibriumUNet(channels=(4, 8)), stepsize=20.0))
+    >>> model(physics(torch.rand(1, 1, 16, 16)), physics).shape
+    torch.Size([1, 1, 16, 16])
     """
 
     def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
@@ -81,6 +93,18 @@ class DEADMM(MeasurementIteration):
 
     :raises TypeError: if ``denoiser`` is not a module.
     :raises ValueError: if ``stepsize`` or ``data_weight`` is not positive, or the denoiser needs a noise level and gets none.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Inpainting
+    >>> from deepinv_deq import DEADMM, DEQReconstructor, EquilibriumUNet
+    >>> physics = Inpainting((1, 8, 8), mask=torch.ones(1, 8, 8).tril())
+    >>> model = DEQReconstructor(DEADMM(EquilibriumUNet(channels=(4, 8))))
+    >>> model(physics(torch.rand(1, 1, 8, 8)), physics).shape
+    torch.Size([1, 1, 8, 8])
     """
 
     def init(self, y: Any, physics: Physics) -> State:

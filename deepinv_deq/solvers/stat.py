@@ -75,6 +75,11 @@ class SolverStat(_TorchDEQStat):
 
     ``nstep`` is the number of evaluations after which each sample was done. Traces have shape ``(B, n)``: column
     :math:`k` holds the residual of the :math:`k`-th evaluated point; a sample that is done repeats its last value.
+
+    >>> from deepinv_deq import Solver
+    >>> x, stat = Solver("fixed_point_iter", tol=1e-3)(lambda x: 0.5 * x + 1, torch.zeros(1, 4))
+    >>> stat.evaluations, stat.converged.tolist(), stat["rel_trace"].shape
+    (10, [True], torch.Size([1, 10]))
     """
 
     @property
