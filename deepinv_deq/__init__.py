@@ -1,6 +1,6 @@
 r"""Deep equilibrium models for DeepInverse, with exact implicit gradients."""
 
-import deepinv_deq._versions
+import deepinv_deq._versions  # noqa: F401  refuses an old deepinv
 from deepinv_deq.certificate import Certificate
 from deepinv_deq.denoisers import EquilibriumUNet
 from deepinv_deq.equivariance import IterationEquivariance, PipelineEquivariance

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deepinv_deq import compat
 
+_COLUMNS = 128  # columns that are measured at once
 _PROBES = 8  # views that are assembled first, to estimate the memory of all
 
 
@@ -42,20 +43,19 @@ def from_tomography(physics: Tomography, m: int, max_bytes: int) -> Tensor:
     return csr(rows, columns, values, (m, n))
 
 
-def by_columns(physics: LinearPhysics, img_size: Sequence[int], m: int, max_bytes: int, chunk: int = 128) -> Tensor:
+def by_columns(physics: LinearPhysics, img_size: Sequence[int], m: int, max_bytes: int) -> Tensor:
     r"""The matrix of any operator: its columns are the measurements of unit images.
 
     :param deepinv.physics.LinearPhysics physics: the operator.
     :param Sequence[int] img_size: shape of one image.
     :param int m: number of measurements.
     :param int max_bytes: memory that may be used.
-    :param int chunk: number of columns that are measured at once.
     :return: sparse CSR matrix of shape ``(m, n)`` on the CPU.
     :raises ValueError: if more memory is needed.
     """
     n, like, total = torch.Size(img_size).numel(), scalar_like(physics), 0
     counts, columns, values = [], [], []
-    chunk = max(1, min(chunk, max_bytes // (8 * (n + m) * like.element_size())))
+    chunk = max(1, min(_COLUMNS, max_bytes // (8 * (n + m) * like.element_size())))
     for start in range(0, n, chunk):
         count = min(chunk, n - start)
         unit = like.new_zeros(count, n)

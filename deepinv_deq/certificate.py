@@ -18,8 +18,9 @@ from deepinv_deq.iterations import FixedPointIteration
 from deepinv_deq.iterations.checks import unsuitable_layer
 from deepinv_deq.iterations.starts import noise_like, state_of
 from deepinv_deq.solvers import Solver
+from deepinv_deq.solvers.evaluation import relative_to
 from deepinv_deq.spectra import spectrum_of_part
-from deepinv_deq.states import norms
+from deepinv_deq.states import Layout, norms
 
 _LONGER = 3  # times max_iter, for solves from other starts and to smaller tolerances
 _SPREAD = 3.0  # two solves may differ by the sum of their errors, and the estimate is good to a small factor
@@ -221,9 +222,5 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    gap, size = norms(_rows(a - b)), norms(_rows(b))
-    return torch.where(gap == 0, gap, gap / size.clamp_min(torch.finfo(size.dtype).tiny)).to(b.real.dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return (torch.view_as_real(x) if x.is_complex() else x).flatten(1)
+    layout = Layout(b, batched=True)
+    return relative_to(norms(layout.pack(a - b)), norms(layout.pack(b))).to(b.real.dtype)

@@ -1,4 +1,4 @@
-r"""What a user hands to a :class:`DEQReconstructor`: measurements, starting points, layers without shapes yet."""
+r"""What a user hands to a :class:`DEQReconstructor`: measurements, starting points, classes of arguments."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Any, cast
 import torch
 from deepinv.physics import Physics
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from deepinv_deq.iterations import BoundIteration, FixedPointIteration
-from deepinv_deq.iterations.capture import initialise
 from deepinv_deq.states import State, as_tuple
 
 Init = Tensor | tuple[Tensor, ...] | dict[str, Any] | Callable[[Any, Any], Any]
@@ -133,17 +131,6 @@ def _own_start_or_none(f: Any, iteration: FixedPointIteration, y: Any, physics: 
         raise
     except Exception:
         return None
-
-
-def give_lazy_layers_their_shapes(iteration: FixedPointIteration, y: Any, physics: Physics) -> None:
-    r"""Evaluate the iteration once, if it has layers that get their parameters in their first call, such as ``LazyConv2d``.
-
-    :param FixedPointIteration iteration: the iteration.
-    :param torch.Tensor y: measurements.
-    :param deepinv.physics.Physics physics: forward operator.
-    """
-    if any(is_lazy(t) for t in (*iteration.parameters(), *iteration.buffers())):
-        initialise(iteration, physics, y)
 
 
 def _shapes(tensors: tuple[Tensor, ...]) -> str:

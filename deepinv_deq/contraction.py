@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deepinv_deq.implicit.context import as_in_forward, usable
 from deepinv_deq.iterations.starts import noise_like, state_of
 from deepinv_deq.metrics import solving_model
-from deepinv_deq.spectra import jacobian_norm
+from deepinv_deq.spectra import jacobian_norm, root_mean_square
 from deepinv_deq.states import State, as_tuple, minus, plus, times
 
 _STEPS = 3  # largest number of plain steps before the Jacobian is measured
@@ -111,7 +111,7 @@ class ContractionLoss(Loss):
         share, away = torch.rand(len(x_hat), generator=self.rng).to(x_hat.device), as_tuple(minus(end, here))
         part = tuple(times(share, t) for t in away)
         norm = jacobian_norm(f, plus(here, part), iterations=self.iterations, rng=self.rng, direction=away[0])
-        size = _root_mean_square(x_hat) + _root_mean_square(part[0])
+        size = root_mean_square(x_hat) + root_mean_square(part[0])
         return self.weight / self.probability * size.square() * (norm - self.bound).relu().square()
 
     @torch.no_grad()
@@ -124,7 +124,3 @@ class ContractionLoss(Loss):
         for _ in range(int(torch.randint(_STEPS + 1, (), generator=self.rng))):
             state = plus(state, natural(f.step(state)))
         return state
-
-
-def _root_mean_square(x: Tensor) -> Tensor:
-    return x.abs().square().flatten(1).mean(dim=1).sqrt()

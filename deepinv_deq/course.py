@@ -2,19 +2,18 @@ r"""The course of a solve: the quality of every point that was evaluated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor
 
 from deepinv_deq.checks import check_ground_truth
-from deepinv_deq.maps import Map
+from deepinv_deq.maps import Delegate, Map
 from deepinv_deq.states import Rows, State
 
 
-class Course(Map):
+class Course(Delegate):
     r"""A map that records the PSNR of the points at which it is evaluated, and hands everything else on.
 
     The solver sees the preconditioner, the restriction to samples and the residual of the map itself, so the solve is the one
@@ -26,17 +25,14 @@ class Course(Map):
     """
 
     def __init__(self, f: Map, x_gt: Tensor | None, output: Callable[[State], Tensor]):
-        self._f, self._x_gt, self._output = f, x_gt, output
+        super().__init__(f)
+        self._x_gt, self._output = x_gt, output
         self._samples: list[list[float]] = [] if x_gt is None else [[] for _ in range(len(x_gt))]
         self._rows = torch.arange(len(self._samples))
 
     @property
     def records(self) -> bool:  # type: ignore[override]
         return self._x_gt is not None
-
-    @property
-    def inputs(self) -> Any:  # type: ignore[override]
-        return self._f.inputs
 
     def __call__(self, x: State) -> State:
         self._record(x)
@@ -45,19 +41,6 @@ class Course(Map):
     def step(self, x: State) -> State:
         self._record(x)
         return self._f.step(x)
-
-    @property
-    def has_own_step(self) -> bool:
-        return self._f.has_own_step
-
-    def natural(self, x: State) -> Callable[[Any], Any] | None:
-        return self._f.natural(x)
-
-    def preconditioner(self, x: State) -> Callable[[Any], Any] | None:
-        return self._f.preconditioner(x)
-
-    def rebind(self, inputs: Sequence[Tensor]) -> Map:
-        return self._f.rebind(inputs)
 
     def select(self, rows: Rows) -> Map | None:
         part = self._f.select(rows)
@@ -68,9 +51,6 @@ class Course(Map):
             course._x_gt, course._samples = self._x_gt[rows], self._samples
             course._rows = self._rows[rows.cpu() if isinstance(rows, Tensor) else rows]
         return course
-
-    def diagnose(self) -> str:
-        return self._f.diagnose()
 
     def metrics(self, residuals: list[list[float]]) -> dict[str, list[list[float]]]:
         r"""What deepinv plots: one list per sample, one number per evaluation.

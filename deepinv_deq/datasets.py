@@ -175,7 +175,7 @@ def _load_folder(path: Path, max_bytes: int, size: int | None) -> Tensor:
     for file in files:
         images.append(_load_image(file, max_bytes - sum(image.nbytes for image in images)))
         if size is not None:
-            _check_range(images[-1], path)  # averages hide values outside of the range
+            _check_range(images[-1], file)  # averages hide values outside of the range
             images[-1] = _square(images[-1][None, None], size)[0, 0]
         if images[-1].shape != images[0].shape:
             first, other = tuple(images[0].shape), tuple(images[-1].shape)

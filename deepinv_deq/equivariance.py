@@ -11,6 +11,7 @@ from deepinv.physics import Physics
 from deepinv.transform import Rotate, Transform
 from torch import Tensor
 
+from deepinv_deq.iterations.starts import state_of
 from deepinv_deq.metrics import solving_model
 
 
@@ -118,4 +119,11 @@ class IterationEquivariance(_Equivariance):
         :return: the map, or ``None`` if the model has no iteration.
         """
         iteration = getattr(solving_model(model) or model, "iteration", None)
-        return None if iteration is None else lambda x: iteration.bind(physics.A(x), physics)(x)
+        if iteration is None:
+            return None
+
+        def once(x: Tensor) -> Tensor:
+            f = iteration.bind(y := physics.A(x), physics)
+            return iteration.output(f(state_of(x, f.init(y))))
+
+        return once

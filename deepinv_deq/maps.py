@@ -155,6 +155,29 @@ def as_map(f: Callable[[Any], Any]) -> Map:
     return _WithNatural(f) if callable(getattr(type(f), "natural", None)) else _Wrapped(f)
 
 
+class Delegate(Map):
+    r"""A map that hands everything but its evaluation on to another map."""
+
+    def __init__(self, f: Map):
+        self._f = f
+
+    @property
+    def has_own_step(self) -> bool:
+        return self._f.has_own_step
+
+    def natural(self, x: Any) -> Callable[[Any], Any] | None:
+        return self._f.natural(x)
+
+    def preconditioner(self, x: Any) -> Callable[[Any], Any] | None:
+        return self._f.preconditioner(x)
+
+    def select(self, rows: Rows) -> Map | None:
+        return self._f.select(rows)
+
+    def diagnose(self) -> str:
+        return self._f.diagnose()
+
+
 class AffineMap(Map):
     r"""The map :math:`b \mapsto \ell(b) + c`, which lets a Krylov method use its two parts.
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from deepinv_deq import compat, pretrained
 from deepinv_deq.callbacks import Callbacks, OnSolve
 from deepinv_deq.certificate import Certificate, certify
-from deepinv_deq.checks import Init, check_finite, check_types, give_lazy_layers_their_shapes, own_start, starting_point
+from deepinv_deq.checks import Init, check_finite, check_types, own_start, starting_point
 from deepinv_deq.course import Course
 from deepinv_deq.implicit import ModularIDHook
 from deepinv_deq.implicit.forward_mode import refusing_vmap
@@ -171,7 +171,6 @@ class DEQReconstructor(_Solving):
         """
         with refusing_vmap():
             check_finite(y := measurements(y, physics))
-            give_lazy_layers_their_shapes(self.iteration, y, physics)
             level = {} if sigma is None else {"sigma": sigma}  # subclasses may override bind(y, physics)
             f = as_map(self.iteration.bind(y, physics, **level))
             course = Course(f, x_gt, self.iteration.output) if compute_metrics else None

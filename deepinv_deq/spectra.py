@@ -33,7 +33,7 @@ def jacobian_norm(
     part = _Part(f, x, exact=False)
     first = part.random(rng)
     if direction is not None:
-        size = direction.abs().square().flatten(1).mean(dim=1).sqrt()
+        size = root_mean_square(direction)
         along = Layout(direction, batched=True).pack(direction) * torch.where(size > 0, 1 / size, 0.0)[:, None]
         image, others = first.split([along.shape[1], first.shape[1] - along.shape[1]], dim=1)
         first = torch.cat([along.to(first.dtype) + _NOISE * image, others], dim=1)
@@ -50,6 +50,14 @@ def jacobian_norm(
         b = part.product(pu, create_graph=True)
         pb = part.metric(b.detach())  # without a graph: the derivative of <b, Pb> is 2 <db, Pb>
         return _dot(b, pb).to(b.dtype) / _length(b.detach(), pb) / norm
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    r"""Root mean square of each image, of shape ``(B,)``.
+
+    :param torch.Tensor x: images, of shape ``(B, C, H, W)``.
+    """
+    return x.abs().square().flatten(1).mean(dim=1).sqrt()
 
 
 def spectrum_of_part(f: Any, state: State, products: int, *, batched: bool = True) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,7 +82,7 @@ class Layout:
         # real numbers per sample; told explicitly, because an empty batch gives reshape(-1) nothing to infer them from
         self.sizes = [(t.shape if joint else t.shape[1:]).numel() * (2 if t.is_complex() else 1) for t in tensors]
         # half precision is for the map; the solver's own sums are in single precision at least
-        real = [t.real.dtype if t.is_complex() else t.dtype for t in tensors]
+        real = [t.real.dtype for t in tensors]
         self.dtype = torch.float32
         for dtype in real:
             self.dtype = torch.promote_types(self.dtype, dtype)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from deepinv_deq import DEGrad, DEProx, DEQReconstructor, Solver
-from deepinv_deq.course import Course
-from deepinv_deq.maps import Map
+from deepinv_deq.maps import Delegate, Map
 from tests.problems import SmallDenoiser, imaging
 
 
@@ -53,9 +52,9 @@ def test_record_is_that_of_each_sample():
             points = f(points)
 
 
-def test_every_method_of_a_map_is_handed_on():
+def test_every_method_of_a_map_that_a_solver_uses_is_handed_on():
     offered = {name for name in vars(Map) if not name.startswith("_") and callable(getattr(Map, name))}
-    assert offered | {"inputs", "has_own_step"} <= set(vars(Course))
+    assert (offered | {"has_own_step"}) - {"rebind", "step"} <= set(vars(Delegate))
 
 
 @pytest.mark.parametrize("hooked", [False, True])
@@ -86,6 +85,9 @@ def test_what_cannot_be_recorded_is_refused():
                 ValueError, match=r"x_gt must have the shape of the reconstruction, \([13], 1, 4, 4\), got"
             ):
                 model(y, physics, compute_metrics=True, x_gt=other)
+    model.solver = Solver("simple_fixed_point_iter", on_failure="ignore")
+    with pytest.raises(ValueError, match="which reports no residual for each evaluation: use another method"):
+        model(y, physics, compute_metrics=True, x_gt=x)
     model.solver = Solver("gmres", on_failure="ignore")
     with pytest.raises(ValueError, match="'gmres', which evaluates the map at directions: use another method"):
         model(y, physics, compute_metrics=True, x_gt=x)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from deepinv.loss.metric import PSNR
+from deepinv.optim import ADMM, L2, PnP
 from deepinv.physics import MRI, Denoising, Inpainting
 from deepinv.transform import Rotate, Shift
 from torch import nn
 
-from deepinv_deq import DEProx, DEQReconstructor, IterationEquivariance, PipelineEquivariance
+from deepinv_deq import DEADMM, DEProx, DEQReconstructor, FromOptim, IterationEquivariance, PipelineEquivariance
 
 CEILING = 80.0  # deepinv's PSNR of identical images
 
@@ -21,7 +22,7 @@ class Shade(nn.Module):
         super().__init__()
         self.register_buffer("ramp", height * torch.linspace(-1, 1, n).expand(n, n).clone())
 
-    def forward(self, x):
+    def forward(self, x, sigma=None):
         return x + self.ramp
 
 
@@ -57,6 +58,14 @@ def test_iteration_of_a_known_operator():
     torch.testing.assert_close(
         IterationEquivariance()(x, x, physics=physics, model=model), by_hand(8).expand(3), rtol=1e-4, atol=0
     )
+
+
+def test_iterations_of_several_variables():
+    x, physics = torch.rand(2, 1, 8, 8), Denoising()
+    admm = ADMM(prior=PnP(Shade(8)), data_fidelity=L2(), stepsize=0.5)
+    for iteration in (DEADMM(Shade(8), stepsize=0.5), FromOptim(admm)):
+        found = IterationEquivariance()(x, x, physics=physics, model=DEQReconstructor(iteration))
+        torch.testing.assert_close(found, by_hand(8).expand(2), rtol=1e-3, atol=0)
 
 
 def test_other_transforms_use_one_element_for_both_sides():

@@ -7,10 +7,8 @@ the function is lost; ``import deepinv_deq`` and training go on. To use another 
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
@@ -38,7 +36,7 @@ from deepinv_deq.compat.modules import (
     weight_hooks,
     without,
 )
-from deepinv_deq.compat.operations import dispatch_mode, numbers, random_numbers
+from deepinv_deq.compat.operations import dispatch_mode, numbers, operator_of_adjoint, random_numbers
 from deepinv_deq.compat.precision import rounds_convolutions, unit_roundoff
 
 __all__ = [
@@ -60,6 +58,7 @@ __all__ = [
     "layers_that_change",
     "layers_with_statistics",
     "numbers",
+    "operator_of_adjoint",
     "outside_of_compiled_graphs",
     "parts_of_script",
     "random_numbers",
@@ -225,7 +224,7 @@ def registered_solvers() -> Mapping[str, Callable[..., Any]]:
 def distributed_framework() -> tuple[Any, Any, Any]:
     r"""deepinv's classes of distributed denoisers and of their parameters, and its sum of the gradients of distributed tiles.
 
-    Without them (``None``), :class:`deepinv_deq.distributed.SynchronisedDenoiser` raises, and nothing else changes.
+    Without them (``None``), :class:`deepinv_deq.training.distributed.SynchronisedDenoiser` raises, and nothing else changes.
     """
     names = ("DistributedProcessing", "DistributedReplicatedParameters", "distributed_utils.DistributedGradientSync")
     processing, replicated, synchronise = (find(f"deepinv.distributed.framework.{name}") for name in names)

@@ -82,7 +82,11 @@ class Adjoint(LinearSolves):
         """
         total: Gradients = ()
         stats: list[SolverStat] = []
-        for rows, part in parts_of(self.solver, f, as_state(x_star, self.single), NUMBERS_PER_GRAPH):
+        joint = (
+            self.reached is not None and len(self.reached.residual) != x_star[0].shape[:1].numel()
+        )  # solved as one sample
+        parts = [(None, f)] if joint else parts_of(self.solver, f, as_state(x_star, self.single), NUMBERS_PER_GRAPH)
+        for rows, part in parts:
             x, cotangent = (t if rows is None else tuple(s[rows] for s in t) for t in (x_star, g))
             _, grads, stat = self._of_one_graph(part, x, inputs, cotangent, rows)
             total = tuple(map(_sum, total, grads)) if total else grads

@@ -2,7 +2,6 @@ r"""The autograd functions that stand for a fixed point in a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,15 +29,18 @@ SECOND_ORDER = (
 )
 
 
+def _kept(ctx: Any, adjoint: Adjoint, f: Any, n: int, *tensors: Tensor) -> Tensors:
+    r"""``x_star``, the first ``n`` tensors, with all that the backward pass needs."""
+    ctx.adjoint, ctx.f, ctx.n = adjoint, f, n
+    ctx.autocast = autocast_settings(tensors[0].device.type)
+    ctx.save_for_backward(*tensors)  # which also notices a tensor that is changed in place before backward
+    return tuple(x.clone() for x in tensors[:n])
+
+
 class FixedPoint(torch.autograd.Function):
     r"""``x_star`` as a function of all inputs of a map that names them: builds the graph of the map once, in backward."""
 
-    @staticmethod
-    def forward(ctx: Any, adjoint: Adjoint, f: Map, n: int, *tensors: Tensor) -> Tensors:
-        ctx.adjoint, ctx.f, ctx.n = adjoint, f, n
-        ctx.autocast = autocast_settings(tensors[0].device.type)
-        ctx.save_for_backward(*tensors)  # which also notices a tensor that is changed in place before backward
-        return tuple(x.clone() for x in tensors[:n])
+    forward = staticmethod(_kept)
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
@@ -80,12 +82,7 @@ def _one_by_one(adjoint: Adjoint, f: Map, x_star: Tensors, inputs: Tensors, g: T
 class BareAdjoint(torch.autograd.Function):
     r"""Replaces the cotangent :math:`g` of an evaluation :math:`F(x^*)` by the solution :math:`b` of eq. 10."""
 
-    @staticmethod
-    def forward(ctx: Any, adjoint: Adjoint, f: Callable[[Any], Any], n: int, *tensors: Tensor) -> Tensors:
-        ctx.adjoint, ctx.f, ctx.n = adjoint, f, n
-        ctx.autocast = autocast_settings(tensors[0].device.type)
-        ctx.save_for_backward(*tensors)
-        return tuple(x.clone() for x in tensors[:n])
+    forward = staticmethod(_kept)
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Tensors = tuple[Tensor, ...]
+from deepinv_deq.maps import Tensors
+
 Gradients = tuple[Tensor | None, ...]  # None: the map does not depend on that tensor
 
 

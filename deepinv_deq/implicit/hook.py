@@ -139,7 +139,7 @@ class ModularIDHook:
     def _with_gradient(self, f: Map, state: Tensors, adjoint: Adjoint) -> Tensors:
         r"""The fixed point in the graph; ``state`` itself where nothing requires a gradient."""
         x_star = tuple(x.detach() for x in state)
-        transforms = compat.transforms()
+        function: type[torch.autograd.Function]
         if f.inputs is None:
             with torch.enable_grad():
                 image = checkpoint(
@@ -148,15 +148,15 @@ class ModularIDHook:
                     use_reentrant=False,
                     context_fn=lambda: (nullcontext(), outside_of_inference_mode()),
                 )
-            depends = any(t.requires_grad for t in image)
-            x_hat = lambda: BareAdjoint.apply(adjoint, f, len(x_star), *x_star, *image)  # noqa: E731
+            function, depends = BareAdjoint, any(t.requires_grad for t in image)
         else:
-            image, depends = f.inputs, bool(f.inputs)
-            image = without_tangents(image) if compat.forward_mode() else image
-            x_hat = lambda: FixedPoint.apply(adjoint, f, len(x_star), *x_star, *image)  # noqa: E731
+            image = without_tangents(f.inputs) if compat.forward_mode() else f.inputs
+            function, depends = FixedPoint, bool(image)
         if not depends:
             return state
-        return refuse_reverse(x_star, image, transforms) if transforms else x_hat()
+        if transforms := compat.transforms():
+            return refuse_reverse(x_star, image, transforms)
+        return function.apply(adjoint, f, len(x_star), *x_star, *image)
 
 
 class _Report:

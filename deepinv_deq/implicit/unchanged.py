@@ -58,9 +58,7 @@ class Reached:
         :param bool steps: whether ``image`` is :math:`F(x) - x` instead.
         :raises RuntimeError: if the residual is much larger.
         """
-        layout = Layout(x, batched=True)
-        if layout.batch != len(self.residual):  # the whole batch was solved as one sample
-            layout = Layout(x, batched=False)
+        layout = Layout(x, batched=len(self.residual) != 1)  # one residual: the whole batch was solved as one sample
         point, out = layout.pack(x), layout.pack(image)
         step, size = (out, norms(point + out)) if steps else (out - point, norms(out))
         now, before = norms(step) / size, self.residual.double()
@@ -85,7 +83,7 @@ def refuse_other_image(before: State, image: State, batched: bool) -> None:
     layout = Layout(before, batched)
     old, new = layout.pack(before), layout.pack(image)
     tensors = (before,) if isinstance(before, Tensor) else before
-    rounding = max(_rounding(t.real.dtype if t.is_complex() else t.dtype, old.device) for t in tensors)
+    rounding = max(_rounding(t.real.dtype, old.device) for t in tensors)
     difference, size = norms(new - old), norms(old)
     same = (difference <= rounding * size) | ~torch.isfinite(size)
     if not bool(same.all()):

@@ -159,7 +159,7 @@ class FixedPointIteration(Terms):
             one per sample of shape ``(B,)``, or a map of shape ``(B, ...)``. Denoisers without a noise level do not get it.
         :return: a map with the attribute ``inputs``, see :class:`deepinv_deq.DifferentiableMap`.
         :raises TypeError: if ``physics`` is not a linear operator, or if the denoiser is a distributed one that has to be
-            wrapped for training, see :class:`deepinv_deq.distributed.SynchronisedDenoiser`.
+            wrapped for training, see :class:`deepinv_deq.training.distributed.SynchronisedDenoiser`.
         :raises ValueError: if the shape of ``y`` does not fit ``physics``, or ``sigma`` not the batch.
         """
         y = measurements(y, physics)
@@ -172,7 +172,7 @@ class FixedPointIteration(Terms):
         if self.training and not self._warned_stochastic:
             self._warned_stochastic = warn_if_unsuitable(self.denoiser)
         refuse_partial_gradients(self.denoiser)
-        refuse_zero(self.stepsize)
+        refuse_zero(self.numbers().get("stepsize"))
         capture = Capture(self, physics, y, noise_levels(sigma, y))
         return BoundIteration(capture, capture.first, capture.constants)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from deepinv_deq.compat import STORES
 from deepinv_deq.implicit.graphs import leaves
@@ -44,7 +44,7 @@ class Capture:
 
     def __init__(self, iteration: FixedPointIteration, physics: Physics, y: Any, sigma: float | Tensor | None = None):
         self.pristine = Replica([iteration, physics])
-        if any(isinstance(f.tensor, UninitializedParameter) for f in self.pristine.found.values()):
+        if any(is_lazy(f.tensor) for f in self.pristine.found.values()):
             initialise(iteration, physics, y)
             self.pristine = Replica([iteration, physics])
             _refuse_unused(iteration, physics)
@@ -61,7 +61,7 @@ class Capture:
             raise ValueError(f"Measurements need a batch dimension, got a single number of shape (): {first}.")
         self.batch = len(first)
         self.iteration, self.physics = self.pristine.roots
-        self.physics.__dict__["_origin"] = Origin(weakref.ref(physics), self.pristine, 1, self.batch)
+        self._origin = Origin(weakref.ref(physics), self.pristine, 1, self.batch)  # not on ``physics``: a cycle
         self._copies = self._copy_inference_tensors()
         self.constants: tuple[Tensor, ...] = ()
         self.first = self.replicate()[0]
@@ -91,7 +91,7 @@ class Capture:
             # Never None: `separable` was checked before.
             constants = cast(Any, constants_of_rows(self.iteration, constants, rows))
         replica = (of or self.pristine).again(places)
-        replica.roots[1].__dict__["_origin"] = self.physics.__dict__["_origin"].of(rows)
+        replica.roots[1].__dict__["_origin"] = self._origin.of(rows)
         return replica, constants
 
     def first_evaluation(self) -> Originals | None:
@@ -215,7 +215,7 @@ def _refuse_unused(*modules: torch.nn.Module) -> None:
     r"""Raise if a lazy layer is still without a shape after an evaluation."""
     for module in modules:
         for name, t in module.named_parameters():
-            if isinstance(t, UninitializedParameter):
+            if is_lazy(t):
                 raise ValueError(
                     f"The lazy parameter {name} of {type(module).__name__} has no shape, because an evaluation does not use it: "
                     "remove its layer, or call the layer once."

@@ -112,12 +112,13 @@ class OwnInput:
             self._given = []
 
 
-def refuse_zero(stepsize: Tensor) -> None:
+def refuse_zero(stepsize: Any) -> None:
     r"""Refuse a learned stepsize that has become zero. NaN is left to the solver, which reports it.
 
+    :param torch.Tensor, Any stepsize: the stepsize; what is no tensor is not learned.
     :raises ValueError: if it is zero.
     """
-    if bool((stepsize.detach() == 0).any()):
+    if isinstance(stepsize, Tensor) and bool((stepsize.detach() == 0).any()):
         raise ValueError(
             f"The stepsize has become {stepsize.detach().tolist()}: it must not be zero. Set it to a positive number, and give "
             "it a smaller learning rate."
@@ -171,7 +172,7 @@ def refuse_partial_gradients(denoiser: nn.Module) -> None:
     if torch.is_grad_enabled() and distributed:
         raise TypeError(
             "The gradients of a distributed denoiser are each process' own part. To train, wrap it in "
-            "deepinv_deq.distributed.SynchronisedDenoiser; to reconstruct, use torch.no_grad()."
+            "deepinv_deq.training.distributed.SynchronisedDenoiser; to reconstruct, use torch.no_grad()."
         )
 
 

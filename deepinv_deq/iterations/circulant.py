@@ -103,10 +103,7 @@ class CirculantInverse:
         self.factors = response.nan_to_num(1.0).reciprocal()
 
     def __call__(self, r: Tensor) -> Tensor:
-        dims = tuple(range(2, r.ndim))
-        filtered = torch.fft.rfftn(r.to(self.factors.dtype), dim=dims) * self.factors
-        out = torch.fft.irfftn(filtered, s=r.shape[2:], dim=dims)
-        return out.to(r.dtype)
+        return _filtered(r.to(self.factors.dtype), self.factors).to(r.dtype)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CirculantInverse):
@@ -120,6 +117,9 @@ class CirculantInverse:
 
 @torch.no_grad()
 def _measure(physics: Physics, shape: torch.Size, like: Tensor) -> Tensor | None:
+    def quotient() -> Tensor:
+        return (above.sum(1, keepdim=True) / below.sum(1, keepdim=True)).clamp_min(0)
+
     dims = tuple(range(2, len(shape)))
     rng = np.random.default_rng(0)
     dtype = torch.promote_types(torch.float32, like.dtype)
@@ -128,7 +128,7 @@ def _measure(physics: Physics, shape: torch.Size, like: Tensor) -> Tensor | None
         for i in range(_DRAWS):
             w, aw = _probe(physics, shape, rng, like, dtype)
             if i == 1:
-                model = (above.sum(1, keepdim=True) / below.sum(1, keepdim=True)).clamp_min(0)
+                model = quotient()
                 error, size = _energy(_filtered(w, model) - aw), _energy(aw)
                 known, hopeless = (error <= _EXACT**2 * size).all(), (error > _HOPELESS**2 * size).all()
                 outcome = int(known + 2 * hopeless)  # one synchronisation
@@ -136,7 +136,7 @@ def _measure(physics: Physics, shape: torch.Size, like: Tensor) -> Tensor | None
                     return model if outcome == 1 else None
             above = above + (torch.fft.rfftn(aw, dim=dims) * torch.fft.rfftn(w, dim=dims).conj()).real
             below = below + torch.fft.rfftn(w, dim=dims).abs().square()
-        model = (above.sum(1, keepdim=True) / below.sum(1, keepdim=True)).clamp_min(0)
+        model = quotient()
         missed = size = torch.zeros((), dtype=dtype, device=like.device)
         for _ in range(_CHECKS):
             w, aw = _probe(physics, shape, rng, like, dtype)

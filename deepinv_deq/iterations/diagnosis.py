@@ -20,7 +20,7 @@ def diagnose(capture: Capture) -> str:
     """
     replica = capture.replicate()[0]
     iteration, physics = replica.roots
-    eta = float(iteration.stepsize.detach().max())
+    eta = float(torch.as_tensor(iteration.numbers().get("stepsize", 0.0)).detach().max())
     try:
         sqnorm = _squared_norm(physics, physics.A_adjoint(capture._y()))
     except Exception:  # whatever is wrong with this operator, the message of the solve matters more

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from deepinv_deq.compat import HOOKS, OF_MODULES
-from deepinv_deq.iterations.objects import LIBRARIES, SHARED, Cached, contents, is_plain, library, owner_of, slots
+from deepinv_deq.iterations.objects import (
+    LIBRARIES,
+    SHARED,
+    Cached,
+    contents,
+    is_plain,
+    library,
+    names_in,
+    owner_of,
+    slots,
+)
 
 
 def fingerprint(value: Any, skip: Container[str] = (), seen: set[int] | None = None) -> Any:
@@ -88,7 +98,7 @@ class _Same:
 
 
 _NUMBERS = frozenset({int, float, bool, str, bytes, complex, type(None)})
-_VALUES = SHARED | {torch.Size, type} - {torch.Generator, types.BuiltinFunctionType}
+_VALUES = SHARED - {torch.Generator, types.BuiltinFunctionType}
 
 
 def _code(kind: type) -> tuple[Any, ...]:
@@ -119,7 +129,7 @@ def _function(value: Any) -> Any:
 
 def _globals(function: types.FunctionType) -> tuple[Any, ...]:
     r"""Names and values of the plain global variables of a function, also of those in the user's modules that it names."""
-    names = function.__code__.co_names
+    names = names_in(function.__code__)
     of = [vars(v) for v in map(function.__globals__.get, names) if isinstance(v, types.ModuleType) and _users(v)]
     pairs = ((name, space[name]) for space in (function.__globals__, *of) for name in names if name in space)
     return tuple((name, value) for name, value in pairs if type(value) in _NUMBERS)

@@ -3,12 +3,13 @@ r"""deepinv's optimisation algorithms as fixed-point iterations."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from deepinv.optim import FISTA, GD, L2, MD, BaseOptim
-from deepinv.optim.optim_iterators import GDIteration, OptimIterator
+from deepinv.optim.optim_iterators import GDIteration, OptimIterator, PGDIteration
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor, nn
 
@@ -63,10 +64,7 @@ class FromOptim(MeasurementIteration):
         _refuse_what_has_no_fixed_point(optim)
         given = {name: values[0] for name, values in optim.init_params_algo.items()}
         trainable = tuple(_ALIASES.get(name, name) for name in trainable)
-        unknown = [name for name in trainable if not isinstance(given.get(name), (int, float, Tensor))]
-        if unknown:
-            known = ", ".join(name for name, value in given.items() if isinstance(value, (int, float, Tensor)))
-            raise ValueError(f"No scalar parameter {', '.join(unknown)}: {type(optim).__name__} has {known}.")
+        _refuse_unknown(optim, given, trainable)
         network = getattr(optim.prior[0], "denoiser", None)
         if isinstance(network, nn.Module):
             name_of_sigma(network, given.get("g_param"), "sigma_denoiser")
@@ -81,12 +79,7 @@ class FromOptim(MeasurementIteration):
         self.iterator.has_cost = False  # the cost function is not used
         self._name, self._init, self._output = type(optim).__name__, optim.init_iterate_fn, optim.get_output
         self._options = {k: v for k, v in given.items() if not isinstance(v, Tensor) and k not in trainable}
-        self._tensors = nn.ParameterDict()
-        for name, value in given.items():
-            if name not in self._options:
-                parameter = name in trainable or isinstance(value, nn.Parameter)
-                tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
-                self._tensors[name] = nn.Parameter(tensor.detach().clone(), requires_grad=parameter)
+        self._tensors = _as_parameters({k: v for k, v in given.items() if k not in self._options}, trainable)
         # most of deepinv's steps read the first variable only, and the others would be a second state for nothing
         self._single = type(self.iterator).forward is OptimIterator.forward or isinstance(optim, (GD, MD))
 
@@ -161,6 +154,14 @@ class FromOptim(MeasurementIteration):
         """
         return _units_of_descent(self)
 
+    def safe_stepsize(self, sqnorm: float) -> float:
+        r"""A stepsize for which the linear part of the iteration does not diverge.
+
+        :param float sqnorm: :math:`\|A\|^2`.
+        :return: the stepsize; infinite for proximal maps of the data term, and for data fidelities other than ``deepinv.optim.L2``.
+        """
+        return _safe_stepsize(self, sqnorm)
+
     def output(self, state: State) -> Tensor:
         r"""What the algorithm returns for a state.
 
@@ -180,6 +181,29 @@ def _parameters(iteration: FromOptim) -> dict[str, Any]:
     if iteration.sigma is not None and iteration.networks():  # given for these measurements
         parameters["g_param"] = iteration.sigma
     return parameters
+
+
+def _refuse_unknown(optim: BaseOptim, given: dict[str, Any], trainable: Sequence[str]) -> None:
+    scalars = [name for name, value in given.items() if isinstance(value, (int, float, Tensor))]
+    if unknown := [name for name in trainable if name not in scalars]:
+        raise ValueError(f"No scalar parameter {', '.join(unknown)}: {type(optim).__name__} has {', '.join(scalars)}.")
+
+
+def _as_parameters(given: dict[str, Any], trainable: Sequence[str]) -> nn.ParameterDict:
+    tensors = nn.ParameterDict()
+    for name, value in given.items():
+        tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
+        trained = name in trainable or isinstance(value, nn.Parameter)
+        tensors[name] = nn.Parameter(tensor.detach().clone(), requires_grad=trained)
+    return tensors
+
+
+def _safe_stepsize(iteration: FromOptim, sqnorm: float) -> float:
+    if not (
+        type(iteration.iterator) in (GDIteration, PGDIteration) and isinstance(iteration.data_fidelity, L2OfAnySize)
+    ):
+        return math.inf
+    return 1.0 / (float(iteration.data_fidelity.norm) * sqnorm + _weight_of_prior(iteration))
 
 
 def _weight_of_prior(iteration: FromOptim) -> float:

@@ -89,16 +89,6 @@ class DEGrad(FixedPointIteration):
     torch.Size([1, 1, 16, 16])
     """
 
-    def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
-        r"""Evaluate :math:`F_\theta(x; y)`.
-
-        :param torch.Tensor x: point, of shape ``(B, C, H, W)``.
-        :param deepinv.physics.Physics physics: linear forward operator.
-        :param torch.Tensor constants: what :meth:`constants` returned.
-        :return: image of the same shape as ``x``.
-        """
-        return x + self._change(x, physics, *constants)
-
     def step(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
         r"""The residual :math:`F_\theta(x; y) - x`, without the cancellation of a small step from :math:`x` to :math:`x`.
 
@@ -107,9 +97,6 @@ class DEGrad(FixedPointIteration):
         :param torch.Tensor constants: what :meth:`constants` returned.
         :return: image of the same shape as ``x``.
         """
-        return self._change(x, physics, *constants)
-
-    def _change(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
         own, context = self.split(constants)
         if self._keeps_measurements(physics):
             gradient = self.data_weight * physics.A_adjoint(physics.A(x) - measurement(own, physics))

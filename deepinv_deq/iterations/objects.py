@@ -137,6 +137,25 @@ def of_function(
     return twin
 
 
+def of_local_function(cls: Any, replicate: Callable[[Any], Any], keep: Callable[[Any, Any], Any]) -> Any:
+    r"""A :class:`torch.autograd.Function` that is defined inside of a function, with private closures.
+
+    :param type cls: any class.
+    :param Callable replicate: replicates what is inside.
+    :param Callable keep: notes a replica.
+    :return: the replica; the class itself if it is another one, or where nothing can change.
+    """
+    if not (issubclass(cls, torch.autograd.Function) and "<locals>" in cls.__qualname__):
+        return cls
+    inside = {name: value for name, value in vars(cls).items() if not name.startswith("_")}
+    functions = {name: value.__func__ if isinstance(value, staticmethod) else value for name, value in inside.items()}
+    own = {name: replicate(value) for name, value in functions.items()}
+    if all(own[name] is value for name, value in functions.items()):
+        return cls
+    static = {name: staticmethod(v) if isinstance(inside[name], staticmethod) else v for name, v in own.items()}
+    return keep(cls, type(cls)(cls.__name__, cls.__bases__, static))
+
+
 def _cell(cell: types.CellType, replicate: Callable[[Any], Any], keep: Callable[[Any, Any], Any]) -> types.CellType:
     known = replicate(cell)  # functions that share a variable go on sharing it
     return keep(cell, types.CellType()) if known is cell else known
@@ -164,6 +183,12 @@ def slots(kind: Any) -> tuple[str, ...]:
             private = name.startswith("__") and not name.endswith("__")
             found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+
+
+def names_in(code: types.CodeType) -> tuple[str, ...]:
+    r"""Global names and attributes in a function, and in the functions inside of it."""
+    inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return (*code.co_names, *(name for names in inner for name in names))
 
 
 def library(kind: Any) -> str:

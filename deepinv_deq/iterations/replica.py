@@ -48,6 +48,7 @@ from torch.nn.utils import parametrize
 
 from deepinv_deq import compat
 from deepinv_deq.compat import HOOKS, STORES
+from deepinv_deq.iterations.adjoints import private_adjoint
 from deepinv_deq.iterations.computed import compute_weights, renew, replicate_script
 from deepinv_deq.iterations.hooks import rebind, tensors_of_hook
 from deepinv_deq.iterations.objects import (
@@ -58,6 +59,7 @@ from deepinv_deq.iterations.objects import (
     is_plain,
     of_class,
     of_function,
+    of_local_function,
     of_tuple,
     owner_of,
     shallow,
@@ -76,7 +78,7 @@ class Found:
     :param int root: which root it was found under first.
     :param bool layer: whether it belongs to a layer of :mod:`torch.nn`.
     :param bool statistic: whether it is a running statistic of a layer in training mode.
-    :param bool training: whether its module is in training mode.
+    :param set roots: all roots under which it was found.
     """
 
     tensor: Tensor
@@ -84,7 +86,6 @@ class Found:
     root: int
     layer: bool
     statistic: bool
-    training: bool
     roots: set[int]
 
 
@@ -129,6 +130,8 @@ class Replica:
     def _copy(self, value: Any) -> Any:
         kind: Any = type(value)
         if kind is types.BuiltinFunctionType:
+            if (own := private_adjoint(value, self._copy)) is not None:
+                return own
             owner = self._copy(owner_of(value))
             return value if owner is owner_of(value) else getattr(owner, value.__name__)
         if kind in SHARED:
@@ -163,6 +166,8 @@ class Replica:
         if isinstance(value, (tuple, frozenset)):
             twin = of_tuple(value, self._copy)
             return value if twin is value else self._keep(value, twin)
+        if isinstance(value, type):
+            return of_local_function(value, self._copy, self._keep)
         twin = shallow(value) if is_plain(kind) else value
         if twin is not value:
             fill(self._keep(value, twin), value, self._copy)
@@ -185,7 +190,7 @@ class Replica:
             training = module is not None and module.training
             layer = module is not None and type(module).__module__.startswith("torch.nn.")
             statistic = role == "buffer" and training and isinstance(module, compat.layers_with_statistics())
-            self.found[id(t)] = Found(t, role, root, layer, statistic, training, {root})
+            self.found[id(t)] = Found(t, role, root, layer, statistic, {root})
         else:
             found.roots.add(root)
             if role == "parameter":

@@ -14,6 +14,7 @@ from deepinv import physics as dinv
 from torch import Tensor, nn
 
 from deepinv_deq.compat import stored
+from deepinv_deq.iterations.adjoints import OwnAdjoint
 from deepinv_deq.iterations.replica import Found, Replica
 from deepinv_deq.physics import SparseLinearPhysics
 
@@ -139,6 +140,8 @@ def _is_plain(value: Any, kind: type, name: str) -> bool:
         return all(_is_plain(item, kind, "") for item in items)
     if isinstance(value, (nn.Module, Tensor)):
         return False
+    if isinstance(value, OwnAdjoint):  # by the operator, which is looked at itself
+        return True
     if callable(value) and not isinstance(value, type):
         return _of_deepinv(value) and not hasattr(kind, name)
     return True

@@ -2,6 +2,7 @@ r"""Splitting iterations, whose data step is a proximal map: DE-HQS and DE-ADMM.
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,14 @@ class MeasurementIteration(FixedPointIteration):
                 f"{type(y).__name__} of {len(y)} parts. Use DEGrad or DEProx, which need their adjoint only."
             )
         return tuple(part.clone() for part in as_tuple(y))  # a loader may use their memory again
+
+    def safe_stepsize(self, sqnorm: float) -> float:
+        r"""Infinite: the proximal map of the data term does not expand for any stepsize.
+
+        :param float sqnorm: :math:`\|A\|^2`, not used.
+        :return: :math:`\eta`.
+        """
+        return math.inf
 
 
 class DEHQS(MeasurementIteration):

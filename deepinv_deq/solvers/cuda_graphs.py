@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deepinv_deq.autocast import Autocast
-from deepinv_deq.maps import AffineMap, Map
-from deepinv_deq.states import Rows, State, as_tuple
+from deepinv_deq.maps import AffineMap, Delegate, Map
+from deepinv_deq.states import State, as_tuple
 
 _WARM_UPS = 3  # as in PyTorch's own capture: libraries plan and allocate in the first calls
 
@@ -36,9 +36,10 @@ def graphed(f: Map, x: State) -> Map:
     return _Graphed(f, x)
 
 
-class _Graphed(Map):
+class _Graphed(Delegate):
     def __init__(self, f: Map, x: State):
-        self._f, self._single = f, isinstance(x, Tensor)
+        super().__init__(f)
+        self._single = isinstance(x, Tensor)
         self._x = tuple(t.clone() for t in as_tuple(x))
         self._own = f.has_own_step
         function = f.step if self._own else f.__call__
@@ -65,22 +66,6 @@ class _Graphed(Map):
 
     def step(self, x: Any) -> Any:
         return self._replay(x) if self._own else super().step(x)
-
-    @property
-    def has_own_step(self) -> bool:
-        return self._own
-
-    def natural(self, x: Any) -> Callable[[Any], Any] | None:
-        return self._f.natural(x)
-
-    def preconditioner(self, x: Any) -> Callable[[Any], Any] | None:
-        return self._f.preconditioner(x)
-
-    def select(self, rows: Rows) -> Map | None:
-        return self._f.select(rows)
-
-    def diagnose(self) -> str:
-        return self._f.diagnose()
 
 
 def captured(work: Callable[[], tuple[Tensor, ...]]) -> tuple[_Graph, tuple[Tensor, ...]]:

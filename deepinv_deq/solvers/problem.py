@@ -89,7 +89,7 @@ class Problem:
     @property
     def precision_of_state(self) -> torch.dtype:
         r"""The coarsest floating-point type of the state."""
-        return max([t.real.dtype if t.is_complex() else t.dtype for t in self._layout.like], key=epsilon)
+        return max([t.real.dtype for t in self._layout.like], key=epsilon)
 
     def __call__(self, x: Tensor, tau: float = 1.0) -> Tensor:
         r"""The image of ``x``. TorchDEQ's plain iteration passes a damping factor ``tau``."""

@@ -160,11 +160,8 @@ class Solver:
 
     def _solve(self, f: Map, x0: State) -> tuple[State, SolverStat]:
         layout, method = Layout(x0, self.batched), METHODS.get(self.method)
-        if f.records and method is not None and method.directions:
-            raise ValueError(
-                f"The PSNR of the iterates cannot be recorded with {self.method!r}, which evaluates the map at directions: use "
-                "another method, or compute_metrics=True without x_gt."
-            )
+        if f.records and (method is None or method.directions):
+            raise ValueError(_no_iterates(self.method, foreign=method is None))
         f = graphed(f, x0) if self.cuda_graphs else f
         start = layout.pack(x0).clone()  # which may be the answer
         precondition = self.precondition and self.batched and method is not None and method.preconditioned
@@ -203,6 +200,14 @@ def parts_of(solver: Solver, f: Map, x: State, numbers: int = WORTH) -> list[tup
             return [(None, f)]
         parts.append((some, part))
     return parts or [(None, f)]
+
+
+def _no_iterates(method: str, foreign: bool) -> str:
+    why = "reports no residual for each evaluation" if foreign else "evaluates the map at directions"
+    return (
+        f"The PSNR of the iterates cannot be recorded with {method!r}, which {why}: use another method, such as 'anderson', "
+        "or compute_metrics=True without x_gt."
+    )
 
 
 def _contradicted(solver: Solver, worst: float, dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from deepinv_deq.solvers.evaluation import relative_to
 from deepinv_deq.states import Layout, State, norms, read
 
 _DRIFT = 100.0  # roundings by which the recurrence of a Krylov method may differ from the measured residual
+_CALLER = 5  # stack level of the code that calls a solver, in warnings
 _WORSE = 10.0  # a missed tolerance is warned of again if the residual is this many times as large as before
 _PER_SAMPLE = ("abs_lowest", "rel_lowest", "plain_residual", "nstep", "converged", "at_floor", "singular", "coupled")
 _SINGULAR = (
@@ -210,7 +211,6 @@ def report(
     on_failure: str,
     warned: dict[str, float],
     diagnose: Callable[[], str] | None = None,
-    stacklevel: int = 5,
 ) -> None:
     r"""Warn or raise, as configured, if a statistic says that the tolerance was missed.
 
@@ -218,7 +218,6 @@ def report(
     :param str on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``.
     :param dict[str, float] warned: causes that were warned of, with the largest residual then; the present one is added.
     :param Callable, None diagnose: asked for one more sentence about the map.
-    :param int stacklevel: of the warning.
     :raises ConvergenceError: if a sample missed the tolerance and ``on_failure="raise"``.
     """
     cause = None if on_failure == "ignore" else stat.cause()
@@ -234,4 +233,4 @@ def report(
     if on_failure == "raise":
         raise ConvergenceError(message, stat)
     warned[cause] = worst
-    warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)
+    warnings.warn(message, ConvergenceWarning, stacklevel=_CALLER)

@@ -7,13 +7,14 @@ import sys
 from collections import deque
 from collections.abc import Collection, Iterator
 from pathlib import PurePath
-from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 from deepinv_deq.files import digest
+from deepinv_deq.iterations.objects import names_in, slots
 from deepinv_deq.training.kinds import global_states, kind_of, set_global_states, set_state, state_of
 
 __all__ = ["find", "global_states", "kind_of", "set_global_states", "set_state", "state_of"]
@@ -108,11 +109,8 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     for name, item in attributes:
         if name not in _PASSING:
             yield f"{dot}{name}", item
-    for cls in type(value).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(value, name) and name not in ("__dict__", "__weakref__"):
-                yield f"{dot}{name}", getattr(value, name)
+    kind: Any = type(value)
+    yield from ((f"{dot}{name}", getattr(value, name)) for name in slots(kind) if hasattr(value, name))
     yield from ((f"class {cls.__qualname__}", cls) for cls in type(value).__mro__ if _is_users(cls))
 
 
@@ -148,7 +146,7 @@ def _of_function(path: str, function: FunctionType) -> Iterator[tuple[str, Any]]
     yield from ((f"{path}.__defaults__", function.__defaults__), (f"{path}.__kwdefaults__", function.__kwdefaults__))
     if not _is_users(function):
         return
-    names, scope = _names(function.__code__), function.__globals__
+    names, scope = names_in(function.__code__), function.__globals__
     for name in names:
         item = scope.get(name)
         if isinstance(item, ModuleType):  # such as settings.rng
@@ -157,9 +155,3 @@ def _of_function(path: str, function: FunctionType) -> Iterator[tuple[str, Any]]
             yield from (pair for pair in inside if users and kind_of(pair[1]) is not None)
         elif item is not None and (kind_of(item) is not None or _is_users(item) or _is_users(type(item))):
             yield f"{function.__module__}.{name}", item
-
-
-def _names(code: CodeType) -> list[str]:
-    r"""Global names in a function, and in the functions inside of it."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return [*code.co_names, *(name for names in inner for name in names)]

@@ -15,6 +15,21 @@ from torch.nn.parallel import DistributedDataParallel
 from deepinv_deq.reconstructor import DEQReconstructor
 from deepinv_deq.solvers import ConvergenceError, ConvergenceWarning, SolverStat
 
+_ON_DIVERGENCE = ("ignore", "skip", "raise")
+
+
+def check_divergence(on_divergence: str, limit: float) -> None:
+    r"""Check the settings of a Trainer that guards its steps.
+
+    :param str on_divergence: what becomes of a step after a solve that diverged.
+    :param float limit: relative residual above which a solve that missed its tolerance has diverged.
+    :raises ValueError: if one of them is out of range.
+    """
+    if on_divergence not in _ON_DIVERGENCE:
+        raise ValueError(f"on_divergence must be one of {', '.join(_ON_DIVERGENCE)}, got {on_divergence!r}.")
+    if not limit > 0:
+        raise ValueError(f"diverged_above must be positive, got {limit}.")
+
 
 class StepGuard(GradScaler):
     r"""The gradient scaler of a Trainer, which every optimiser step goes through, disabled or not.

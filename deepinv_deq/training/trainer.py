@@ -20,9 +20,7 @@ from deepinv_deq.training.state import (
     prepare_saving,
     restore,
 )
-from deepinv_deq.training.step_guard import StepGuard
-
-_ON_DIVERGENCE = ("ignore", "skip", "raise")
+from deepinv_deq.training.step_guard import StepGuard, check_divergence
 
 
 @dataclass
@@ -48,7 +46,7 @@ class ResumableTrainer(Trainer):
 
     The attribute ``skipped_steps`` counts the steps that were not made.
 
-    :raises ValueError: if ``on_divergence`` is none of the three. In ``train``, if the checkpoint is of a run with another
+    :raises ValueError: for an unknown ``on_divergence`` or a ``diverged_above`` that is not positive. In ``train``, if the checkpoint is of a run with another
         ``config`` or other generators, is broken, does not fit, or has more in it than tensors and plain values.
     :raises TypeError: in ``train``, if ``config``, the optimiser or the scheduler hold more than tensors and plain values.
     :raises OSError: in ``train``, if a checkpoint cannot be written. Earlier ones stay as they were.
@@ -64,8 +62,7 @@ class ResumableTrainer(Trainer):
     _guard: StepGuard | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.on_divergence not in _ON_DIVERGENCE:
-            raise ValueError(f"on_divergence must be one of {', '.join(_ON_DIVERGENCE)}, got {self.on_divergence!r}.")
+        check_divergence(self.on_divergence, self.diverged_above)
         super().__post_init__()
 
     @property

@@ -160,11 +160,6 @@ def turned_operators(task: Task) -> list[Any]:
     return [tomography(size, views, turn=float(turn), device=task.x.device)[0] for turn in degrees]
 
 
-def start(y: Tensor, physics: Any) -> Tensor:
-    r"""Where every method starts: filtered back-projection, or the zero-filled image. Differentiable in ``y``."""
-    return physics.fbp(y) if hasattr(physics, "fbp") else physics.A_adjoint(y)
-
-
 class ExactPSNR(dinv.metric.PSNR):
     r"""PSNR without the 1e-8 that deepinv adds to the mean squared error: not limited to 80 dB."""
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import deepinv as dinv
 import torch
-from data import ROOT, Task, metrics, start
+from data import ROOT, Task, metrics
 
 from deepinv_deq import DEQReconstructor
 from deepinv_deq.certificate import Certificate
+from deepinv_deq.iterations.base import linear_reconstruction
 
 # Tests go to the fixed point: on CT some solves take more than 160 evaluations. Those from other starts may take three times as many.
 TEST_ITERATIONS = 400
@@ -39,7 +40,7 @@ def evaluate(task: Task, model: Any, s: dict[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
             x_hat = model(y, task.physics)
     with torch.no_grad():
-        x0 = start(y, task.physics)
+        x0 = linear_reconstruction(y, task.physics)
         for name in ("psnr", "ssim"):
             record[name], record[f"{name}_start"] = (summary(measures[name](image, x)) for image in (x_hat, x0))
         record["pipeline_equivariance"] = summary(

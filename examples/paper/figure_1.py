@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from data import DATA, SCALES, TASKS, make_task, metrics, start
+from data import DATA, SCALES, TASKS, make_task, metrics
 from evaluation import for_tests
 from figures import save, subplots
 from losses import BEST, LOSSES
@@ -26,6 +26,7 @@ from settings import check_name
 from weights import weights_of
 
 from deepinv_deq.datasets import ct_slice, mr_slice
+from deepinv_deq.iterations.base import linear_reconstruction
 
 COLUMNS = ("deq-id/sup", "deq-id/ei", "deq-id/best", "unet/sup", "unet/ei")  # "best" of those without ground truth
 
@@ -52,7 +53,7 @@ def figure_1(
         if slices:
             x = shipped_slice(name, x)
             y = task.physics(x)
-        images = {"ground truth": x, "FBP" if name == "ct" else "zero-filled": start(y, task.physics)}
+        images = {"ground truth": x, "FBP" if name == "ct" else "zero-filled": linear_reconstruction(y, task.physics)}
         for column in columns:
             method, loss = column.split("/")
             loss = BEST[name] if loss == "best" else loss

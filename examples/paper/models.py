@@ -13,11 +13,12 @@ from typing import Any
 
 import deepinv as dinv
 import torch
-from data import TASKS, Task, start
+from data import TASKS, Task
 from deepinv.models.PDNet import PDNet_DualBlock, PDNet_PrimalBlock
 from torch import Tensor, nn
 
 from deepinv_deq import DEGrad, DEProx, DEQReconstructor, EquilibriumUNet, ModularIDHook, Solver
+from deepinv_deq.iterations.base import linear_reconstruction
 
 CG_STEPS = 8  # of each data step of MoDL
 
@@ -102,13 +103,13 @@ def _optimisation(task: Task, s: dict[str, Any], net: nn.Module, *, iterations: 
         stepsize=s["stepsize"],
         lambda_reg=1.0,
         max_iter=iterations,
-        custom_init=start,
+        custom_init=linear_reconstruction,
         **options,
     )
 
 
 def _refinement(task: Task, s: dict[str, Any], weights: str | None) -> nn.Module:
-    return Refinement(_denoiser(task, s, weights), start)
+    return Refinement(_denoiser(task, s, weights), linear_reconstruction)
 
 
 def _modl(task: Task, s: dict[str, Any], weights: str | None, *, blocks: int) -> nn.Module:
@@ -122,7 +123,7 @@ def _modl(task: Task, s: dict[str, Any], weights: str | None, *, blocks: int) ->
         max_iter=blocks,
         unfold=True,
         trainable_params=["stepsize"],
-        custom_init=start,
+        custom_init=linear_reconstruction,
     )
 
 
@@ -165,7 +166,7 @@ class LearnedPrimalDual(dinv.models.Reconstructor):
         self.primal = nn.ModuleList(PDNet_PrimalBlock(memory + 1, memory) for _ in range(blocks))
 
     def forward(self, y: Tensor, physics: Any, **kwargs: Any) -> Tensor:
-        x = start(y, physics).repeat(1, self.memory, 1, 1)
+        x = linear_reconstruction(y, physics).repeat(1, self.memory, 1, 1)
         u = y.new_zeros(len(y), self.memory, *y.shape[2:])
         for dual, primal in zip(self.dual, self.primal, strict=True):
             u = dual(u, self.scale * physics.A(x[:, 1:2]), self.scale * y)

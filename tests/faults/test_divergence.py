@@ -2,6 +2,7 @@ r"""Divergence of a solve, a gradient or a loss in the middle of a training."""
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -109,5 +110,8 @@ def test_an_overflow_of_the_scaled_loss_is_no_divergence():
 
 
 def test_bad_settings():
+    for limit in (-1.0, 0.0, math.nan):
+        with pytest.raises(ValueError, match="diverged_above must be positive, got"):
+            faulty_run(diverged_above=limit)
     with pytest.raises(ValueError, match="on_divergence must be one of ignore, skip, raise, got 'stop'"):
         faulty_run(on_divergence="stop")

@@ -139,6 +139,53 @@ def test_every_sample_is_compared_with_its_own_residual():
         joint.check(x, 1.1 * x, steps=False)
 
 
+class Pair:
+    r"""Two variables with different batch sizes, solved as one sample."""
+
+    def __init__(self, weight):
+        self.inputs, self.weight = (weight,), weight
+
+    def __call__(self, x):
+        return self.weight * torch.cos(x[0]) + 0.1 * x[1].sum(), self.weight * torch.sin(x[1])
+
+    def rebind(self, inputs):
+        return Pair(*inputs)
+
+
+def test_a_joint_solve_of_variables_of_different_batch_sizes_is_compared():
+    weight = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    start = torch.zeros(2, 4, dtype=F64), torch.ones(3, 5, dtype=F64)
+    x, stat = Solver(tol=1e-10, batched=False)(Pair(weight), start)
+    hook = ModularIDHook(Solver("gmres", tol=1e-10, batched=False))
+    with_check, without = (
+        torch.autograd.grad(sum(t.sum() for t in hook(Pair(weight), x, stat=s)), weight) for s in (stat, None)
+    )
+    assert torch.equal(*with_check, *without)
+
+
+LEVEL = 0.0
+
+
+class Levelled(SmallDenoiser):
+    def forward(self, x):
+        return super().forward(x) + LEVEL * torch.relu(-x)  # acts on negative images only
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_joint_solve_is_compared_in_all_chunks(batched, monkeypatch):
+    y = 1 + torch.rand(3, 1, 6, 6, dtype=F64)
+    y[1:] *= -1
+    forward, backward = Solver(tol=1e-6, batched=False), Solver("gmres", tol=1e-6, batched=batched, chunk_size=1)
+    model = DEQReconstructor(DEProx(Levelled().to(F64), stepsize=0.3), solver=forward, hook=ModularIDHook(backward))
+    model(
+        1000.0 ** torch.arange(3, dtype=F64)[:, None, None, None] * y, Denoising()
+    ).sum().backward()  # nothing changed
+    x_hat = model(y, Denoising())
+    monkeypatch.setitem(globals(), "LEVEL", 0.5)
+    with pytest.raises(RuntimeError, match="changed since the forward pass"):
+        x_hat.sum().backward()
+
+
 class Coupled(SmallDenoiser):
     r"""What a sample becomes depends on the others, as with batch norm."""
 

@@ -2,6 +2,8 @@ r"""Wrong inputs to templates, and what their errors and warnings say."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from deepinv.physics import MRI, Inpainting, LinearPhysics, Physics, Tomography
@@ -91,6 +93,33 @@ def test_a_stepsize_that_diverges_is_explained(template, remedy):
     model = DEQReconstructor(template(nn.Identity(), stepsize=1.0), solver=Solver("fixed_point_iter", max_iter=30))
     with pytest.warns(ConvergenceWarning, match=f"diverges for this operator, whose squared norm is 4 .*{remedy}"):
         model(torch.rand(2, 16), physics)
+
+
+CALLS = []
+
+
+class Lookup(LinearPhysics):
+    r"""Reads its gain by a method of a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.look = {"gain": 2.0}.get
+
+    def A(self, x, **_):
+        CALLS.append(1)
+        return self.look("gain") * x
+
+    A_adjoint = A
+
+
+def test_a_physics_with_a_builtin_function_is_measured_once():
+    physics, iteration, x = Lookup(), DEGrad(nn.Identity()), torch.rand(2, 1, 8, 8)
+    counts = [0]
+    for _ in range(3):
+        iteration.bind(x, physics).preconditioner(x)
+        counts.append(len(CALLS))
+    first, second, third = (after - before for before, after in itertools.pairwise(counts))
+    assert second == third < first
 
 
 def test_the_diagnosis_leaves_the_random_generators_alone_and_never_crashes():

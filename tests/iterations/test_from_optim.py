@@ -208,32 +208,24 @@ def test_other_mistakes():
         FromOptim(algorithm("PGD"), trainable=("step",))
 
 
-class Drawn(dinv.physics.Physics):
-    r"""Its inverse draws numbers."""
-
-    def A(self, x, **_):
-        return x.abs()
-
-    def A_dagger(self, y, **_):
-        return y + torch.randn_like(y)
+def test_a_learned_stepsize_of_zero_is_refused(inpainting):
+    iteration = FromOptim(algorithm("PGD"), trainable=("stepsize",))
+    with torch.no_grad():
+        iteration._tensors["stepsize"].zero_()
+    with pytest.raises(ValueError, match="stepsize has become 0.0: it must not be zero"):
+        iteration.bind(inpainting[1], inpainting[0])
 
 
-def test_the_spectral_start_does_not_touch_the_global_generator():
-    torch.manual_seed(0)
-    physics = dinv.physics.RandomPhaseRetrieval(m=60, img_size=(1, 4, 4), dtype=torch.cfloat)
-    y = physics(torch.rand(2, 1, 4, 4) + 0j)
-    draws, backward = [], physics.B_adjoint
-    physics.B_adjoint = lambda v, **kwargs: (draws.append(torch.rand(1).item()), backward(v, **kwargs))[1]
-    torch.manual_seed(1)
-    iteration = FromOptim(algorithm("GD", prior=dinv.optim.Tikhonov()))
-    first, second = iteration.init(y, physics), iteration.init(y, physics)  # another thread may draw meanwhile
-    assert torch.equal(first, second) and len(set(draws)) == len(draws) > 2
-
-
-def test_a_start_that_draws_numbers_is_reproducible_and_leaves_the_generator():
-    y, iteration = torch.rand(2, 1, 4, 4), FromOptim(algorithm("GD", prior=dinv.optim.Tikhonov()))
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    first, second = iteration.init(y, Drawn()), iteration.init(y, Drawn())
-    assert torch.equal(first, second) and torch.equal(torch.rand(3), expected)
+@pytest.mark.parametrize(
+    "name,safe", [("GD", 1 / 100.8), ("PGD", 1 / 100), ("HQS", None), ("ADMM", None), ("other", None)]
+)
+def test_a_stepsize_that_diverges_is_named(inpainting, name, safe):
+    physics, y = inpainting
+    fidelity = dinv.optim.L1() if name == "other" else dinv.optim.L2(sigma=0.1)
+    trained = FromOptim(algorithm("PGD" if name == "other" else name, data_fidelity=fidelity), trainable=("stepsize",))
+    with torch.no_grad():
+        trained._tensors["stepsize"].fill_(3.0)
+    said = trained.bind(y, physics).diagnose()
+    assert said == "" if safe is None else f"The stepsize 3 diverges" in said and f"use stepsize={safe:.2g}." in said
+    for kind in (DEHQS, DEADMM):  # proximal maps expand at no stepsize
+        assert kind(Denoiser(), stepsize=10.0).bind(y, physics).diagnose() == ""

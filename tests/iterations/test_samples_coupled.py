@@ -127,7 +127,7 @@ def couple(x, on=True):
 ON = False
 
 
-KINDS = "number function partial hook static global gate filled index buffer".split() + ["method of the class"]
+KINDS = "number function partial hook static global nested gate filled index buffer".split() + ["method of the class"]
 
 
 @pytest.mark.parametrize("what", KINDS)
@@ -146,6 +146,8 @@ def test_a_verdict_does_not_outlive_what_it_was_made_of(what, monkeypatch):
         kind.forward = lambda self, x: self.of(self.net(x))
     if what == "global":
         kind.forward = lambda self, x: couple(self.net(x), ON)
+    if what == "nested":  # the global variable is named in an inner function only
+        kind.forward = lambda self, x: (lambda t: couple(t, ON))(self.net(x))
     if what == "filled":
         denoiser = kind(lambda x, gate: x.masked_fill((gate > 0).expand(x.shape), x.mean()))
     if what == "gate":
@@ -168,7 +170,7 @@ def test_a_verdict_does_not_outlive_what_it_was_made_of(what, monkeypatch):
         kind.forward = lambda self, x: couple(x)
     elif what == "static":
         kind.of = staticmethod(couple)
-    elif what == "global":
+    elif what in ("global", "nested"):
         monkeypatch.setitem(globals(), "ON", True)
     elif what == "index":
         denoiser.inside["i"] = torch.arange(5)

@@ -34,6 +34,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, place, kind):
     assert other.resume is False
 
 
+class Slots:
+    __slots__ = ("__rng",)
+
+    def __init__(self):
+        self.__rng = torch.Generator()
+
+
+def test_generators_in_private_slots_are_found():
+    found, passed_over = generators.find([Slots()])
+    assert len(found) == 1 and not passed_over
+
+
 def test_the_draws_of_these_runs_matter(tmp_path, monkeypatch):
     trainer(tmp_path, 2).train()
     monkeypatch.setattr(generators, "set_state", lambda *_: None)

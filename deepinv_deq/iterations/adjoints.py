@@ -1,0 +1,169 @@
+r"""Adjoints that deepinv builds by backpropagation through :math:`A`: a replica needs those of its own operator."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepinv.physics import LinearPhysics, Tomography
+from torch import Tensor
+
+from deepinv_deq import compat
+from deepinv_deq.implicit.graphs import leaves
+
+Operator = Callable[[Tensor], Tensor]
+
+
+class _AnyShape:
+    r"""Equal to every shape, so that deepinv does not build its own adjoint for another one."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class OwnAdjoint:
+    r"""The adjoint of a physics by backpropagation through its operator.
+
+    deepinv keeps such a function on the module, or builds one in each call. It belongs to the original, and is a class inside a
+    reference cycle, which keeps its graph until the garbage collector runs.
+
+    :param deepinv.physics.LinearPhysics physics: replica.
+    """
+
+    _shared_by_replicas = True  # every replica gets its own
+
+    def __init__(self, physics: LinearPhysics):
+        self._physics = weakref.ref(physics)
+
+    def __call__(self, y: Tensor) -> Tensor:
+        physics: Any = self._physics()
+        dtype = torch.float64 if y.real.dtype == torch.float64 else torch.float32
+        return transposed(physics.A, y, torch.ones(len(y), *physics.img_size, dtype=dtype, device=y.device))
+
+
+class _OfTomography(OwnAdjoint):
+    r"""The same with one graph for all products, as that of a Radon transform is large."""
+
+    _graph: tuple[Any, Tensor, Tensor] | None = None
+
+    def __call__(self, y: Tensor) -> Tensor:
+        physics: Any = self._physics()
+        return _Transposed.apply(y, lambda y: self._product(y, physics), physics.A)
+
+    def _product(self, y: Tensor, physics: Tomography) -> Tensor:
+        shape = (*y.shape[:2], physics.img_width, physics.img_width)
+        with torch.inference_mode(False), torch.enable_grad():
+            if self._graph is None or self._graph[0] != (shape, y.device):
+                x = torch.zeros(shape, device=y.device, dtype=physics.dtype, requires_grad=True)
+                self._graph = (shape, y.device), x, physics.A(x)
+            _, x, measured = self._graph
+            return torch.autograd.grad(measured, x, _cotangent(y, measured), retain_graph=True)[0]
+
+
+class _Images:
+    r"""Shape and type of the images of the user's adjoint, which only it knows.
+
+    :param Callable original: the user's adjoint.
+    """
+
+    _shared_by_replicas = True
+
+    def __init__(self, original: Operator):
+        self._original = original
+        self._known: tuple[torch.Size, torch.dtype] | None = None
+
+    def like(self, y: Tensor) -> Tensor:
+        r"""An image for measurements."""
+        if self._known is None:
+            with torch.no_grad():
+                x = self._original(y.detach())
+            self._known = x.shape[1:], x.dtype
+        shape, dtype = self._known
+        return torch.ones(len(y), *shape, dtype=dtype, device=y.device)
+
+
+class PrivateAdjoint:
+    r"""What :func:`deepinv.physics.adjoint_function` made, of a private operator.
+
+    :param Callable operator: the operator of the replica.
+    :param Callable original: the user's adjoint.
+    """
+
+    def __init__(self, operator: Operator, original: Operator):
+        self._operator, self._images = operator, _Images(original)
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return transposed(self._operator, y, self._images.like(y))
+
+
+def transposed(operator: Operator, y: Tensor, like: Tensor) -> Tensor:
+    r""":math:`A^\top y`, differentiable in ``y`` and in all tensors of the operator.
+
+    :param Callable operator: the linear operator :math:`A`.
+    :param torch.Tensor y: measurements.
+    :param torch.Tensor like: any image, with as many samples.
+    :return: image, shaped like ``like``.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = like.clone().requires_grad_()
+        measured = operator(x)
+    if torch.is_grad_enabled() and any(leaf is not x for leaf in leaves((measured,))):
+        return torch.autograd.grad(measured, x, y.to(measured.dtype), create_graph=True)[0]
+
+    def product(y: Tensor) -> Tensor:
+        return torch.autograd.grad(measured, x, _cotangent(y, measured))[0]
+
+    # not every operator of PyTorch has a second derivative, but the adjoint of the adjoint is the operator
+    return _Transposed.apply(y, product, operator)
+
+
+def _cotangent(y: Tensor, measured: Tensor) -> Tensor:
+    return (y.clone() if y.is_inference() else y.detach()).to(measured.dtype)
+
+
+class _Transposed(torch.autograd.Function):
+    r"""The adjoint, whose own adjoint is the operator."""
+
+    @staticmethod
+    def forward(y: Tensor, product: Operator, operator: Operator) -> Tensor:
+        return product(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.operator = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.operator(g), None, None
+
+
+def own_adjoint(physics: LinearPhysics) -> None:
+    r"""Give a replica its own version of the adjoints that deepinv builds.
+
+    :param deepinv.physics.LinearPhysics physics: the replica, changed in place.
+    """
+    inside = physics.__dict__
+    if isinstance(physics, Tomography) and "_auto_grad_adjoint_fn" in inside:
+        inside["_auto_grad_adjoint_fn"] = _OfTomography(physics)
+        inside["_auto_grad_adjoint_input_shape"] = _AnyShape()
+    built = "A_adj" in inside and (inside["A_adj"] is None or isinstance(inside["A_adj"], OwnAdjoint))
+    if built and inside.get("img_size") is not None:
+        inside["A_adj"] = OwnAdjoint(physics)
+
+
+def private_adjoint(function: Any, replicate: Callable[[Any], Any]) -> Any:
+    r"""The adjoint of a replica in the place of one that :func:`deepinv.physics.adjoint_function` made.
+
+    :param Callable function: any function.
+    :param Callable replicate: replicates the operator.
+    :return: the adjoint; ``None`` if the function is another one, or its operator has nothing to replicate.
+    """
+    operator = compat.operator_of_adjoint(function)
+    if operator is None or (own := replicate(operator)) is operator:
+        return None
+    return PrivateAdjoint(own, function)
