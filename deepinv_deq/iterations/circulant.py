@@ -128,12 +128,14 @@ def _measure(physics: Physics, shape: torch.Size, like: Tensor) -> Tensor | None
         for i in range(_DRAWS):
             w, aw = _probe(physics, shape, rng, like, dtype)
             if i == 1:
-                model = quotient()
-                error, size = _energy(_filtered(w, model) - aw), _energy(aw)
-                known, hopeless = (error <= _EXACT**2 * size).all(), (error > _HOPELESS**2 * size).all()
-                outcome = int(known + 2 * hopeless)  # one synchronisation
+                early = quotient()
+                error, size = _energy(_filtered(w, early) - aw), _energy(aw)
+                known, hopeless = error <= _EXACT**2 * size, error > _HOPELESS**2 * size
+                early = early.masked_fill(~known, torch.nan)
+                settled = (known | hopeless).all()
+                outcome = int(settled.long() + (settled & known.any()))  # one synchronisation
                 if outcome:
-                    return model if outcome == 1 else None
+                    return early if outcome == 2 else None
             above = above + (torch.fft.rfftn(aw, dim=dims) * torch.fft.rfftn(w, dim=dims).conj()).real
             below = below + torch.fft.rfftn(w, dim=dims).abs().square()
         model = quotient()
@@ -141,8 +143,10 @@ def _measure(physics: Physics, shape: torch.Size, like: Tensor) -> Tensor | None
         for _ in range(_CHECKS):
             w, aw = _probe(physics, shape, rng, like, dtype)
             missed, size = missed + _energy(_filtered(w, model) - aw), size + _energy(aw)
-    fits = torch.isfinite(size) & (missed <= _FIT**2 * size)
-    return model.masked_fill(~fits, torch.nan) if bool(fits.any()) else None
+    fits = torch.isfinite(size) & (missed <= _FIT**2 * size) & ~hopeless
+    # each sample as it would be alone
+    model = torch.where(known, early, model.masked_fill(~fits, torch.nan))
+    return model if bool((fits | known).any()) else None
 
 
 def _filtered(w: Tensor, model: Tensor) -> Tensor:

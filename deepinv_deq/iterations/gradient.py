@@ -149,9 +149,13 @@ class DEGrad(FixedPointIteration):
         metric: Callable[[Any], Any] | None = None
         if exact:
             metric = prox_of_zero(physics, cast(Tensor, x), self.data_weight)
-        elif (inverse := self.preconditioner(x, physics)) is not None:
-            eta = self.stepsize.detach()
-            metric = prox_by_cg(physics, self.data_weight.detach(), lambda r: eta * inverse(r))
+        elif (response := self._response(x, physics)) is not None:
+            inverse, unknown = CirculantInverse(response / self.stepsize.detach()), response.flatten(1)[:, 0].isnan()
+            near, unknown = (
+                prox_by_cg(physics, self.data_weight.detach(), inverse),
+                unknown.reshape(-1, *[1] * (cast(Tensor, x).ndim - 1)),
+            )
+            metric = lambda r: torch.where(unknown, r, near(r))  # noqa: E731
         return self.denoise(cast(Tensor, x), *self.split(constants)[1]), metric
 
     def preconditioner(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
@@ -163,23 +167,28 @@ class DEGrad(FixedPointIteration):
         :param torch.Tensor x: a state, of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: forward operator.
         :return: a linear, self-adjoint map of states, or ``None`` where :math:`A^\top A` is far from a convolution for
-            all samples. Single samples of this kind are divided by :math:`\eta`.
+            all samples. Single samples of this kind stay as they are.
         """
+        response = self._response(x, physics)
+        return None if response is None else CirculantInverse(response)
+
+    def _response(self, x: State, physics: Physics) -> Tensor | None:
+        r"""Eigenvalues of :math:`\eta (\lambda A^\top A + I)`; NaN for samples without a circulant approximation."""
         eigenvalues = spectrum(physics, x) if isinstance(x, Tensor) else None
-        if eigenvalues is None:
-            return None
-        response = self.stepsize * (self.data_weight * eigenvalues + 1)
-        return CirculantInverse(torch.where(response.isnan(), self.stepsize, response).detach())
+        return None if eigenvalues is None else (self.stepsize * (self.data_weight * eigenvalues + 1)).detach()
 
     def natural(self, x: State, physics: Physics) -> Callable[[Any], Any] | None:
-        r"""The preconditioner, else division by :math:`\eta`: applied to :meth:`step`, the result does not depend on :math:`\eta`.
+        r"""The preconditioner, else division by :math:`\eta`, for each sample: applied to :meth:`step`, the result does not depend on
+        :math:`\eta`.
 
         :param torch.Tensor x: a state, of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: forward operator.
         :return: a linear map of states.
         """
-        eta = self.stepsize.detach()
-        return self.preconditioner(x, physics) or (lambda r: r / eta)
+        eta, response = self.stepsize.detach(), self._response(x, physics)
+        if response is None:
+            return lambda r: r / eta
+        return CirculantInverse(torch.where(response.isnan(), eta, response))
 
     def safe_stepsize(self, sqnorm: float) -> float:
         r"""A stepsize for which the linear part of the iteration does not diverge.

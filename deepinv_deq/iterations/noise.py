@@ -60,7 +60,7 @@ def noise_levels(sigma: Any, y: Any) -> float | Tensor | None:
         return None
     part = y if isinstance(y, Tensor) else y[0]
     if isinstance(sigma, (list, tuple)):
-        sigma = torch.tensor(sigma, dtype=torch.float32)
+        sigma = torch.tensor(sigma, dtype=torch.float64)
     if not isinstance(sigma, Tensor):
         sigma = float(sigma)
         levels = torch.tensor(sigma)

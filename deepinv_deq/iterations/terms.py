@@ -152,7 +152,7 @@ class Terms(nn.Module):
 
     def data_prox(self, z: Tensor, physics: Physics, *y: Tensor) -> Tensor:
         r""":math:`\operatorname{arg\,min}_x \frac{\eta \lambda}{2} \|A x - y\|^2 + \frac12 \|x - z\|^2`: closed where there is a formula,
-        else by conjugate gradients to the accuracy of ``physics.tol``, which bounds the residual that a solve can reach.
+        else by ``physics.solver`` until all samples have the accuracy ``physics.tol`` (1e-4). That limits the accuracy of the fixed point too.
 
         :param torch.Tensor z: image of shape ``(B, C, H, W)``.
         :param deepinv.physics.Physics physics: linear forward operator.

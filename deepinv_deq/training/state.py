@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deepinv_deq.files import digest, plain
-from deepinv_deq.training import generators
+from deepinv_deq.training import generators, surroundings
 
 
 def histories(run: Any) -> dict[str, dict[str, Any]]:
@@ -58,6 +58,7 @@ def prepare_saving(run: Any) -> None:
         if part is not None:
             digest(part.state_dict(), f"{name}.state_dict()")
     _, lost = generators_of(run)
+    lost += run._surroundings.missing(run)
     if lost:
         warnings.warn(
             f"The state of {'; '.join(lost)} cannot be saved: a run that is resumed from a checkpoint will not repeat "
@@ -67,7 +68,8 @@ def prepare_saving(run: Any) -> None:
 
 
 def extra_of(run: Any) -> dict[str, Any]:
-    r"""What a checkpoint holds besides what deepinv saves: random generators, settings, the state of the gradient scaler.
+    r"""What a checkpoint holds besides what deepinv saves: random generators, settings, the state of the gradient scaler, of losses,
+    metrics and physics.
 
     :param deepinv.Trainer run: the run. Histories with NumPy scalars, which some metrics return, become plain.
     :return: tensors and plain values.
@@ -80,21 +82,30 @@ def extra_of(run: Any) -> dict[str, Any]:
         for name, generator in found.items()
     }
     rng = generators.global_states() | {"generators": private}
-    return {"rng": rng, "config": plain(run.config, "config"), "scaler": run.scaler.state_dict()}
+    around = run._surroundings.changed(run)
+    return {
+        "rng": rng,
+        "config": plain(run.config, "config"),
+        "scaler": run.scaler.state_dict(),
+        "surroundings": around,
+    }
 
 
 def restore(run: Any, content: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    r"""Put random generators and histories into the states of a checkpoint.
+    r"""Put random generators, histories, losses, metrics and physics into the states of a checkpoint.
 
     :param deepinv.Trainer run: the run.
     :param Mapping content: the checkpoint.
     :param Mapping found: the generators of the run, by path.
     """
+    around = content.get("surroundings", {})  # not in checkpoints of 0.1
+    surroundings.check(run, around)
     generators.set_global_states(content["rng"])
     for name, generator in found.items():
         generators.set_state(generator, content["rng"]["generators"][name]["state"])
     for name, history in histories(run).items():
         history |= content[name]
+    surroundings.put(run, around)
 
 
 def check_resumable(path: str | os.PathLike[str], checkpoint: dict[str, Any], run: Any) -> dict[str, Any]:

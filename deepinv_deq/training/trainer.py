@@ -21,6 +21,7 @@ from deepinv_deq.training.state import (
     restore,
 )
 from deepinv_deq.training.step_guard import StepGuard, check_divergence
+from deepinv_deq.training.surroundings import Surroundings
 
 
 @dataclass
@@ -28,10 +29,10 @@ class ResumableTrainer(Trainer):
     r"""ResumableTrainer(model, physics, optimizer, train_dataloader, ..., resume=False, config={})
     :class:`deepinv.Trainer` with atomic checkpoints that hold the state of every random generator.
 
-    A run resumed from its last checkpoint equals the uninterrupted one, bit for bit on CPU. Generators of PyTorch, NumPy
-    and Python are found in everything that the Trainer holds, such as data sets, samplers, losses and physics, and in
-    global variables that functions of user code name. A warning names those whose state cannot be saved. A checkpoint is
-    written under a temporary name first, so an interrupted run never leaves a broken one.
+    A run resumed from its last checkpoint equals the uninterrupted one, bit for bit on CPU. What training changed in losses, metrics
+    and physics is saved, too. Generators of PyTorch, NumPy and Python are found in everything that the Trainer holds and in global
+    variables that functions of user code name. A warning names those whose state cannot be saved. A checkpoint is written under
+    a temporary name first, so an interrupted run never leaves a broken one.
 
     All parameters are those of :class:`deepinv.Trainer`, and four more:
 
@@ -60,10 +61,12 @@ class ResumableTrainer(Trainer):
     _resumed_from: str | Path | None = field(default=None, init=False, repr=False)
     _scaling: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _guard: StepGuard | None = field(default=None, init=False, repr=False)
+    _surroundings: Surroundings = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_divergence(self.on_divergence, self.diverged_above)
         super().__post_init__()
+        self._surroundings = Surroundings(self)
 
     @property
     def skipped_steps(self) -> int:

@@ -95,8 +95,9 @@ def test_a_sample_without_a_filter_does_not_cost_the_others_theirs():
     eigenvalues = spectrum(physics, x)
     torch.testing.assert_close(eigenvalues[0], torch.ones_like(eigenvalues[0]))
     assert eigenvalues[1].isnan().all()
-    inverse = DEGrad(nn.Identity(), stepsize=0.25).preconditioner(x, physics)
-    torch.testing.assert_close(inverse(x), x * torch.tensor([2.0, 4.0]).reshape(2, 1, 1, 1))
+    iteration = DEGrad(nn.Identity(), stepsize=0.25)
+    for inverse, other in ((iteration.preconditioner(x, physics), 1.0), (iteration.natural(x, physics), 4.0)):
+        torch.testing.assert_close(inverse(x), x * torch.tensor([2.0, other]).reshape(2, 1, 1, 1))
 
 
 class Scaled(LinearPhysics):
