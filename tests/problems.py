@@ -6,17 +6,18 @@ Everything is small enough for a dense Jacobian, and in float64 unless a test as
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from deepinv.physics import LinearPhysics
+from deepinv.physics import MRI, LinearPhysics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepinv_deq import DEGrad, DEProx, DEQReconstructor, FixedPointIteration, ModularIDHook, Solver
+from deepinv_deq import DEGrad, DEProx, DEQReconstructor, EquilibriumUNet, FixedPointIteration, ModularIDHook, Solver
 from deepinv_deq.maps import Map
 
 F64 = torch.float64
@@ -206,3 +207,39 @@ class _Lists(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self._counter.count += func in (Tensor.tolist, Tensor.numpy)
         return func(*args, **(kwargs or {}))
+
+
+def mri(size: int = 16) -> MRI:
+    r"""MRI without every third column."""
+    mask = torch.ones(1, 2, size, size)
+    mask[..., ::3] = 0
+    return MRI(mask=mask, img_size=(2, size, size))
+
+
+class _Shrinking(EquilibriumUNet):
+    def forward(self, x, sigma=None):
+        return 0.6 * super().forward(x)
+
+
+def small_deq() -> tuple[DEQReconstructor, MRI, Tensor]:
+    r"""A contracting U-Net for MRI, the physics, and three measurements."""
+    torch.manual_seed(0)
+    physics, denoiser = mri(), _Shrinking(2, channels=(4, 8))
+    nn.init.normal_(denoiser.Conv_1x1.weight, std=0.005)
+    model = DEQReconstructor(DEProx(denoiser, stepsize=0.5), solver=Solver("anderson", max_iter=80, tol=1e-5)).eval()
+    return model, physics, physics.A(torch.rand(3, 2, 16, 16))
+
+
+def weights(model: nn.Module) -> Tensor:
+    r"""All parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class Forged:
+    r"""Runs a command when it is unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from deepinv_deq.files import load_intact, read_weights, save_intact
+from tests.problems import Forged
 from tests.saved_files import saved
 
 
@@ -54,14 +55,6 @@ def test_a_changed_value_with_right_checksums_is_refused(tmp_path):
     del content["rng"]  # to drop what is not needed is no damage
     torch.save(content, tmp_path / "b.pt")
     assert load_intact(tmp_path / "b.pt").keys() == {"state_dict", "settings"}
-
-
-class Forged:
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
 
 
 def hostile(folder: Path) -> dict[str, bytes]:

@@ -21,13 +21,7 @@ from deepinv_deq import (
 from deepinv_deq.datasets import ct_slice, mr_slice
 from deepinv_deq.files import load_intact
 from deepinv_deq.physics import SparseLinearPhysics
-from tests.problems import imaging
-
-
-def mri(size=16):
-    mask = torch.ones(1, 2, size, size)
-    mask[..., ::3] = 0
-    return dinv.physics.MRI(mask=mask, img_size=(2, size, size))
+from tests.problems import imaging, mri
 
 
 @pytest.mark.parametrize("template", [DEGrad, DEProx])

@@ -21,13 +21,7 @@ from deepinv_deq import (
     PipelineEquivariance,
     Solver,
 )
-from tests.problems import imaging
-
-
-def mri(size=16):
-    mask = torch.ones(1, 2, size, size)
-    mask[..., ::3] = 0
-    return dinv.physics.MRI(mask=mask, img_size=(2, size, size))
+from tests.problems import imaging, mri, small_deq
 
 
 def test_it_is_a_deepinv_reconstructor():
@@ -156,19 +150,6 @@ def test_inference_mode_and_no_grad():
 
 
 # Faster evaluations ------------------------------------------------------------------------------------------------
-
-
-class Shrinking(EquilibriumUNet):
-    def forward(self, x, sigma=None):
-        return 0.6 * super().forward(x)
-
-
-def small_deq():
-    torch.manual_seed(0)
-    physics, denoiser = mri(), Shrinking(2, channels=(4, 8))
-    nn.init.normal_(denoiser.Conv_1x1.weight, std=0.005)
-    model = DEQReconstructor(DEProx(denoiser, stepsize=0.5), solver=Solver("anderson", max_iter=80, tol=1e-5)).eval()
-    return model, physics, physics.A(torch.rand(3, 2, 16, 16))
 
 
 def step(model, physics, y):

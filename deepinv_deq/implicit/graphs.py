@@ -10,6 +10,12 @@ from torch import Tensor
 
 from deepinv_deq.maps import Tensors
 
+_REENTRANT = (
+    "A part of the iteration is checkpointed with torch.utils.checkpoint(use_reentrant=True), as by deepinv's "
+    "SwinIR(use_checkpoint=True), which allows no vector-Jacobian products. Switch it off, or use use_reentrant=False: the backward "
+    "pass has the graph of one evaluation in memory, however many iterations the solver takes."
+)
+
 Gradients = tuple[Tensor | None, ...]  # None: the map does not depend on that tensor
 
 
@@ -22,12 +28,20 @@ def vjp(outputs: Tensors, inputs: Tensors, cotangent: Tensors, keep: bool = Fals
     :param bool keep: whether the graph of ``outputs`` is used again.
     :param bool graph: whether the product gets a graph of its own; if so, that of ``outputs`` is kept, too.
     :return: one tensor for each of ``inputs``, ``None`` where there is no dependence.
+    :raises RuntimeError: if the graph has parts that are checkpointed with ``use_reentrant=True``.
     """
     pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangent, strict=True) if o.requires_grad]
     if not pairs or not inputs:
         return (None,) * len(inputs)
     outs, cots = zip(*pairs, strict=True)
-    return torch.autograd.grad(outs, inputs, cots, retain_graph=keep or graph, create_graph=graph, allow_unused=True)
+    try:
+        return torch.autograd.grad(
+            outs, inputs, cots, retain_graph=keep or graph, create_graph=graph, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise RuntimeError(_REENTRANT) from error
+        raise
 
 
 def as_leaf(t: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from deepinv_deq import (
 )
 from deepinv_deq.training import ResumableTrainer
 from tests.problems import F64, SmallDenoiser, imaging
+from tests.problems import weights as flat
 
 
 class Amplify(torch.autograd.Function):
@@ -99,10 +100,6 @@ def faulty_run(folder=None, fault=None, skip=None, epochs=3, losses=None, dtype=
     if skip:
         optimizer.step = lambda *a, **k: None if steps[0] == BAD_STEP else step(*a, **k)
     return trainer, weights
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def unique_folders(monkeypatch=None):

@@ -16,7 +16,8 @@ from tests.faults.common import (
     DIVERGENCES,
     TRIED,
 )
-from tests.faults.runs import BAD_STEP, NaNLoss, TwoPasses, faulty_run, flat, unique_folders
+from tests.faults.runs import BAD_STEP, NaNLoss, TwoPasses, faulty_run, unique_folders
+from tests.problems import weights as flat
 
 FAULTS = ["expands", "nan", "nan gradient", "no adjoint", "loss"]
 

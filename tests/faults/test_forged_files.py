@@ -3,7 +3,6 @@ r"""Truncated, changed and forged checkpoints."""
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import random
 import zipfile
@@ -18,6 +17,7 @@ from tests.faults.common import (
     TRIED,
 )
 from tests.faults.runs import faulty_run, unique_folders
+from tests.problems import Forged
 
 
 @pytest.fixture
@@ -75,14 +75,6 @@ def test_a_changed_byte_is_noticed(checkpoint):
             assert position not in inside
         TRIED[DAMAGED] += 1
     assert refused > 20
-
-
-class Forged:
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -31,7 +31,8 @@ def still_runs(child):
 
 def killed_runs(folder: str, kills: int, seed: int) -> None:
     r"""Train in forked processes that are killed at random times and resumed; print how it went. For a process of its own."""
-    from tests.training.test_resuming import trainer, weights
+    from tests.problems import weights
+    from tests.training.test_resuming import trainer
 
     unique_folders()
     torch.set_num_threads(1)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextvars
 import importlib
 
-import deepinv as dinv
 import pytest
 import torch
-from torch import nn
 
-from deepinv_deq import ConvergenceWarning, DEProx, DEQReconstructor, EquilibriumUNet, Solver
+from deepinv_deq import ConvergenceWarning, Solver
 from tests.implicit.common import ei_loss, gradients, sup_loss
-from tests.problems import imaging, relative_error, unrolled
+from tests.problems import imaging, relative_error, small_deq, unrolled
 
 
 def test_context_of_the_thread_does_not_grow():
@@ -23,25 +21,6 @@ def test_context_of_the_thread_does_not_grow():
     for _ in range(3):
         sup_loss(model, y, physics).backward()
     assert len(contextvars.copy_context()) == size
-
-
-def mri(size=16):
-    mask = torch.ones(1, 2, size, size)
-    mask[..., ::3] = 0
-    return dinv.physics.MRI(mask=mask, img_size=(2, size, size))
-
-
-class Shrinking(EquilibriumUNet):
-    def forward(self, x, sigma=None):
-        return 0.6 * super().forward(x)
-
-
-def small_deq():
-    torch.manual_seed(0)
-    physics, denoiser = mri(), Shrinking(2, channels=(4, 8))
-    nn.init.normal_(denoiser.Conv_1x1.weight, std=0.005)
-    model = DEQReconstructor(DEProx(denoiser, stepsize=0.5), solver=Solver("anderson", max_iter=80, tol=1e-5)).eval()
-    return model, physics, physics.A(torch.rand(3, 2, 16, 16))
 
 
 def step(model, physics, y):

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from deepinv.physics import Denoising
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -162,3 +163,15 @@ def test_hook_may_be_a_subclass():
     model.hook = Loud(model.hook.solver)
     model(y, physics).sum().backward()
     assert model.hook.seen and model.hook.stat.converged.all()
+
+
+class Checkpointed(SmallDenoiser):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
+def test_reentrant_checkpoints_inside_of_the_iteration_are_named():
+    model = deq(DEProx(Checkpointed().to(F64), stepsize=0.5))
+    x_hat = model(torch.rand(1, 1, 6, 6, dtype=F64), Denoising())
+    with pytest.raises(RuntimeError, match="use_reentrant=True.*Switch it off, or use use_reentrant=False"):
+        x_hat.sum().backward()

@@ -170,7 +170,3 @@ def trainer(folder, epochs, place="data set", kind="default_rng", **kwargs):
         model, physics, torch.optim.Adam(model.parameters(), lr=1e-2), loader, epochs=epochs, losses=parts["loss"],
         metrics=None, device="cpu", save_path=folder, verbose=False, **kwargs,
     )  # fmt: skip
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -20,8 +20,9 @@ import torch
 
 from deepinv_deq.training import latest_checkpoint
 from deepinv_deq.training.checkpoints import read_checkpoint
+from tests.problems import weights
 from tests.training.checkpoints import finished, run, whole  # noqa: F401
-from tests.training.test_resuming import trainer, weights
+from tests.training.test_resuming import trainer
 
 pytestmark = pytest.mark.usefixtures("run_folders")
 is_root = hasattr(os, "geteuid") and os.geteuid() == 0

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from deepinv_deq.training import generators, latest_checkpoint
-from tests.training.draws import CASES, MAKE, Augmented, Noisy, NoisyLoss, draw, trainer, weights
+from tests.problems import weights
+from tests.training.draws import CASES, MAKE, Augmented, Noisy, NoisyLoss, draw, trainer
 
 pytestmark = pytest.mark.usefixtures("run_folders")
 

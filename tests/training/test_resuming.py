@@ -18,7 +18,7 @@ from deepinv.datasets import TensorDataset
 from torch.utils.data import DataLoader
 
 from deepinv_deq.training import ResumableTrainer, latest_checkpoint
-from tests.problems import imaging
+from tests.problems import imaging, weights
 
 
 class Jitter(dinv.transform.Transform):
@@ -52,10 +52,6 @@ def trainer(folder, epochs, **kwargs):
         verbose=False,
         **kwargs,
     )
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):

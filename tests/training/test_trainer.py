@@ -16,8 +16,8 @@ import torch
 from deepinv_deq import DEGrad, FixedPointResidual, SolverEvaluations
 from deepinv_deq.datasets import phantoms
 from deepinv_deq.training import ResumableTrainer, latest_checkpoint
-from tests.problems import relative_error
-from tests.training.trainers import deq, loader, make, weights
+from tests.problems import relative_error, weights
+from tests.training.trainers import deq, loader, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Trainer running with AMP", "ignore:non_blocking_transfers")
 ROTATE = {"interpolation_mode": "bilinear"}

@@ -10,8 +10,8 @@ import torch
 
 from deepinv_deq import ConvergenceWarning
 from deepinv_deq.training import ResumableTrainer
-from tests.problems import relative_error
-from tests.training.trainers import F32, deq, loader, make, weights
+from tests.problems import relative_error, weights
+from tests.training.trainers import F32, deq, loader, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:Trainer running with AMP", "ignore:non_blocking_transfers")
 

@@ -38,7 +38,3 @@ def make(kind=dinv.Trainer, *, model=None, physics=None, lr=1e-2, sgd=False, **k
         "verbose": False,
     }
     return kind(model, physics, optimizer, **(settings | kwargs))
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
