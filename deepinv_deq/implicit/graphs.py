@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deepinv_deq.maps import Tensors
 
+AUXILIARY = "_auxiliary"  # attribute of a tensor that a graph needs, and on whose values nothing depends
 _REENTRANT = (
     "A part of the iteration is checkpointed with torch.utils.checkpoint(use_reentrant=True), as by deepinv's "
     "SwinIR(use_checkpoint=True), which allows no vector-Jacobian products. Switch it off, or use use_reentrant=False: the backward "
@@ -57,14 +58,14 @@ def zeros_for_none(products: Gradients, like: Tensors) -> Tensors:
 
 
 def leaves(outputs: Tensors) -> Iterator[Tensor]:
-    r"""The tensors that require a gradient and at which the graph of ``outputs`` ends, each once."""
+    r"""The tensors that require a gradient and at which the graph of ``outputs`` ends, each once, without those marked ``AUXILIARY``."""
     seen, nodes = set[Any](), [t.grad_fn for t in outputs]
     while nodes:
         node: Any = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        if hasattr(node, "variable") and not hasattr(node.variable, AUXILIARY):
             yield node.variable
         nodes.extend(parent for parent, _ in node.next_functions)
 

@@ -11,7 +11,7 @@ from deepinv.physics import LinearPhysics, Tomography
 from torch import Tensor
 
 from deepinv_deq import compat
-from deepinv_deq.implicit.graphs import leaves
+from deepinv_deq.implicit.graphs import AUXILIARY, leaves
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -39,6 +39,9 @@ class OwnAdjoint:
 
     def __init__(self, physics: LinearPhysics):
         self._physics = weakref.ref(physics)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None  # deepinv builds that of a copy
 
     def __call__(self, y: Tensor) -> Tensor:
         physics: Any = self._physics()
@@ -109,14 +112,21 @@ def transposed(operator: Operator, y: Tensor, like: Tensor) -> Tensor:
     :param torch.Tensor like: any image, with as many samples.
     :return: image, shaped like ``like``.
     """
+    if compat.transforms():
+        return torch.func.vjp(operator, like)[1](y.to(like.dtype) if y.is_complex() == like.is_complex() else y)[0]
     with torch.inference_mode(False), torch.enable_grad():
         x = like.clone().requires_grad_()
+        setattr(x, AUXILIARY, True)  # the operator is linear: its second derivative is zero
         measured = operator(x)
-    if torch.is_grad_enabled() and any(leaf is not x for leaf in leaves((measured,))):
+    if y.is_inference() and not torch.is_inference_mode_enabled():
+        y = y.clone()
+    if torch.is_grad_enabled() and any(True for _ in leaves((measured,))):
         return torch.autograd.grad(measured, x, y.to(measured.dtype), create_graph=True)[0]
 
+    again = compat.forward_mode()  # for the tangent
+
     def product(y: Tensor) -> Tensor:
-        return torch.autograd.grad(measured, x, _cotangent(y, measured))[0]
+        return torch.autograd.grad(measured, x, _cotangent(y, measured), retain_graph=again)[0]
 
     # not every operator of PyTorch has a second derivative, but the adjoint of the adjoint is the operator
     return _Transposed.apply(y, product, operator)
@@ -135,11 +145,15 @@ class _Transposed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.operator = inputs[2]
+        ctx.product, ctx.operator = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return ctx.operator(g), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return ctx.product(tangent)
 
 
 def own_adjoint(physics: LinearPhysics) -> None:
@@ -161,9 +175,10 @@ def private_adjoint(function: Any, replicate: Callable[[Any], Any]) -> Any:
 
     :param Callable function: any function.
     :param Callable replicate: replicates the operator.
-    :return: the adjoint; ``None`` if the function is another one, or its operator has nothing to replicate.
+    :return: the adjoint; the function itself if its operator has nothing to replicate; ``None`` for any other function.
     """
     operator = compat.operator_of_adjoint(function)
-    if operator is None or (own := replicate(operator)) is operator:
+    if operator is None:
         return None
-    return PrivateAdjoint(own, function)
+    own = replicate(operator)
+    return function if own is operator else PrivateAdjoint(own, function)

@@ -26,7 +26,7 @@ def diagnose(capture: Capture) -> str:
     except Exception:  # whatever is wrong with this operator, the message of the solve matters more
         return ""
     safe = iteration.safe_stepsize(sqnorm)
-    if eta < 2 * safe:
+    if not eta >= 2 * safe:  # NaN for an operator that is zero
         return ""
     return (
         f"The stepsize {eta:.3g} diverges for this operator, whose squared norm is {sqnorm:.3g} "

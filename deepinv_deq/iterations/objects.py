@@ -147,7 +147,8 @@ def of_local_function(cls: Any, replicate: Callable[[Any], Any], keep: Callable[
     """
     if not (issubclass(cls, torch.autograd.Function) and "<locals>" in cls.__qualname__):
         return cls
-    inside = {name: value for name, value in vars(cls).items() if not name.startswith("_")}
+    of_all = vars(type(cls)("Empty", cls.__bases__, {}))  # what PyTorch adds to every such class
+    inside = {name: value for name, value in vars(cls).items() if name not in of_all}
     functions = {name: value.__func__ if isinstance(value, staticmethod) else value for name, value in inside.items()}
     own = {name: replicate(value) for name, value in functions.items()}
     if all(own[name] is value for name, value in functions.items()):

@@ -29,8 +29,8 @@ class ResumableTrainer(Trainer):
     r"""ResumableTrainer(model, physics, optimizer, train_dataloader, ..., resume=False, config={})
     :class:`deepinv.Trainer` with atomic checkpoints that hold the state of every random generator.
 
-    A run resumed from its last checkpoint equals the uninterrupted one, bit for bit on CPU. What training changed in losses, metrics
-    and physics is saved, too. Generators of PyTorch, NumPy and Python are found in everything that the Trainer holds and in global
+    A run resumed from its last checkpoint equals the uninterrupted one, bit for bit on CPU. Numbers and tensors that training
+    changed in public attributes of losses, metrics and physics are saved, too. Generators of PyTorch, NumPy and Python are found in everything that the Trainer holds and in global
     variables that functions of user code name. A warning names those whose state cannot be saved. A checkpoint is written under
     a temporary name first, so an interrupted run never leaves a broken one.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 
 import deepinv as dinv
+import numpy as np
 import pytest
 import torch
-from deepinv.physics import Inpainting, LinearPhysics
+from deepinv.physics import GaussianNoise, Inpainting, LinearPhysics
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -44,6 +45,34 @@ class Weighted(dinv.loss.SupLoss):
         return super().forward(x_net=x_net, x=x) * self.weight.square() / (1 + self.calls)
 
 
+class Tracking(dinv.loss.SupLoss):
+    r"""Everything that a loss may keep: of NumPy, created late, trained without being a parameter, and the physics itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.decay, self.w = np.float64(1.0), torch.tensor(1.0, requires_grad=True)
+        self.register_buffer("mean", None)
+        self.layer = nn.LazyLinear(1)
+
+    def parameters(self, recurse=True):
+        return iter([self.w])
+
+    def forward(self, x_net, x, physics, **kwargs):
+        self.count, self.decay, self.physics = getattr(self, "count", 0) + 1, 0.9 * self.decay, physics
+        self.mean = x_net.detach().mean() if self.mean is None else 0.5 * self.mean + 0.5 * x_net.detach().mean()
+        loss = super().forward(x_net=x_net, x=x) * (self.decay * self.w.square() + self.mean / self.count)
+        return loss + 0 * self.layer(x_net.flatten(1)).sum()
+
+
+class Level(dinv.loss.SupLoss):
+    r"""Shares a tensor with the physics, which it changes in place."""
+
+    def forward(self, x_net, x, physics, **kwargs):
+        self.level = physics.noise_model.sigma
+        self.level.mul_(0.9)
+        return super().forward(x_net=x_net, x=x) * self.level.clone()
+
+
 def unsure():
     return dinv.loss.SureGaussianLoss(0.01, unsure=True, step_size=1.0, rng=torch.Generator().manual_seed(0))
 
@@ -54,6 +83,10 @@ def interleaved():
 
 def masked():
     return Inpainting((1, 8, 8), mask=torch.ones(1, 8, 8).tril())
+
+
+def noisy():
+    return Inpainting((1, 8, 8), mask=torch.ones(1, 8, 8).tril(), noise_model=GaussianNoise(1.0))
 
 
 def run(path, loss, physics, epochs, **settings):
@@ -80,7 +113,16 @@ def run(path, loss, physics, epochs, **settings):
 
 @pytest.mark.parametrize(
     "loss,physics",
-    [(unsure, masked), (interleaved, masked), (Weighted, masked), (dinv.loss.SupLoss, Gain), (Weighted, Gain)],
+    [
+        (unsure, masked),
+        (interleaved, masked),
+        (Weighted, masked),
+        (dinv.loss.SupLoss, Gain),
+        (Weighted, Gain),
+        (Tracking, masked),
+        (Tracking, Gain),
+        (Level, noisy),
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, loss, physics):
     with warnings.catch_warnings():
@@ -97,8 +139,8 @@ def test_only_what_changed_is_saved(tmp_path):
     trainer = run(tmp_path, Weighted, masked, 1)
     trainer.train()
     content = torch.load(latest_checkpoint(tmp_path), weights_only=True)
-    assert set(content["surroundings"]) == {"losses[0].weight", "losses[0].calls"}
-    assert content["surroundings"]["losses[0].calls"] == 2
+    assert set(content["surroundings"]["in place"]) == {"losses[0].weight"}
+    assert content["surroundings"]["replaced"] == {"losses[0].calls": 2}
 
 
 def test_a_run_without_a_place_for_it_is_refused_and_unchanged(tmp_path):
@@ -121,8 +163,8 @@ def test_shared_modules_of_the_model_and_attributes_that_are_nan_are_left_out():
     trainer = run(None, Weighted, masked, 1)
     trainer.losses[0].level, trainer.losses[0].network = float("nan"), trainer.model
     state = Surroundings(trainer)
-    assert state.changed(trainer) == {}
+    assert state.changed(trainer) == {"in place": {}, "replaced": {}}
     with torch.no_grad():
         next(trainer.model.parameters()).add_(1)
     trainer.losses[0].level = 2.0
-    assert state.changed(trainer) == {"losses[0].level": 2.0}
+    assert state.changed(trainer) == {"in place": {}, "replaced": {"losses[0].level": 2.0}}
