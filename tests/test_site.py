@@ -62,7 +62,7 @@ def test_api_pages_name_parameters_and_examples(page, site):
     assert {"DEQReconstructor", "ModularIDHook", "Solver", "FromOptim"} <= set(names)
     page.goto(f"{site}api/deepinv_deq.Solver.html")
     text = page.locator("article").inner_text()
-    assert "tol" in text and "relative error in natural units" in text
+    assert "tol" in text and "relative residual in natural units" in text
     assert page.locator("article .sphx-glr-thumbnails img").count() > 0
 
 
