@@ -29,7 +29,7 @@ OF_0_1 = {  # every public class and function of version 0.1, by the module that
     ".physics": "SparseLinearPhysics",
     ".reconstructor": "DEQReconstructor",
     ".solvers": "ConvergenceError ConvergenceWarning Solver SolverStat anderson available_methods broyden fixed_point_iter",
-    ".training": "ResumableTrainer latest_checkpoint",
+    ".training": "ResumableTrainer latest_checkpoint _read",
 }
 
 
