@@ -36,10 +36,11 @@ from deepinv_deq.compat.modules import (
     weight_hooks,
     without,
 )
-from deepinv_deq.compat.operations import dispatch_mode, numbers, operator_of_adjoint, random_numbers
+from deepinv_deq.compat.operations import BUILT_ADJOINTS, dispatch_mode, numbers, operator_of_adjoint, random_numbers
 from deepinv_deq.compat.precision import rounds_convolutions, unit_roundoff
 
 __all__ = [
+    "BUILT_ADJOINTS",
     "HOOKS",
     "OF_MODULES",
     "PRE_HOOKS",

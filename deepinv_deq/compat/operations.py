@@ -11,6 +11,10 @@ from torch import Tensor
 
 from deepinv_deq.compat.lookup import find
 
+#: Attributes in which deepinv's physics keep an adjoint, or ``None`` if it is built from a method by backpropagation. Without them:
+#: such an adjoint has no gradient for the parameters of its operator.
+BUILT_ADJOINTS = {"A_adj": "A", "_V": "V_adjoint", "_U_adjoint": "U"}
+
 
 def dispatch_mode(listed: Callable[[str, Any, Any], bool]) -> Any:
     r"""A context manager that passes the name and the arguments of every operation inside to a function.

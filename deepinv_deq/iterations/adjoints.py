@@ -27,18 +27,19 @@ class _AnyShape:
 
 
 class OwnAdjoint:
-    r"""The adjoint of a physics by backpropagation through its operator.
+    r"""The adjoint of an operator of a physics by backpropagation through it.
 
     deepinv keeps such a function on the module, or builds one in each call. It belongs to the original, and is a class inside a
     reference cycle, which keeps its graph until the garbage collector runs.
 
     :param deepinv.physics.LinearPhysics physics: replica.
+    :param str operator: the method whose adjoint it is.
     """
 
     _shared_by_replicas = True  # every replica gets its own
 
-    def __init__(self, physics: LinearPhysics):
-        self._physics = weakref.ref(physics)
+    def __init__(self, physics: LinearPhysics, operator: str = "A"):
+        self._physics, self._operator = weakref.ref(physics), operator
 
     def __deepcopy__(self, memo: Any) -> None:
         return None  # deepinv builds that of a copy
@@ -46,7 +47,8 @@ class OwnAdjoint:
     def __call__(self, y: Tensor) -> Tensor:
         physics: Any = self._physics()
         dtype = torch.float64 if y.real.dtype == torch.float64 else torch.float32
-        return transposed(physics.A, y, torch.ones(len(y), *physics.img_size, dtype=dtype, device=y.device))
+        like = torch.ones(len(y), *physics.img_size, dtype=dtype, device=y.device)
+        return transposed(getattr(physics, self._operator), y, like)
 
 
 class _OfTomography(OwnAdjoint):
@@ -165,9 +167,9 @@ def own_adjoint(physics: LinearPhysics) -> None:
     if isinstance(physics, Tomography) and "_auto_grad_adjoint_fn" in inside:
         inside["_auto_grad_adjoint_fn"] = _OfTomography(physics)
         inside["_auto_grad_adjoint_input_shape"] = _AnyShape()
-    built = "A_adj" in inside and (inside["A_adj"] is None or isinstance(inside["A_adj"], OwnAdjoint))
-    if built and inside.get("img_size") is not None:
-        inside["A_adj"] = OwnAdjoint(physics)
+    for name, operator in compat.BUILT_ADJOINTS.items() if inside.get("img_size") is not None else ():
+        if name in inside and (inside[name] is None or isinstance(inside[name], OwnAdjoint)):
+            inside[name] = OwnAdjoint(physics, operator)
 
 
 def private_adjoint(function: Any, replicate: Callable[[Any], Any]) -> Any:
