@@ -129,9 +129,10 @@ class Replica:
 
     def _copy(self, value: Any) -> Any:
         kind: Any = type(value)
-        if kind is types.BuiltinFunctionType:
+        if kind in (types.BuiltinFunctionType, types.MethodType):  # in PyTorch 2.4, ``apply`` of a function is a method
             if (own := private_adjoint(value, self._copy)) is not None:
                 return own
+        if kind is types.BuiltinFunctionType:
             owner = self._copy(owner_of(value))
             return value if owner is owner_of(value) else getattr(owner, value.__name__)
         if kind in SHARED:
