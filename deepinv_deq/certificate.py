@@ -44,7 +44,8 @@ class Certificate:
     :param float tol: the tolerance.
     :param dict points: images of shape ``(B, C, H, W)``: ``x`` (``"start"``), the image at a tenth of the tolerance (``"tenth"``), and
         those reached from the other starts.
-    :param dict spread: for each other start (``"zeros"``, ``"noise"`` and, with ``x_gt``, ``"truth"``), :math:`\|x' - x\| / \|x\|` of the point reached from there.
+    :param dict spread: for each other start (``"zeros"``, ``"noise"`` and, with ``x_gt``, ``"truth"``), :math:`\|x' - x\| / \|x\|` of
+        the point reached from there.
     :param dict psnr: with ``x_gt``, PSNR in dB of each of ``points``.
     :param dict errors: for each other start, the estimated relative error of the point reached from there. Inf if the radius is 1 or more.
     :param dict solved: for each other start, whether the solve met the tolerance.

@@ -37,8 +37,8 @@ class ContractionLoss(Loss):
     Add it to the losses of a Trainer: ``Trainer(losses=[SupLoss(), ContractionLoss(bound=0.85)])``. The factor before the maximum,
     in which :math:`n` is the number of pixels, has the unit of a squared error of images, so one weight is right at any scale. The
     weight assumes that the other losses count a squared image error once. If they count it :math:`c` times, pass
-    ``weight=0.1 * c``. With ``mode="jfb"``, multiply by the stepsize, too. The factor is larger far from the reconstruction, because contracting there costs the
-    reconstruction little. A smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
+    ``weight=0.1 * c``. With ``mode="jfb"``, multiply by the stepsize, too. The factor is larger far from the reconstruction,
+    because contracting there costs the reconstruction little. A smaller bound gives a fixed point that takes fewer evaluations, and a less expressive model.
 
     :param float bound: largest norm without a penalty, in :math:`(0, 1)`.
     :param float weight: weight :math:`w > 0`, no unit.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepinv.physics import LinearPhysics, Tomography
@@ -52,7 +52,7 @@ class OwnAdjoint:
 
 
 class _OfTomography(OwnAdjoint):
-    r"""The same with one graph for all products, as that of a Radon transform is large."""
+    r"""The same with one graph for all products, because the graph of a Radon transform is large."""
 
     _graph: tuple[Any, Tensor, Tensor] | None = None
 
@@ -71,7 +71,7 @@ class _OfTomography(OwnAdjoint):
 
 
 class _Images:
-    r"""Shape and type of the images of the user's adjoint, which only it knows.
+    r"""Shape and type of the images of the user's adjoint. deepinv does not store them, so the first call measures them.
 
     :param Callable original: the user's adjoint.
     """
@@ -115,7 +115,8 @@ def transposed(operator: Operator, y: Tensor, like: Tensor) -> Tensor:
     :return: image, shaped like ``like``.
     """
     if compat.transforms():
-        return torch.func.vjp(operator, like)[1](y.to(like.dtype) if y.is_complex() == like.is_complex() else y)[0]
+        measured, pull_back = cast(Any, torch.func).vjp(operator, like)
+        return pull_back(y.to(measured.dtype))[0]
     with torch.inference_mode(False), torch.enable_grad():
         x = like.clone().requires_grad_()
         setattr(x, AUXILIARY, True)  # the operator is linear: its second derivative is zero
@@ -125,7 +126,7 @@ def transposed(operator: Operator, y: Tensor, like: Tensor) -> Tensor:
     if torch.is_grad_enabled() and any(True for _ in leaves((measured,))):
         return torch.autograd.grad(measured, x, y.to(measured.dtype), create_graph=True)[0]
 
-    again = compat.forward_mode()  # for the tangent
+    again = compat.forward_mode()  # the tangent needs the graph a second time
 
     def product(y: Tensor) -> Tensor:
         return torch.autograd.grad(measured, x, _cotangent(y, measured), retain_graph=again)[0]

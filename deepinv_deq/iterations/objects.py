@@ -25,6 +25,9 @@ SHARED = frozenset(
 )  # immutable, or the same for everyone
 IMMUTABLE = SHARED - {types.BuiltinFunctionType}  # a method of an object in C belongs to that object
 Cached = type(functools.lru_cache(lambda: None))  # a class of C
+_Functions: Any = type(torch.autograd.Function)
+# attributes that Python and PyTorch add to every class of this kind
+_OF_FUNCTIONS = frozenset(vars(_Functions("Empty", (torch.autograd.Function,), {})))
 _CONTAINERS = (dict, list, set, deque, bytearray, array, np.ndarray, types.SimpleNamespace)
 # modules of large libraries whose objects are Python objects that hold numbers or tensors
 _DATA = ("argparse", "optparse", "collections", "torch.distributions", "numpy.polynomial")
@@ -147,8 +150,7 @@ def of_local_function(cls: Any, replicate: Callable[[Any], Any], keep: Callable[
     """
     if not (issubclass(cls, torch.autograd.Function) and "<locals>" in cls.__qualname__):
         return cls
-    of_all = vars(type(cls)("Empty", cls.__bases__, {}))  # what PyTorch adds to every such class
-    inside = {name: value for name, value in vars(cls).items() if name not in of_all}
+    inside = {name: value for name, value in vars(cls).items() if name not in _OF_FUNCTIONS}
     functions = {name: value.__func__ if isinstance(value, staticmethod) else value for name, value in inside.items()}
     own = {name: replicate(value) for name, value in functions.items()}
     if all(own[name] is value for name, value in functions.items()):

@@ -65,16 +65,12 @@ def check(run: Any, saved: Mapping[str, Mapping[str, Any]]) -> None:
     :param Mapping saved: what :meth:`Surroundings.changed` returned.
     :raises ValueError: with the place that is lacking.
     """
-    modules = dict(_modules(run))
-    for kind, values in saved.items():
-        for path, value in values.items():
-            module, ours = _place(modules, path)
-            copied = kind == "in place" or isinstance(ours, nn.Parameter)
-            same = is_lazy(ours) or getattr(ours, "shape", None) == getattr(value, "shape", None)
-            if module is None or (copied and not same):
-                raise ValueError(
-                    f"it holds {path}, which this run lacks or has in another shape: build losses, metrics and physics as they were"
-                )
+    for path, module, ours, value, copied in _places(run, saved):
+        same = is_lazy(ours) or getattr(ours, "shape", None) == getattr(value, "shape", None)
+        if module is None or (copied and not same):
+            raise ValueError(
+                f"it holds {path}, which this run lacks or has in another shape: build losses, metrics and physics as they were"
+            )
 
 
 def put(run: Any, saved: Mapping[str, Mapping[str, Any]]) -> None:
@@ -85,17 +81,14 @@ def put(run: Any, saved: Mapping[str, Mapping[str, Any]]) -> None:
     :param deepinv.Trainer run: the run, changed in place.
     :param Mapping saved: what :meth:`Surroundings.changed` returned, and :func:`check` has verified.
     """
-    modules, trained = dict(_modules(run)), {id(t) for t in _trained(run)}
-    for kind, values in saved.items():
-        for path, value in values.items():
-            module, ours = _place(modules, path)
-            if is_lazy(ours):
-                ours.materialize(value.shape)
-            if kind == "in place" or isinstance(ours, nn.Parameter) or id(ours) in trained:
-                with torch.no_grad():
-                    ours.copy_(value)
-            else:
-                setattr(module, path.rpartition(".")[2], value.to(ours.device) if isinstance(ours, Tensor) else value)
+    for path, module, ours, value, copied in _places(run, saved):
+        if is_lazy(ours):
+            ours.materialize(value.shape)
+        if copied:
+            with torch.no_grad():
+                ours.copy_(value)
+        else:
+            setattr(module, path.rpartition(".")[2], value.to(ours.device) if isinstance(ours, Tensor) else value)
 
 
 def _trained(run: Any) -> Iterator[Tensor]:
@@ -103,10 +96,15 @@ def _trained(run: Any) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def _place(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module | None, Any]:
-    r"""The module of a path, and what it has there now. The attribute may be created in the first step."""
-    owner, _, name = path.rpartition(".")
-    return modules.get(owner), getattr(modules.get(owner), name, None)
+def _places(run: Any, saved: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, nn.Module | None, Any, Any, bool]]:
+    r"""Path, module, present value (``None`` for an attribute of the first step), saved value, and whether it is copied in place."""
+    modules, trained = dict(_modules(run)), {id(t) for t in _trained(run)}
+    for kind, values in saved.items():
+        for path, value in values.items():
+            owner, _, name = path.rpartition(".")
+            module = modules.get(owner)
+            ours = getattr(module, name, None)
+            yield path, module, ours, value, kind == "in place" or isinstance(ours, nn.Parameter) or id(ours) in trained
 
 
 def _modules(run: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -30,9 +30,9 @@ class ResumableTrainer(Trainer):
     :class:`deepinv.Trainer` with atomic checkpoints that hold the state of every random generator.
 
     A run resumed from its last checkpoint equals the uninterrupted one, bit for bit on CPU. Numbers and tensors that training
-    changed in public attributes of losses, metrics and physics are saved, too. Generators of PyTorch, NumPy and Python are found in everything that the Trainer holds and in global
-    variables that functions of user code name. A warning names those whose state cannot be saved. A checkpoint is written under
-    a temporary name first, so an interrupted run never leaves a broken one.
+    changed in public attributes of losses, metrics and physics are saved, too. Generators of PyTorch, NumPy and Python are found in
+    everything that the Trainer holds and in global variables that functions of user code name. A warning names those whose state
+    cannot be saved. A checkpoint is written under a temporary name first, so an interrupted run never leaves a broken one.
 
     All parameters are those of :class:`deepinv.Trainer`, and four more:
 
