@@ -16,6 +16,12 @@ with 3 layers decides for all. Where trainings differ much by their seed, as tho
 .. code-block:: bash
 
     python examples/paper/search.py --task mri --method deq-id --loss ei --share 1 --seeds 2
+
+At another scale, a shorter search begins at the settings that the cell has there already, say those of scale ``small``:
+
+.. code-block:: bash
+
+    python examples/paper/search.py --task ct --method modl --loss sup --scale paper --nearby --share 0.25
 """
 
 import json
@@ -30,7 +36,7 @@ from data import HERE
 from losses import LOSSES
 from models import METHODS
 from records import SPREAD_DB, matrix, write
-from settings import default_settings, found_settings
+from settings import default_settings, found_settings, settings_of
 from training import run_cell
 
 TRIALS = HERE / "search"
@@ -53,6 +59,15 @@ def grid(task: str, method: str, loss: str, s: dict[str, Any]) -> list[tuple[str
     return [*steps, ("grad_clip", [s["grad_clip"], 1e-6])]
 
 
+def grid_nearby(method: str, loss: str, s: dict[str, Any]) -> list[tuple[str, list[Any]]]:
+    r"""What is tried around settings ``s`` of an earlier search: a third and three times the learning rate, half and twice the
+    other hyperparameters of :func:`grid`, and gradients of equal norm."""
+    own = METHODS[method].tried
+    names = [*([own[0]] if own else []), *(["alpha"] if LOSSES[loss].weighted else [])]
+    steps = [(name, [s[name] / 2, s[name], 2 * s[name]]) for name in names]
+    return [("lr", [s["lr"] / 3, s["lr"], 3 * s["lr"]]), *steps, ("grad_clip", [s["grad_clip"], 1e-6])]
+
+
 def complete(task: str, method: str, trial: dict[str, Any]) -> dict[str, Any]:
     r"""A stepsize that goes with the data weight of DE-Grad and RED."""
     gradient_steps = task == "ct" and (METHODS[method].is_deq or METHODS[method].epochs is None)
@@ -66,12 +81,19 @@ def worth(trial: dict[str, Any]) -> tuple[bool, float]:
     return not trial.get("missed") and trial.get("spread_db", 0.0) <= SPREAD_DB, trial["psnr"]
 
 
-def search(task: str, method: str, loss: str, scale: str, data: Path, share: float, seeds: int = 1) -> None:
+def search(
+    task: str, method: str, loss: str, scale: str, data: Path, share: float, seeds: int = 1, nearby: bool = False
+) -> None:
     family = METHODS[method].family
     representative = REPRESENTATIVE.get(family, method)
     path = TRIALS / scale / f"{task}_{family}_{loss}.json"
     trials: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     default = default_settings(task, representative, loss, scale)
+    first: dict[str, Any] = {}  # what the trials start from, where it differs from the defaults
+    if nearby:
+        there = settings_of(task, representative, loss, scale, found_settings())
+        first = {k: v for k, v in there.items() if k != "settings_from" and (k not in default or default[k] != v)}
+        default |= first
     chosen: dict[str, Any] = {}
 
     def once(trial: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -103,12 +125,13 @@ def search(task: str, method: str, loss: str, scale: str, data: Path, share: flo
         scores = [worth(once(complete(task, method, trial), seed)) for seed in range(seeds)]
         return all(reached for reached, _ in scores), statistics.mean(psnr for _, psnr in scores)
 
-    for name, values in grid(task, method, loss, default):
+    steps = grid_nearby(method, loss, default) if nearby else grid(task, method, loss, default)
+    for name, values in steps:
         present = chosen.get(name, default.get(name))
         scores = {value: score(chosen | ({} if value == default.get(name) else {name: value})) for value in values}
         best = max(scores, key=scores.__getitem__)
         chosen = chosen if best == present else chosen | {name: best}
-    chosen = complete(task, method, chosen)
+    chosen = first | complete(task, method, chosen)
     found = found_settings()
     found.setdefault(scale, {}).setdefault(task, {}).setdefault(family, {})[loss] = chosen
     write(settings.SETTINGS, json.dumps(found, indent=1, sort_keys=True) + "\n")
@@ -119,9 +142,12 @@ def main() -> None:
     parser = arguments("Choose hyperparameters on validation images.", "every method and loss without settings")
     parser.add_argument("--share", type=float, default=0.5, help="part of the epochs that a trial takes")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of every trial, whose mean decides")
+    parser.add_argument(
+        "--nearby", action="store_true", help="try values around the settings that the cell has already"
+    )
     args = parsed(parser)
     if not args.all:
-        search(args.task, args.method, args.loss, args.scale, args.data, args.share, args.seeds)
+        search(args.task, args.method, args.loss, args.scale, args.data, args.share, args.seeds, args.nearby)
         return
     known = found_settings().get(args.scale, {})
     cells = dict.fromkeys((t, METHODS[m].family, loss) for t, m, loss, _ in matrix(args.scale))
@@ -130,7 +156,8 @@ def main() -> None:
         for task, method, loss in cells
         if loss not in known.get(task, {}).get(method, {})
     ]
-    run_each(__file__, args, missing, ["--share", str(args.share), "--seeds", str(args.seeds)])
+    common = ["--share", str(args.share), "--seeds", str(args.seeds), *["--nearby"] * args.nearby]
+    run_each(__file__, args, missing, common)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,28 @@ def test_every_learned_method_gets_the_same_questions():
     assert search.complete("ct", "modl", {"data_weight": 99.0}) == {"data_weight": 99.0}
 
 
+def test_a_search_nearby_begins_at_the_settings_of_another_scale(lab, monkeypatch):
+    there = {"lr": 3e-3, "data_weight": 100.0, "grad_clip": 1e-6}
+    settings.SETTINGS.write_text(json.dumps({"small": {"ct": {"modl": {"sup": there}}}}))
+    ran = []
+
+    def train(task, method, loss, scale, seed, *, override, **_):
+        ran.append(tuple(override[name] for name in there))
+        return {"psnr": {"mean": 30.0 + (ran[-1][1] == 200.0)}, "seconds": 0.0}, None
+
+    monkeypatch.setattr(search, "run_cell", train)
+    search.search("ct", "modl", "sup", "paper", lab, 0.25, nearby=True)
+    assert [lr for lr, *_ in ran[:3]] == pytest.approx([1e-3, 3e-3, 9e-3])
+    assert [weight for _, weight, _ in ran[3:]] == [50.0, 200.0] and {clip for *_, clip in ran} == {1e-6}
+    assert settings.found_settings()["paper"]["ct"]["modl"]["sup"] == pytest.approx(
+        there | {"lr": 1e-3, "data_weight": 200.0}
+    )
+    assert settings.found_settings()["small"]["ct"]["modl"]["sup"] == there
+    settings.SETTINGS.unlink()
+    with pytest.raises(settings.NotSearched, match="No hyperparameters were searched"):
+        search.search("ct", "modl", "sup", "paper", lab, 0.25, nearby=True)
+
+
 def test_settings_whose_solves_fail_lose():
     trials = [{"psnr": 30.0, "missed": 1}, {"psnr": 29.0, "missed": 0}, {"psnr": 28.0}]
     trials += [{"psnr": 29.5, "missed": 0, "spread_db": 0.06}]
