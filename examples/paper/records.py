@@ -56,10 +56,17 @@ def _priority(cell: tuple[str, str, str, int]) -> tuple[Any, ...]:
     return seed, further, TASKS.index(task), known.get(method, 3), list(METHODS).index(method)
 
 
-def variant_of(denoiser: Path | None = None, channels: tuple[int, ...] = CHANNELS, bound: float | None = None) -> str:
-    r"""Folder of the cells of another denoiser than the tables' own, of other numbers of feature maps, or of another bound; else empty."""
+def variant_of(
+    denoiser: Path | None = None,
+    channels: tuple[int, ...] = CHANNELS,
+    bound: float | None = None,
+    epochs: int | None = None,
+) -> str:
+    r"""Folder of the cells of another denoiser than the tables' own, of other numbers of feature maps or epochs, or of another bound; else
+    empty."""
     parts = ["-".join(map(str, channels))] if tuple(channels) != CHANNELS else []
     parts += [] if bound is None else [f"bound-{bound:g}"]
+    parts += [] if epochs is None else [f"epochs-{epochs}"]
     return "_".join(parts + ([denoiser.stem] if denoiser else []))
 
 
@@ -69,7 +76,7 @@ def path_of(scale: str, task: str, method: str, loss: str, seed: int, variant: s
 
 
 def variants_of(scale: str) -> list[str]:
-    r"""The folders of cells with another denoiser, number of feature maps, or bound."""
+    r"""The folders of cells with another denoiser, number of feature maps or epochs, or bound."""
     return sorted(path.name for path in (RESULTS / scale).glob("*") if path.is_dir())
 
 

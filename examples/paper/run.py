@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--bound", type=float, help="bound of the penalty in the place of the task's; the record is kept apart"
     )
+    parser.add_argument("--epochs", type=int, help="epochs in the place of the scale's; the record is kept apart")
     parser.add_argument("--defaults", action="store_true", help="train with defaults where nothing was searched")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     args = parsed(parser)
@@ -55,7 +56,10 @@ def main() -> None:
         sys.exit("error: --again is for one cell: give --task, --method and --loss.")
     if args.bound is not None and not 0 < args.bound < 1:
         sys.exit(f"error: --bound must be in (0, 1), got {args.bound:g}.")
-    variant = variant_of(args.denoiser, args.channels, args.bound)
+    if args.epochs is not None and args.epochs < 1:
+        sys.exit(f"error: --epochs must be at least 1, got {args.epochs}.")
+    others = {name: getattr(args, name) for name in ("bound", "epochs") if getattr(args, name) is not None}
+    variant = variant_of(args.denoiser, args.channels, **others)
     if args.all:
         cells = [
             ["--task", cell[0], "--method", cell[1], "--loss", cell[2], "--seed", str(cell[3])]
@@ -63,7 +67,7 @@ def main() -> None:
             if args.force or finished(path_of(args.scale, *cell, variant)) is None
         ]
         common = ["--device", args.device, "--no-progress", "--channels", *map(str, args.channels)]
-        common += [] if args.bound is None else ["--bound", str(args.bound)]
+        common += [word for name, of in others.items() for word in (f"--{name}", str(of))]
         common += [flag for flag in ("--force", "--defaults") if getattr(args, flag[2:])]
         run_each(__file__, args, cells, common)
     cell = (args.task, args.method, args.loss, args.seed)
@@ -87,8 +91,7 @@ def main() -> None:
     folder = folder_of(path)
     if args.force:
         shutil.rmtree(folder, ignore_errors=True)
-    override = {"channels": args.channels} if args.channels != CHANNELS else {}
-    override |= {} if args.bound is None else {"bound": args.bound}
+    override = others | ({"channels": args.channels} if args.channels != CHANNELS else {})
     try:
         record, model = run_cell(
             *cell[:3],

@@ -105,7 +105,7 @@ def fixed_points(records: Records) -> str:
 
 
 def variants(scale: str) -> str:
-    r"""The records of other bounds, numbers of feature maps or penalties than the cells', which have folders of their own."""
+    r"""The records of other bounds, numbers of feature maps or epochs, or penalties than the cells', which have folders of their own."""
     body = []
     for variant in variants_of(scale):
         for r in Records(scale, variant).all:

@@ -165,11 +165,15 @@ def test_tables_are_made_of_records(lab, monkeypatch):
     assert f"{record['psnr']['mean']:.2f}" in text and "36.77" in text
 
 
-def test_other_feature_maps_have_records_of_their_own(lab, monkeypatch):
-    command(monkeypatch, lab, *cell("ct", "lpd"), "--channels", 4, 8)
-    path = records.path_of("small", "ct", "lpd", "sup", 0, "4-8")
-    assert path.parent.name == "4-8" and records.read_record(path)["config"]["channels"] == [4, 8]
+def test_other_feature_maps_and_epochs_have_records_of_their_own(lab, monkeypatch):
+    command(monkeypatch, lab, *cell("ct", "lpd"), "--channels", 4, 8, "--epochs", 2)
+    path = records.path_of("small", "ct", "lpd", "sup", 0, "4-8_epochs-2")
+    record = records.read_record(path)
+    assert record["config"]["channels"] == [4, 8] and record["config"]["epochs"] == 2
+    assert len(record["curve"]["psnr"]["PSNR"]) == 2
     assert not records.path_of("small", "ct", "lpd", "sup", 0).exists()
+    with pytest.raises(SystemExit, match="--epochs must be at least 1, got 0"):
+        command(monkeypatch, lab, *cell("ct", "lpd"), "--epochs", 0)
 
 
 def test_an_old_record_of_a_deq_is_run_again(lab, monkeypatch):
