@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deq.implicit.graphs import Gradients, Tensors, as_leaf, refuse_hidden_leaves, vjp, zeros_for_none
+from deepinv_deq.implicit.graphs import (
+    Gradients,
+    Tensors,
+    as_leaf,
+    refuse_hidden_leaves,
+    refuse_no_graph,
+    vjp,
+    zeros_for_none,
+)
 from deepinv_deq.implicit.unchanged import Reached
 from deepinv_deq.maps import AffineMap, Map
 from deepinv_deq.solvers import ConvergenceError, Solver, SolverStat
@@ -160,12 +168,15 @@ class Adjoint(LinearSolves):
     ) -> tuple[Tensors, Gradients, SolverStat | None]:
         r"""The solution :math:`b`, the gradient and the statistic, with one evaluation that builds a graph."""
         leaves = tuple(map(as_leaf, (*x_star, *inputs)))
-        x, inputs = leaves[: len(x_star)], leaves[len(x_star) :]
+        inputs = leaves[len(x_star) :]
         inverse = f.preconditioner(as_state(x_star, self.single)) if self.solver.precondition else None
         with torch.enable_grad():
+            # a view, because hooks such as those of torch.utils.flop_counter refuse leaves in torch.autograd.grad
+            x = tuple(t.view_as(t) for t in leaves[: len(x_star)])
             bound, state = f.rebind(inputs), as_state(x, self.single)
             steps = bound.has_own_step
             image = as_tuple(bound.step(state) if steps else bound(state))
+        refuse_no_graph(image)
         refuse_hidden_leaves(image, leaves)
         if self.reached is not None:
             self.reached.select(rows).check(as_state(x, self.single), as_state(image, self.single), steps)

@@ -70,6 +70,15 @@ def leaves(outputs: Tensors) -> Iterator[Tensor]:
         nodes.extend(parent for parent, _ in node.next_functions)
 
 
+def refuse_no_graph(image: Tensors) -> None:
+    r"""Raise if a map has no graph at all: its gradient would be none, in silence."""
+    if not any(t.requires_grad for t in image):
+        raise RuntimeError(
+            "The iteration builds no autograd graph, so its fixed point has no gradient: its network runs under torch.no_grad(), detaches "
+            "its output, or computes outside of PyTorch. Make it differentiable, or reconstruct under torch.no_grad()."
+        )
+
+
 def refuse_hidden_leaves(image: Tensors, known: Tensors) -> None:
     r"""Raise if the map depends on a trainable tensor that is none of its inputs: its gradient would be lost."""
     known_ids = {id(t) for t in known}

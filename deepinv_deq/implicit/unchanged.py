@@ -18,7 +18,7 @@ _ROUNDINGS, _COARSE = 1000.0, 0.1
 CHANGED = (
     "The iteration has changed since the forward pass: {what}. Its gradient would be that of another map. Something that it reads was "
     "changed before the backward pass, and no copy was possible, such as a global variable, what a method of a class refers to, what init or constants "
-    "stored on the iteration or the physics, or a weight changed by a fused optimiser. Or it is not deterministic. Call backward() before such changes, or make the value an attribute of the module that reads it."
+    "stored on the iteration or the physics, or a weight changed by a fused optimiser. Or it is not deterministic, or a part of it starts from its last result, as deepinv's TVPrior does. Call backward() before such changes, or make the value an attribute of the module that reads it."
 )
 
 

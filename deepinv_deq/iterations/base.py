@@ -68,15 +68,12 @@ class FixedPointIteration(Terms):
     """
 
     linear = True  # whether the physics must be linear
+    _forward_of_step: Callable[..., Any]  # the forward that belongs to the step of this class
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         r"""Keep :meth:`forward` and :meth:`step` consistent where a subclass overrides only one of them."""
         super().__init_subclass__(**kwargs)
-        order = {name: next(i for i, c in enumerate(cls.__mro__) if name in c.__dict__) for name in ("forward", "step")}
-        if order["forward"] < order["step"]:
-            cls.step = _step_of(cls)  # type: ignore[method-assign]
-        elif order["step"] < order["forward"] and not hasattr(cls.step, _DIFFERENCE):
-            cls.forward = _forward_of(cls)  # type: ignore[method-assign]
+        _make_consistent(cls)
 
     def forward(self, x: Tensor, physics: Physics, *constants: Tensor) -> Tensor:
         r"""Evaluate :math:`F_\theta(x; y)`.
@@ -178,6 +175,17 @@ class FixedPointIteration(Terms):
 
 
 setattr(FixedPointIteration.step, _DIFFERENCE, True)
+FixedPointIteration._forward_of_step = FixedPointIteration.forward
+
+
+def _make_consistent(cls: type[FixedPointIteration]) -> None:
+    order = {name: next(i for i, c in enumerate(cls.__mro__) if name in c.__dict__) for name in ("forward", "step")}
+    if order["forward"] < order["step"]:
+        cls.step = _step_of(cls)  # type: ignore[method-assign]
+    elif order["step"] < order["forward"] and not hasattr(cls.step, _DIFFERENCE):
+        cls.forward = _forward_of(cls)  # type: ignore[method-assign]
+    if "forward" in cls.__dict__:
+        cls._forward_of_step = cls.forward
 
 
 # Each names the method of one class: with self.forward and self.step, a subclass that calls super().step would recurse for ever.

@@ -184,4 +184,6 @@ def _of(replica: Replica, name: str, x: State, constants: tuple[Tensor, ...]) ->
 
 
 def _is_hooked(iteration: Any) -> bool:
-    return has_hooks(iteration) or "forward" in vars(iteration)
+    r"""Whether ``step`` may be of another map than ``forward``: that has hooks, or was replaced on the object or its class later."""
+    kind = type(iteration)
+    return has_hooks(iteration) or "forward" in vars(iteration) or kind.forward is not kind._forward_of_step

@@ -150,7 +150,7 @@ def positive(name: str, value: Any, for_all: str = "") -> Tensor:
     """
     t = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value))
     t = t if t.is_floating_point() else t.to(torch.get_default_dtype())  # integers have no gradient
-    if not bool((t > 0).all()):
+    if not t.is_meta and not bool((t > 0).all()):
         raise ValueError(f"{name} must be positive, got {value}.")
     per_channel = (t.ndim == 3 and t.shape[1:].numel() == 1) or (t.ndim > 3 and t.numel() == t.shape[1])
     if t.numel() != 1 and not per_channel:

@@ -14,6 +14,8 @@ from deepinv_deq.iterations.circulant import CirculantInverse, spectrum
 from deepinv_deq.iterations.prox import measurement, prox_by_cg, prox_of_zero
 from deepinv_deq.states import State, as_tuple
 
+_FORMULA = ("forward", "step", "data_gradient")  # the methods that the formula of DE-Grad is made of
+
 
 class DEProx(FixedPointIteration):
     r"""DE-Prox: proximal gradient descent with a learned proximal map (eq. 5-6, :footcite:t:`gilton2021deep`).
@@ -106,7 +108,7 @@ class DEGrad(FixedPointIteration):
 
     def constants(self, y: Any, physics: Physics) -> tuple[Tensor, ...]:
         r"""A copy of the measurements; :math:`A^\top y` where the physics has an ``A_adjoint_A`` of its own, or a subclass a ``forward``,
-        ``step`` or ``data_gradient``.
+        ``step``, ``data_gradient`` or ``constants``.
 
         In :math:`A^\top (A x - y)` the error of rounding is one of measurements. In :math:`A^\top A x - A^\top y` it is one of images:
         :math:`\lambda` times as large in what no measurement sees. On CT the residual then stops falling ten times earlier.
@@ -123,12 +125,12 @@ class DEGrad(FixedPointIteration):
 
     def _keeps_measurements(self, physics: Physics) -> bool:
         own = getattr(type(physics), "A_adjoint_A", None) is not LinearPhysics.A_adjoint_A
-        return not self._is_changed() and not own and "A_adjoint_A" not in physics.__dict__
+        # what other constants are must not depend on the physics
+        return not self._overrides("constants", *_FORMULA) and not own and "A_adjoint_A" not in physics.__dict__
 
-    def _is_changed(self) -> bool:
-        r"""Whether a subclass overrides a method that the formula of DE-Grad is made of."""
-        names = ("forward", "step", "data_gradient")
-        return any(getattr(type(self), name) is not getattr(DEGrad, name) for name in names)
+    def _overrides(self, *names: str) -> bool:
+        r"""Whether a subclass, or the object itself, has one of these methods of its own."""
+        return any(name in vars(self) or getattr(type(self), name) is not getattr(DEGrad, name) for name in names)
 
     def contractive_part(
         self, x: State, physics: Physics, *constants: Tensor, exact: bool = False
@@ -144,7 +146,7 @@ class DEGrad(FixedPointIteration):
         :return: the denoised image, and :math:`P \approx (\lambda A^\top A + I)^{-1}` where :math:`A^\top A` is
             nearly a convolution, or ``exact`` is set.
         """
-        if self._is_changed():
+        if self._overrides(*_FORMULA):
             return super().contractive_part(x, physics, *constants, exact=exact)
         metric: Callable[[Any], Any] | None = None
         if exact:

@@ -12,20 +12,19 @@ from torch import Tensor, nn
 
 from deepinv_deq.compat import STORES
 from deepinv_deq.iterations.checks import positive
-from deepinv_deq.iterations.noise import broadcast, name_of_sigma
+from deepinv_deq.iterations.denoising import Denoising
 from deepinv_deq.iterations.prox import prox_l2
 from deepinv_deq.iterations.separability import Verdicts
 from deepinv_deq.states import Rows, State
 
 
-class Terms(nn.Module):
+class Terms(Denoising):
     r"""Denoiser, stepsize, noise level and data weight of an iteration, see
     :class:`FixedPointIteration <deepinv_deq.FixedPointIteration>` for the parameters."""
 
     stepsize: Tensor
     data_weight: Tensor
     per_channel = True  # whether the stepsize may be one number for each channel
-    context = False  # for models that 0.1 saved whole
     _private = False  # whether this is a replica inside a bound map
 
     def __init__(
@@ -38,23 +37,17 @@ class Terms(nn.Module):
         data_weight: float = 1.0,
         context: bool = False,
     ):
-        super().__init__()
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser must be a torch.nn.Module, got {type(denoiser).__name__}.")
+        super().__init__()
         eta = positive("stepsize", stepsize, "" if self.per_channel else type(self).__name__)
         weight = positive("data_weight", float(data_weight))
-        self.denoiser = denoiser
         if learn_stepsize:
             self.stepsize = nn.Parameter(eta)
         else:
             self.register_buffer("stepsize", eta)
         self.register_buffer("data_weight", weight)
-        if isinstance(sigma, Tensor) and not isinstance(sigma, nn.Parameter):
-            self.register_buffer("sigma", sigma)
-        else:
-            self.sigma = sigma
-        self._takes_sigma = name_of_sigma(denoiser, sigma)
-        self.context = context or getattr(denoiser, "context_channels", 0) > 0
+        self._set_denoiser(denoiser, sigma, context)
         self._verdicts = Verdicts()
         self._warned_stochastic = False
 
@@ -111,26 +104,6 @@ class Terms(nn.Module):
         """
         numbers = {"stepsize": self.stepsize, "data_weight": self.data_weight, "g_param": self.sigma}
         return {name: value for name, value in numbers.items() if value is not None}
-
-    def networks(self) -> tuple[nn.Module, ...]:
-        r"""The modules that may write to their input in place, as networks that begin with ``ReLU(inplace=True)`` do.
-
-        :return: tuple of modules; a bound map gives them copies where necessary. Default: the denoiser.
-        """
-        return (self.denoiser,)
-
-    def denoise(self, x: Tensor, *context: Tensor) -> Tensor:
-        r"""Apply :math:`D_\theta`, with the noise level and the context if it takes them.
-
-        :param torch.Tensor x: image of shape ``(B, C, H, W)``.
-        :param torch.Tensor context: the linear reconstruction, where ``context`` is set.
-        :return: image of the same shape.
-        """
-        name = "sigma" if self._takes_sigma is True else self._takes_sigma  # True in models that 0.1 saved whole
-        options: dict[str, Any] = {"context": context[0]} if context else {}
-        if self.sigma is not None and name:
-            options[name] = broadcast(self.sigma, x, self.denoiser)
-        return self.denoiser(x, **options)
 
     def split(self, constants: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         r"""What :meth:`forward` gets besides ``x`` and ``physics``: the constants, and the context of the denoiser.

@@ -9,6 +9,7 @@ import torch
 from deepinv.physics import Denoising
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from deepinv_deq import DEProx, ModularIDHook, Solver
 from tests.implicit.common import ei_loss, gradients, sup_loss
@@ -175,3 +176,26 @@ def test_reentrant_checkpoints_inside_of_the_iteration_are_named():
     x_hat = model(torch.rand(1, 1, 6, 6, dtype=F64), Denoising())
     with pytest.raises(RuntimeError, match="use_reentrant=True.*Switch it off, or use use_reentrant=False"):
         x_hat.sum().backward()
+
+
+class WithoutGraph(SmallDenoiser):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("mode", ["implicit", "jfb"])
+def test_a_network_without_a_graph_is_named(mode):
+    model, physics, _, y = imaging(lambda denoiser, **settings: DEProx(WithoutGraph(), **settings), mode=mode)
+    with pytest.raises(RuntimeError, match="builds no autograd graph.*torch.no_grad"):
+        model(y, physics).sum().backward()
+    with torch.no_grad():
+        assert model(y, physics).isfinite().all()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_operations_of_a_step_can_be_counted(template):
+    model, physics, _, y = imaging(template)
+    with FlopCounterMode(display=False) as counter:
+        model(y, physics).sum().backward()
+    assert counter.get_total_flops() > 0
