@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,6 +83,11 @@ def _graphs(bench: Bench, name: str) -> list[Row]:
                 solver(each, x)
                 times = [seconds(lambda each=each: solver(each, x), bench.device) for _ in range(bench.rounds)]
                 row[f"{what} solve"] = statistics.median(times)
+            with_option = replace(solver, cuda_graphs=True)
+            with_option(f, x)
+            times = [seconds(lambda: with_option(f, x), bench.device) for _ in range(bench.rounds)]
+            row["option solve"] = statistics.median(times)
+            row["option error"] = relative_error(with_option(f, x)[0], solver(f, x)[0])
             build = [seconds(lambda: graphed(f, x), bench.device) for _ in range(bench.rounds)]
             row["build"] = statistics.median(build)
     say(f"  {row}")

@@ -28,9 +28,15 @@ POINT, REFERENCE = (1e-7, 1e-5), (1e-8, 1e-5)
 class Bench:
     r"""What the parts share: data folder, device, tasks made once, reference gradients kept on disk."""
 
-    def __init__(self, data: Path | None, device: str, rounds: int = ROUNDS):
+    def __init__(self, data: Path | None, device: str, rounds: int = ROUNDS, known: dict[str, Any] | None = None):
         self.data, self.device, self.rounds = data, device, rounds
+        self._known = known or {}  # parts of another record
         self._tasks: dict[Any, Task] = {}
+
+    def known(self, part: str, method: str) -> dict[str, Any] | None:
+        r"""What another record has of a peer in this part, if its tolerances are to be taken from there."""
+        rows = {row["method"]: row for row in self._known.get(part, {}).get("rows", ())}
+        return rows.get(method) if method != OURS else None
 
     def contracting(self, name: str, batch: int | None = None) -> Task:
         r"""A shipped model at the size of its training."""
