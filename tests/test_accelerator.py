@@ -23,6 +23,7 @@ from deepinv_deq import (
 )
 from deepinv_deq.losses import RampFilteredError
 from deepinv_deq.physics import SparseLinearPhysics
+from deepinv_deq.solvers import cuda_graphs
 from tests.accelerator import ThereTensor, accelerator
 from tests.problems import relative_error
 
@@ -92,6 +93,22 @@ def test_images_and_gradients_are_those_of_the_cpu(device, template, make, chann
     assert relative_error(on_the_cpu(x_hat), expected) <= 1e-7
     used = [(on_the_cpu(a), b) for a, b in zip(found, exact, strict=True) if b is not None]
     assert relative_error([a for a, _ in used], [b for _, b in used]) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "template, make, channels",
+    [
+        *((template, mri, 2) for template in (DEProx, DEGrad, DEHQS, DEADMM)),
+        (DEHQS, blur, 1),
+        (DEGrad, tomography, 1),
+    ],
+)
+def test_evaluations_do_not_wait_and_can_be_captured(device, template, make, channels):
+    physics, iteration = make().to(device), model_of(template, channels).iteration.to(device).eval()
+    y = physics.A(torch.ones(2, channels, SIDE, SIDE, dtype=torch.float64).to(device))
+    with torch.no_grad():
+        f, x = iteration.bind(y, physics), iteration.init(y, physics)
+        cuda_graphs._refuse_waits(lambda: f.step(x))
 
 
 def test_losses_are_those_of_the_cpu(device):

@@ -180,7 +180,9 @@ def small(monkeypatch):
     monkeypatch.setattr(tasks, "contracting", make)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: module.register_forward_pre_hook(fail))
     reference = [p.detach() for p in bench.parameters(make())]
-    return SimpleNamespace(contracting=make, device="cpu", data=None, reference=lambda name, batch: reference)
+    out = bench.Bench(None, "cpu")
+    out.contracting, out.reference = make, lambda name, batch: reference
+    return out
 
 
 def test_options_go_on_without_a_compiler(small):
@@ -206,6 +208,18 @@ def test_all_methods_are_compared_at_equal_error(small, monkeypatch):
         assert row["exact enough"] == (row["gradient error"] <= error.EXACT_ENOUGH["mri"])
         assert not (row["stopped"] and row["exact enough"]) and row["timings"] in (1, 2)
     assert rows[0]["exact enough"] and rows[0]["timings"] == 2 and rows[0]["ratio"] == 1.0
+
+
+def test_tolerances_of_peers_may_come_from_another_record(small, monkeypatch):
+    task = small.contracting().to(torch.float64)
+    exact = bench.gradient(task, peers.ours(task, peers.Settings(1e-9, 1e-9, 300, 300)))
+    small.reference, small.rounds = lambda name: exact, 1
+    rows = [{"method": name, "tolerances": [3e-3, 1e-1]} for name in peers.METHODS]
+    small._known = {"equal error, mri": {"rows": rows}}
+    monkeypatch.setattr(error, "cheapest", lambda *args: ((0, 0), error.Trial(0.0, 1e3, False, 1.0, {})))
+    found = error.equal_error(small, "mri")
+    assert found[0]["tolerances"] == [error.FORWARD[0], error.BACKWARD[0]]  # ours has its own search
+    assert all(row["tolerances"] == [3e-3, 1e-1] and row["gradient error"] > 0 for row in found[1:])
 
 
 def test_torchdeq_has_the_criterion_of_the_other_benchmarks(monkeypatch):

@@ -2,17 +2,24 @@ r"""Evaluations of a map as a CUDA graph: one launch instead of one per operatio
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from deepinv_deq import compat
 from deepinv_deq.autocast import Autocast
 from deepinv_deq.maps import AffineMap, Delegate, Map
 from deepinv_deq.states import State, as_tuple
 
-_WARM_UPS = 3  # as in PyTorch's own capture: libraries plan and allocate in the first calls
+_WARM_UPS = 2  # libraries plan and allocate in the first calls
+_REMEDY = (
+    "It may read a number of a tensor, such as x.max().item(), have results whose size depends on values, such as x[x > 0], or copy "
+    "one from the host. Use Solver(..., cuda_graphs=False)."
+)
 
 
 class _Graph(Protocol):
@@ -44,12 +51,17 @@ class _Graphed(Delegate):
         self._own = f.has_own_step
         function = f.step if self._own else f.__call__
         state, given = self._state, self._x  # no reference to self in what the graph is made of
+
+        def work() -> tuple[Tensor, ...]:
+            return as_tuple(function(state(given)))
+
+        _refuse_waits(work)
         try:
-            self._graph, self._out = captured(lambda: as_tuple(function(state(given))))
+            self._graph, self._out = captured(work)
         except RuntimeError as error:
             raise RuntimeError(
-                f"The map cannot be captured in a CUDA graph ({str(error).splitlines()[0]}). It may read a number of a tensor, such as "
-                "x.max().item(), or copy one from the host. Use Solver(..., cuda_graphs=False)."
+                f"The map cannot be captured in a CUDA graph ({str(error).splitlines()[0]}). {_REMEDY} After a capture that failed, "
+                "PyTorch may refuse to draw random numbers on this GPU until the process is started again."
             ) from error
 
     def _state(self, tensors: tuple[Tensor, ...]) -> State:
@@ -66,6 +78,38 @@ class _Graphed(Delegate):
 
     def step(self, x: Any) -> Any:
         return self._replay(x) if self._own else super().step(x)
+
+
+def _refuse_waits(work: Callable[[], Any]) -> None:
+    r"""Raise if the work waits for the GPU. To find this out by a capture that fails would spoil the GPU's random numbers."""
+    found: list[str] = []
+
+    def listed(name: str, args: Any, kwargs: Any) -> bool:
+        if _depends_on_values(name) or name in ("_to_copy", "copy_") and _between_devices(args, kwargs or {}):
+            found.append(name)
+        return not found
+
+    work()  # the first evaluation may check and measure what the next ones need not
+    with compat.dispatch_mode(listed) or contextlib.nullcontext():
+        work()
+    if found:
+        raise RuntimeError(
+            f"The map cannot be captured in a CUDA graph: its operation {found[0]} waits for the GPU. {_REMEDY}"
+        )
+
+
+@cache
+def _depends_on_values(name: str) -> bool:
+    r"""Whether an operation returns a number to the host, or a tensor whose size it must know first."""
+    packet = getattr(torch.ops.aten, name, None)
+    tags = {tag for o in packet.overloads() for tag in getattr(packet, o).tags} if packet is not None else set()
+    return not tags.isdisjoint({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+
+
+def _between_devices(args: Any, kwargs: dict[str, Any]) -> bool:
+    to = kwargs.get("device")
+    devices = {torch.device(to).type} if to is not None else set()
+    return len(devices | {t.device.type for t in args if isinstance(t, Tensor)}) > 1
 
 
 def captured(work: Callable[[], tuple[Tensor, ...]]) -> tuple[_Graph, tuple[Tensor, ...]]:

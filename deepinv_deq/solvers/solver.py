@@ -72,7 +72,7 @@ class Solver:
         :math:`A^\top A` is nearly a convolution: fewer evaluations, the same solution and the same criterion. With ``False`` it is
         measured nevertheless, because the criterion uses it.
     :param bool cuda_graphs: whether evaluations on an NVIDIA GPU are captured in a CUDA graph, which saves the launches of single operations.
-        Each solve spends about five evaluations on this. The map must not read numbers of tensors, and what it does besides
+        Each solve spends about six evaluations on this. The map must not read numbers of tensors, and what it does besides
         computing, such as printing, is not repeated. Maps under autocast and adjoint solves stay as they are.
     :param dict options: further keyword arguments for a function in TorchDEQ's registry.
 

@@ -25,6 +25,7 @@ At another scale, a shorter search begins at the settings that the cell has ther
 """
 
 import json
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -77,8 +78,10 @@ def complete(task: str, method: str, trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def worth(trial: dict[str, Any]) -> tuple[bool, float]:
-    r"""What a trial is judged by: PSNR, but first of all whether every solve reached a fixed point, and from all starts the same."""
-    return not trial.get("missed") and trial.get("spread_db", 0.0) <= SPREAD_DB, trial["psnr"]
+    r"""What a trial is judged by: PSNR, but first of all whether every solve reached a fixed point, and from all starts the same.
+    A training that diverged has no PSNR, and is the worst."""
+    psnr = trial["psnr"]
+    return not trial.get("missed") and trial.get("spread_db", 0.0) <= SPREAD_DB, -math.inf if psnr is None else psnr
 
 
 def search(
@@ -110,13 +113,14 @@ def search(
                 task, representative, loss, scale, seed, data=data, override=default | trial | short | {"settings_from": "search"}, defaults=True, validate=True, out=Path(folder),
                 progress=False,
             )  # fmt: skip
-        trials.append({**how, "psnr": record["psnr"]["mean"], "seconds": record["seconds"]})
+        psnr = record["psnr"]["mean"]
+        trials.append({**how, "psnr": psnr if math.isfinite(psnr) else None, "seconds": record["seconds"]})
         if "fixed_point" in record:
             trials[-1]["missed"] = record["images"] - record["fixed_point"]["converged"]
             trials[-1]["spread_db"] = max(record["fixed_point"]["spread_db"]["all"])
         write(path, json.dumps(trials, indent=1) + "\n")
         print(
-            f"{task} {representative} {loss} {trial} {seed}: {trials[-1]['psnr']:.2f} dB, {record['seconds']} s",
+            f"{task} {representative} {loss} {trial} {seed}: {psnr:.2f} dB, {record['seconds']} s",
             flush=True,
         )
         return trials[-1]

@@ -90,7 +90,8 @@ def test_a_search_nearby_begins_at_the_settings_of_another_scale(lab, monkeypatc
 def test_settings_whose_solves_fail_lose():
     trials = [{"psnr": 30.0, "missed": 1}, {"psnr": 29.0, "missed": 0}, {"psnr": 28.0}]
     trials += [{"psnr": 29.5, "missed": 0, "spread_db": 0.06}]
-    assert sorted(trials, key=search.worth, reverse=True) == [trials[1], trials[2], trials[0], trials[3]]
+    trials += [{"psnr": None}]  # diverged
+    assert sorted(trials, key=search.worth, reverse=True) == [trials[i] for i in (1, 2, 4, 0, 3)]
 
 
 def test_cells_without_searched_settings_are_not_trained_in_silence(lab, monkeypatch):

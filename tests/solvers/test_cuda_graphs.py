@@ -114,6 +114,23 @@ def test_without_a_gpu_the_setting_does_nothing(monkeypatch):
     assert stat.converged.all() and torch.allclose(x, torch.full((1, 3), 2.0))
 
 
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.max().item(),
+        lambda x: float(x.sum() > 0),
+        lambda x: x[x > 2].sum(),
+        lambda x: x.nonzero().sum(),
+        lambda x: x.to("meta").shape[0],
+        lambda x: bool((x > 0).all()),
+    ],
+)
+def test_a_map_that_waits_for_the_gpu_is_refused_before_a_capture_fails(made, waits):
+    with pytest.raises(RuntimeError, match=r"its operation \w+ waits for the GPU\. .*cuda_graphs=False"):
+        Solver("anderson", cuda_graphs=True)(lambda x: 0.5 * x / (1 + waits(x)), torch.ones(1, 3))
+    assert not made
+
+
 def test_a_map_that_cannot_be_captured_is_named_with_the_remedy(monkeypatch):
     def captured(work):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -137,3 +154,4 @@ def test_on_a_gpu(device, kind):
     assert relative_error(x, plain) < 1e-5
     with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be captured"):
         replace(solver, cuda_graphs=True)(lambda x: 0.5 * x / (1 + x.max().item()), torch.ones(1, 3, device=device))
+    torch.rand(1, device=device)  # a failed capture would spoil the generator
