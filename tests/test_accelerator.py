@@ -103,12 +103,12 @@ def test_images_and_gradients_are_those_of_the_cpu(device, template, make, chann
         (DEGrad, tomography, 1),
     ],
 )
-def test_evaluations_do_not_wait_and_can_be_captured(device, template, make, channels):
+def test_evaluations_do_not_synchronise_and_can_be_captured(device, template, make, channels):
     physics, iteration = make().to(device), model_of(template, channels).iteration.to(device).eval()
     y = physics.A(torch.ones(2, channels, SIDE, SIDE, dtype=torch.float64).to(device))
     with torch.no_grad():
         f, x = iteration.bind(y, physics), iteration.init(y, physics)
-        cuda_graphs._refuse_waits(lambda: f.step(x))
+        cuda_graphs._refuse_synchronisation(lambda: f.step(x))
 
 
 def test_losses_are_those_of_the_cpu(device):

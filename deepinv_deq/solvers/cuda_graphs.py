@@ -55,7 +55,7 @@ class _Graphed(Delegate):
         def work() -> tuple[Tensor, ...]:
             return as_tuple(function(state(given)))
 
-        _refuse_waits(work)
+        _refuse_synchronisation(work)
         try:
             self._graph, self._out = captured(work)
         except RuntimeError as error:
@@ -80,8 +80,11 @@ class _Graphed(Delegate):
         return self._replay(x) if self._own else super().step(x)
 
 
-def _refuse_waits(work: Callable[[], Any]) -> None:
-    r"""Raise if the work waits for the GPU. To find this out by a capture that fails would spoil the GPU's random numbers."""
+def _refuse_synchronisation(work: Callable[[], Any]) -> None:
+    r"""Raise if the work synchronises host and GPU, before it is captured.
+
+    After a capture that failed, PyTorch 2.11 draws no random numbers on that GPU any more.
+    """
     found: list[str] = []
 
     def listed(name: str, args: Any, kwargs: Any) -> bool:
@@ -94,7 +97,7 @@ def _refuse_waits(work: Callable[[], Any]) -> None:
         work()
     if found:
         raise RuntimeError(
-            f"The map cannot be captured in a CUDA graph: its operation {found[0]} waits for the GPU. {_REMEDY}"
+            f"The map cannot be captured in a CUDA graph: its operation {found[0]} synchronises host and GPU. {_REMEDY}"
         )
 
 

@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from data import DATA, SCALES, TASKS
 from losses import LOSSES
 from models import METHODS
@@ -24,6 +25,7 @@ def arguments(description: str, whole: str) -> argparse.ArgumentParser:
     parser.add_argument("--loss", help=", ".join(LOSSES))
     parser.add_argument("--scale", default="small", help=", ".join(SCALES))
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--all", action="store_true", help=whole)
     parser.add_argument(
         "--jobs", type=int, default=1, help="with --all: how many at a time, one thread each if several"

@@ -35,7 +35,6 @@ def finished(path: Path) -> records.Row | None:
 def main() -> None:
     parser = arguments("Train and test one cell of the paper's tables, or all.", "every cell that has no record")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--force", action="store_true", help="run again what is on record")
     parser.add_argument("--again", action="store_true", help="only measure the trained model of a finished cell again")
     parser.add_argument("--denoiser", type=Path, help="weights to start from instead; the record is kept apart")

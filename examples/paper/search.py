@@ -85,7 +85,15 @@ def worth(trial: dict[str, Any]) -> tuple[bool, float]:
 
 
 def search(
-    task: str, method: str, loss: str, scale: str, data: Path, share: float, seeds: int = 1, nearby: bool = False
+    task: str,
+    method: str,
+    loss: str,
+    scale: str,
+    data: Path,
+    share: float,
+    seeds: int = 1,
+    nearby: bool = False,
+    device: str = "cpu",
 ) -> None:
     family = METHODS[method].family
     representative = REPRESENTATIVE.get(family, method)
@@ -111,10 +119,11 @@ def search(
         with tempfile.TemporaryDirectory() as folder:
             record, _ = run_cell(
                 task, representative, loss, scale, seed, data=data, override=default | trial | short | {"settings_from": "search"}, defaults=True, validate=True, out=Path(folder),
-                progress=False,
+                progress=False, device=device,
             )  # fmt: skip
         psnr = record["psnr"]["mean"]
         trials.append({**how, "psnr": psnr if math.isfinite(psnr) else None, "seconds": record["seconds"]})
+        trials[-1]["device"] = record.get("device")
         if "fixed_point" in record:
             trials[-1]["missed"] = record["images"] - record["fixed_point"]["converged"]
             trials[-1]["spread_db"] = max(record["fixed_point"]["spread_db"]["all"])
@@ -151,7 +160,9 @@ def main() -> None:
     )
     args = parsed(parser)
     if not args.all:
-        search(args.task, args.method, args.loss, args.scale, args.data, args.share, args.seeds, args.nearby)
+        search(
+            args.task, args.method, args.loss, args.scale, args.data, args.share, args.seeds, args.nearby, args.device
+        )
         return
     known = found_settings().get(args.scale, {})
     cells = dict.fromkeys((t, METHODS[m].family, loss) for t, m, loss, _ in matrix(args.scale))
@@ -160,7 +171,8 @@ def main() -> None:
         for task, method, loss in cells
         if loss not in known.get(task, {}).get(method, {})
     ]
-    common = ["--share", str(args.share), "--seeds", str(args.seeds), *["--nearby"] * args.nearby]
+    common = ["--share", str(args.share), "--seeds", str(args.seeds), "--device", args.device]
+    common += ["--nearby"] * args.nearby
     run_each(__file__, args, missing, common)
 
 

@@ -115,7 +115,7 @@ def test_without_a_gpu_the_setting_does_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "waits",
+    "read",
     [
         lambda x: x.max().item(),
         lambda x: float(x.sum() > 0),
@@ -125,9 +125,9 @@ def test_without_a_gpu_the_setting_does_nothing(monkeypatch):
         lambda x: bool((x > 0).all()),
     ],
 )
-def test_a_map_that_waits_for_the_gpu_is_refused_before_a_capture_fails(made, waits):
-    with pytest.raises(RuntimeError, match=r"its operation \w+ waits for the GPU\. .*cuda_graphs=False"):
-        Solver("anderson", cuda_graphs=True)(lambda x: 0.5 * x / (1 + waits(x)), torch.ones(1, 3))
+def test_a_map_that_synchronises_host_and_gpu_is_refused_before_a_capture_fails(made, read):
+    with pytest.raises(RuntimeError, match=r"its operation \w+ synchronises host and GPU\. .*cuda_graphs=False"):
+        Solver("anderson", cuda_graphs=True)(lambda x: 0.5 * x / (1 + read(x)), torch.ones(1, 3))
     assert not made
 
 
