@@ -85,6 +85,15 @@ def _here(t: Any) -> Any:
     return t.here if isinstance(t, ThereTensor) else t
 
 
+def _group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    r"""Group norm of basic operations: before PyTorch 2.14 its own has no second derivative of tensor subclasses."""
+    grouped = x.reshape(len(x), groups, -1)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0, keepdim=True)
+    normal = ((grouped - mean) * (variance + eps).rsqrt()).reshape(x.shape)
+    weight, bias = (t.reshape(-1, *[1] * (x.ndim - 2)) for t in (weight, bias))
+    return normal * weight + bias
+
+
 @contextlib.contextmanager
 def accelerator(monkeypatch: Any) -> Iterator[torch.device]:
     r"""Inside of it, ``"meta"`` is an accelerator. Generators of random numbers and autocast are those of the CPU."""
@@ -111,6 +120,8 @@ def accelerator(monkeypatch: Any) -> Iterator[torch.device]:
     def no_autocast(device: str, *args: Any, **options: Any) -> Any:
         return contextlib.nullcontext() if device == DEVICE.type else autocast(device, *args, **options)
 
+    if torch.__version__ < torch.torch_version.TorchVersion("2.14"):
+        monkeypatch.setattr(torch.nn.functional, "group_norm", _group_norm)
     monkeypatch.setattr(torch, "tensor", moved)
     monkeypatch.setattr(torch, "as_tensor", as_moved)
     monkeypatch.setattr(torch, "Generator", Generator)
