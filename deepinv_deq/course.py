@@ -52,12 +52,14 @@ class Course(Delegate):
             course._rows = self._rows[rows.cpu() if isinstance(rows, Tensor) else rows]
         return course
 
-    def metrics(self, residuals: list[list[float]]) -> dict[str, list[list[float]]]:
+    def metrics(self, trace: Tensor, batch: int) -> dict[str, list[list[float]]]:
         r"""What deepinv plots: one list per sample, one number per evaluation.
 
-        :param list residuals: relative residuals in this form.
+        :param torch.Tensor trace: relative residuals, one row per sample, or one for a batch that was solved as one joint sample.
+        :param int batch: number of samples.
         :return: a dictionary with ``"residual"`` and, given ``x_gt``, ``"psnr"``. A sample that is done repeats its last value.
         """
+        residuals = trace.expand(batch, -1).tolist()
         out = {"residual": residuals}
         if self._x_gt is not None:
             pairs = zip(self._samples, residuals, strict=True)

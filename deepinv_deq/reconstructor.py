@@ -176,7 +176,7 @@ class DEQReconstructor(_Solving):
             course = Course(f, x_gt, self.iteration.output) if compute_metrics else None
             x_star, stat = _solve(self, f, course, y, physics, init)
             x_hat = self.iteration.output(self.hook(f, x_star, on_solve=self._callbacks, stat=stat))
-        return x_hat if course is None else (x_hat, course.metrics(stat["rel_trace"].tolist()))
+        return x_hat if course is None else (x_hat, course.metrics(stat["rel_trace"], len(x_hat)))
 
     def certify(
         self, y: Any, physics: Physics, *, x_gt: Tensor | None = None, products: int = 30, metric: Any = None
@@ -203,7 +203,8 @@ def _solve(
 ) -> tuple[State, SolverStat]:
     r"""The fixed point, without a graph and without tangents."""
     memory, called = model._warm_starts, model._callbacks
-    keys = memory.keys(y) if init is None and model.training else []
+    # torch.func hides the numbers of the measurements
+    keys = memory.keys(y) if init is None and model.training and not compat.transforms() else []
     try:
         with compat.tangents(False):
             if init is None:

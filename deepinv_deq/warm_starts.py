@@ -57,10 +57,10 @@ class WarmStarts:
         return join(rows)
 
     def keep(self, keys: list[bytes], x: State, residual: Tensor) -> None:
-        r"""Remember the samples of ``x`` that were seen before and whose residual is finite."""
+        r"""Remember the samples of ``x`` that were seen before and whose residual, or that of their joint solve, is finite."""
         if not keys or any(len(t) != len(keys) for t in as_tuple(x)):
             return
-        finite = torch.isfinite(residual).tolist()
+        finite = torch.isfinite(residual).expand(len(keys)).tolist()
         with self._lock:
             for i, (key, good) in enumerate(zip(keys, finite, strict=True)):
                 if key in self._seen and good:

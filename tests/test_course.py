@@ -93,3 +93,15 @@ def test_what_cannot_be_recorded_is_refused():
         model(y, physics, compute_metrics=True, x_gt=x)
     x_hat, metrics = model(y, physics, compute_metrics=True)
     assert torch.equal(x_hat, model(y, physics)) and set(metrics) == {"residual"}
+
+
+@pytest.mark.parametrize("with_truth", [True, False])
+def test_the_joint_solve_of_a_batch_is_that_of_each_sample(with_truth):
+    model, physics, x, y = imaging(batch=3)
+    model.solver = Solver("anderson", tol=1e-10, max_iter=200, batched=False)
+    recorded, metrics = model(y, physics, compute_metrics=True, x_gt=x if with_truth else None)
+    assert torch.equal(recorded, model(y, physics))
+    assert metrics["residual"] == 3 * [model.forward_stat["rel_trace"][0].tolist()]
+    if with_truth:
+        assert [len(values) for values in metrics["psnr"]] == [len(metrics["residual"][0])] * 3
+        assert len({values[-1] for values in metrics["psnr"]}) == 3

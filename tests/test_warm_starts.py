@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepinv_deq import DEQReconstructor
+from deepinv_deq import DEQReconstructor, Solver
 from deepinv_deq.warm_starts import _SEEN, WarmStarts, digests
 from tests.problems import imaging
 
@@ -172,3 +172,24 @@ def test_digests_tell_samples_apart_and_nothing_else(dtype, shape, batch):
     assert len(set(a)) == len(set(y.flatten(1)[:, 0].tolist() if shape else y.tolist()))
     parts = digests(dinv.utils.TensorList([y, y + 1 if dtype != torch.bool else ~y]))
     assert len(parts) == batch and not set(parts) & set(a)
+
+
+def test_the_joint_solve_of_a_batch_is_remembered():
+    model, physics, _, y = remembering()
+    model.solver = Solver("anderson", tol=1e-12, max_iter=300, batched=False)
+    work = []
+    for _ in range(3):
+        model(y, physics)
+        work.append(model.forward_stat.evaluations)
+    assert work[0] == work[1] and work[2] < work[0] / 3
+
+
+def test_transforms_of_torch_func_remember_nothing():
+    model, physics, _, y = remembering()
+    direction = torch.rand_like(y, generator=torch.Generator().manual_seed(1))
+    cold = copy.deepcopy(model).eval()
+    exact = torch.func.jvp(lambda y: cold(y, physics), (y,), (direction,))
+    for _ in range(3):
+        image, tangent = torch.func.jvp(lambda y: model(y, physics), (y,), (direction,))
+        torch.testing.assert_close((image, tangent), exact, rtol=1e-9, atol=1e-9)
+    assert not len(model._warm_starts)

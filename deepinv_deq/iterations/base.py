@@ -34,7 +34,7 @@ class FixedPointIteration(Terms):
     :param torch.nn.Module denoiser: learnable module :math:`D_\theta`, any :class:`deepinv.models.Denoiser` or module
         that maps images of shape ``(B, C, H, W)`` to the same shape.
     :param float, torch.Tensor stepsize: step :math:`\eta > 0` along the gradient of the data term: one number, or one per channel
-        of shape ``(C, 1, 1)``, for volumes ``(1, C, 1, 1, 1)``. The data step is :math:`x - \eta \lambda A^\top (A x - y)`. A stepsize
+        of shape ``(C, 1, 1)``, for signals ``(1, C, 1)``, for volumes ``(1, C, 1, 1, 1)``. The data step is :math:`x - \eta \lambda A^\top (A x - y)`. A stepsize
         :math:`\gamma` along :math:`\nabla \|Ax - y\|^2` (eq. 6) is :math:`\eta = 2 \gamma`.
     :param float, torch.Tensor, None sigma: noise level handed to denoisers that want one, in units of the image. A
         :class:`torch.nn.Parameter` is trained.

@@ -152,10 +152,10 @@ def positive(name: str, value: Any, for_all: str = "") -> Tensor:
     t = t if t.is_floating_point() else t.to(torch.get_default_dtype())  # integers have no gradient
     if not t.is_meta and not bool((t > 0).all()):
         raise ValueError(f"{name} must be positive, got {value}.")
-    per_channel = (t.ndim == 3 and t.shape[1:].numel() == 1) or (t.ndim > 3 and t.numel() == t.shape[1])
+    per_channel = (t.ndim == 3 and t.shape[1:].numel() == 1) or (t.ndim > 2 and t.numel() == t.shape[1])
     if t.numel() != 1 and not per_channel:
         raise ValueError(
-            f"{name} must be one number, or one per channel with shape (C, 1, 1) or (1, C, 1, ...), got shape {tuple(t.shape)}."
+            f"{name} must be one number, or one per channel with shape (C, 1, 1) for images or (1, C, 1, ...), got shape {tuple(t.shape)}."
         )
     if for_all and t.numel() > 1:
         raise ValueError(f"{for_all} needs one {name} for all channels, got shape {tuple(t.shape)}.")

@@ -22,6 +22,11 @@ def checked_start(state: Any, iteration: Any) -> State:
     """
     tensors = (state,) if isinstance(state, Tensor) else tuple(state) if isinstance(state, Iterable) else ()
     if tensors and all(isinstance(t, Tensor) for t in tensors):
+        if whole := [t.dtype for t in tensors if not (t.is_floating_point() or t.is_complex())]:
+            raise TypeError(
+                f"{type(iteration).__name__}.init(y, physics) returned {whole[0]}, and iterates need floating-point or complex numbers: "
+                "convert the measurements, for example y.float()."
+            )
         return state
     found = ", ".join(type(t).__name__ for t in tensors) or type(state).__name__
     raise TypeError(

@@ -2,7 +2,7 @@ r"""The terms that iterations are made of: the denoiser, the data term, and what
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -50,6 +50,18 @@ class Terms(Denoising):
         self._set_denoiser(denoiser, sigma, context)
         self._verdicts = Verdicts()
         self._warned_stochastic = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Terms:
+        r"""Convert the denoiser and the numbers of the iteration, which stay real where a network becomes complex."""
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+
+        def real(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out.real.contiguous() if out.is_complex() and not t.is_complex() else out
+
+        return super()._apply(real, recurse=False)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)

@@ -112,3 +112,14 @@ def test_a_batch_is_solved_whole_where_init_stores_a_number():
     assert relative_error(parts, whole) < 1e-9
     with pytest.raises(RuntimeError, match="stored on the iteration"):
         model(y, physics).sum().backward()
+
+
+@pytest.mark.parametrize("template", [DEProx, DEGrad, DEHQS, DEADMM])
+def test_integers_are_refused_unless_the_adjoint_makes_numbers_of_them(template):
+    y = torch.randint(0, 255, (2, 1, 4, 4), generator=rng(), dtype=torch.uint8)
+    keeps = LinearPhysics(A=lambda x, **_: x.flip(-1), A_adjoint=lambda y, **_: y.flip(-1))
+    model = DEQReconstructor(template(SmallDenoiser(), stepsize=0.5), solver=Solver("anderson", tol=1e-5, max_iter=200))
+    with pytest.raises(TypeError, match=r"returned torch\.uint8, .*convert the measurements, for example y\.float\(\)"):
+        model(y, keeps)
+    converts = Inpainting((1, 4, 4), mask=random_mask(1, 4, 4).float())
+    assert relative_error(model(y, converts), model(y.float(), converts)) <= 1e-6

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from deepinv.optim import ADMM, DRS, HQS, L2, PnP
-from deepinv.physics import Denoising, stack
+from deepinv.physics import Denoising, LinearPhysics, stack
 from torch import nn
 
 from deepinv_deq import DEADMM, DEHQS, DEGrad, DEProx, DEQReconstructor, FromOptim, ModularIDHook, Solver
 from deepinv_deq.iterations.prox import prox_l2
 from deepinv_deq.physics import SparseLinearPhysics
 from deepinv_deq.states import powers_of_two, times
-from tests.problems import F64, imaging, relative_error
+from tests.problems import F64, assert_unrolled_gives_the_same, deq, imaging, relative_error
 
 
 class Linear(nn.Module):
@@ -125,3 +125,47 @@ def test_units():
     ]
     assert powers_of_two(torch.ones(2, 3), torch.full((1, 3), 4.0)).tolist() == [2.0**-8] * 2
     assert prox_l2(Denoising(), torch.zeros(0, 1, 2, 2), (torch.zeros(0, 1, 2, 2),), 1.0).shape == (0, 1, 2, 2)
+
+
+class Signals(LinearPhysics):
+    r"""Leaves out every third sample of signals of shape ``(B, C, L)``."""
+
+    def A(self, x, **_):
+        return x * (torch.arange(x.shape[-1]) % 3 > 0).to(x)
+
+    def A_adjoint(self, y, **_):
+        return self.A(y)
+
+
+class Modulus(nn.Module):
+    r"""A contraction of complex signals that is not holomorphic."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.3 + 0.2j, 0.1 - 0.3j]))
+
+    def forward(self, z):
+        return self.weight[:, None] * z / (1 + z.abs())
+
+
+@pytest.mark.parametrize("template", [DEProx, DEGrad])
+def test_a_stepsize_of_each_channel_of_signals(template):
+    net = nn.Conv1d(2, 2, 3, padding=1)
+    nn.init.constant_(net.weight, 0.05)
+    model = deq(template(net, stepsize=torch.tensor([0.3, 0.6]).reshape(1, 2, 1), learn_stepsize=True))
+    y = Signals().A(torch.rand(2, 2, 7, generator=torch.Generator().manual_seed(0), dtype=F64))
+    assert_unrolled_gives_the_same(model, Signals(), y)
+    assert model.iteration.stepsize.shape == (1, 2, 1)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("template", [DEProx, DEGrad])
+def test_numbers_stay_real_where_a_network_becomes_complex(template, learn):
+    iteration = template(Modulus(), stepsize=0.5, data_weight=0.8, sigma=torch.tensor(0.1), learn_stepsize=learn)
+    solver, adjoint = (Solver(name, tol=1e-12, max_iter=300) for name in ("anderson", "gmres"))
+    model = DEQReconstructor(iteration, solver=solver, hook=ModularIDHook(adjoint)).to(torch.complex128)
+    numbers = iteration.stepsize, iteration.data_weight, iteration.sigma
+    assert {t.dtype for t in numbers} == {F64} and iteration.denoiser.weight.dtype is torch.complex128
+    assert isinstance(iteration.stepsize, nn.Parameter) == learn
+    y = torch.rand(2, 2, 7, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    assert_unrolled_gives_the_same(model, Signals(), Signals().A(torch.view_as_complex(y)))
