@@ -186,7 +186,7 @@ def test_the_joint_solve_of_a_batch_is_remembered():
 
 def test_transforms_of_torch_func_remember_nothing():
     model, physics, _, y = remembering()
-    direction = torch.rand_like(y, generator=torch.Generator().manual_seed(1))
+    direction = torch.rand(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
     cold = copy.deepcopy(model).eval()
     exact = torch.func.jvp(lambda y: cold(y, physics), (y,), (direction,))
     for _ in range(3):
