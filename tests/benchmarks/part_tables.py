@@ -198,11 +198,12 @@ def _of_graph(r: Row) -> list[list[str]]:
         ["one evaluation, as a CUDA graph", f"{r['graph ms']:.2f} ms"],
         ["building the graph", f"{1e3 * r['build']:.0f} ms"],
     ]
-    lines += [["a solve to 1e-4", f"{r['eager solve']:.3f} s"]]
-    lines += [["a solve to 1e-4, evaluations as a CUDA graph", f"{r['graph solve']:.3f} s"]]
-    if "option solve" in r:
-        lines += [["a solve to 1e-4 with `cuda_graphs=True`, which builds the graph", f"{r['option solve']:.3f} s"]]
-    return lines
+    return [
+        *lines,
+        ["a solve to 1e-4", f"{r['eager solve']:.3f} s"],
+        ["a solve to 1e-4, evaluations as a CUDA graph", f"{r['graph solve']:.3f} s"],
+        ["a solve to 1e-4 with `cuda_graphs=True`, which builds the graph", f"{r['option solve']:.3f} s"],
+    ]
 
 
 def _operations(rows: list[Row]) -> str:
