@@ -87,6 +87,28 @@ class SparseLinearPhysics(SparseProducts):
         """
         return _from_physics(cls, physics, tuple(img_size), None if cache is None else Path(cache), max_bytes)
 
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+        r"""Measure.
+
+        :param torch.Tensor x: images of shape ``(B, *img_size)``.
+        :param kwargs: parameters, see :meth:`update_parameters`.
+        :return: measurements of shape ``(B, *measurement_size)``.
+        :raises ValueError: for images of another shape, or a parameter of the original operator.
+        """
+        self.update_parameters(**kwargs)
+        return super().A(x)
+
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+        r"""Apply the exact adjoint.
+
+        :param torch.Tensor y: measurements of shape ``(B, *measurement_size)``.
+        :param kwargs: parameters, see :meth:`update_parameters`.
+        :return: images of shape ``(B, *img_size)``.
+        :raises ValueError: for measurements of another shape, or a parameter of the original operator.
+        """
+        self.update_parameters(**kwargs)
+        return super().A_adjoint(y)
+
     def A_dagger(self, y: Tensor, fbp: bool = False, **kwargs: Any) -> Tensor:
         r"""Solve a least-squares problem, as :class:`deepinv.physics.LinearPhysics` does.
 

@@ -14,7 +14,7 @@ from deepinv_deq.implicit.adjoint import Adjoint, as_state
 from deepinv_deq.implicit.context import as_in_forward, usable
 from deepinv_deq.implicit.graphs import Gradients, Tensors
 from deepinv_deq.implicit.mapped import VMAP, Mapped
-from deepinv_deq.implicit.unchanged import refuse_other_image
+from deepinv_deq.implicit.unchanged import IN_PLACE, refuse_other_image
 from deepinv_deq.maps import Map
 from deepinv_deq.states import as_tuple
 
@@ -37,6 +37,19 @@ def _kept(ctx: Any, adjoint: Adjoint, f: Any, n: int, *tensors: Tensor) -> Tenso
     return tuple(x.clone() for x in tensors[:n])
 
 
+def _saved(ctx: Any) -> Tensors:
+    r"""What :func:`_kept` saved.
+
+    :raises RuntimeError: if one of the tensors was changed in place since.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):  # say, a graph that was freed
+            raise
+        raise RuntimeError(IN_PLACE.format(which="")) from error
+
+
 class FixedPoint(torch.autograd.Function):
     r"""``x_star`` as a function of all inputs of a map that names them: builds the graph of the map once, in backward."""
 
@@ -44,7 +57,7 @@ class FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
+        saved = _saved(ctx)  # once: torch.utils.checkpoint refuses a second reading
         x_star, inputs = saved[: ctx.n], saved[ctx.n :]
         adjoint, f = ctx.adjoint, ctx.f
         create_graph = torch.is_grad_enabled()  # in a backward pass under create_graph=True only
@@ -86,7 +99,7 @@ class BareAdjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
-        saved, adjoint = ctx.saved_tensors, ctx.adjoint
+        saved, adjoint = _saved(ctx), ctx.adjoint
         create_graph, b = torch.is_grad_enabled(), g
         if Mapped.of(g) is not None:
             raise RuntimeError(VMAP)

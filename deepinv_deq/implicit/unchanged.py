@@ -21,6 +21,12 @@ CHANGED = (
     "stored on the iteration or the physics, or a weight changed by a fused optimiser. Or it is not deterministic, or a part of it starts from its last result, as deepinv's TVPrior does. Call backward() before such changes, or make the value an attribute of the module that reads it."
 )
 
+IN_PLACE = (
+    "A tensor{which} was changed in place between forward and backward: a tensor of the physics, a weight, a buffer or the measurements. "
+    "The gradient would be that of another map. Replace a tensor of the physics instead of changing it (physics.update(...) does), step "
+    "optimisers after backward, and clone measurements whose memory is used again."
+)
+
 
 @dataclass(frozen=True)
 class Reached:

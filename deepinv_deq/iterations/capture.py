@@ -163,7 +163,12 @@ class Capture:
 
     def _find_inputs(self, y: Any) -> tuple[Tensor, ...]:
         found = [f for f in self.pristine.found.values() if f.tensor.requires_grad and f.role != "closure"]
-        doubtful = [f.tensor for f in found if f.role in ("buffer", "plain") and not f.tensor.is_leaf]
+        read = {id(f.tensor) for f in read_by_maps(self.pristine, self.physics)}
+        doubtful = [
+            f.tensor
+            for f in found
+            if id(f.tensor) not in read or (f.role in ("buffer", "plain") and not f.tensor.is_leaf)
+        ]
         if doubtful and self.graded:
             unused = self._unused(doubtful, y)
             found = [f for f in found if id(f.tensor) not in unused]
@@ -171,8 +176,8 @@ class Capture:
         return tuple(needed.values())
 
     def _unused(self, doubtful: Sequence[Tensor], y: Any) -> set[int]:
-        r"""Which tensors are left over from an earlier evaluation, as activations that a module keeps: the graph of one evaluation
-        shows which of them the map depends on."""
+        r"""Which tensors the map does not depend on, as activations that a module keeps from an earlier evaluation, or a trained level of
+        the noise model: the graph of one evaluation shows the others."""
         with torch.enable_grad():
             put = {id(t): t.detach().requires_grad_() for t in doubtful}
             replica = self.replicate(put)[0]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deepinv_deq import compat
 from deepinv_deq.compat import version
+from deepinv_deq.implicit.unchanged import IN_PLACE
 from deepinv_deq.iterations.replica import Found
 
 
@@ -40,12 +41,7 @@ class Watch:
         """
         for t, known, before in self._known:
             if known != _mark(t) and not _moved(t, known, before):
-                raise RuntimeError(
-                    f"A tensor of shape {tuple(t.shape)} was changed in place between forward and backward: a tensor of the "
-                    "physics, a weight, a buffer or the measurements. The gradient would be that of another map. Replace a "
-                    "tensor of the physics instead of changing it (physics.update(...) does), step optimisers after "
-                    "backward, and clone measurements whose memory is used again."
-                )
+                raise RuntimeError(IN_PLACE.format(which=f" of shape {tuple(t.shape)}"))
 
 
 def _mark(t: Tensor) -> tuple[Any, ...]:
