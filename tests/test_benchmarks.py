@@ -15,7 +15,7 @@ from tests.benchmarks.bench import take_turns
 from tests.benchmarks.cost_tables import _targets
 from tests.benchmarks.names import MEASURED, NAMES, OURS, TARGETS
 from tests.benchmarks.part_tables import TABLES, _methods, _over_the_limit
-from tests.benchmarks.ratios import best_peer
+from tests.benchmarks.ratios import Kind, best_peer
 from tests.benchmarks.search import Trial, cheapest
 
 
@@ -149,7 +149,9 @@ def test_tables_say_that_a_ratio_is_a_lower_bound_and_name_the_goal():
     assert "| 1.5e-06, 1e-03 |" in _methods(rows)
     rows = steps(stopped=False)
     assert "9.0e-01 (missed)" in _methods(rows) and "| 8.30 |" in _methods(rows)
-    assert best_peer(steps(**{"exact enough": True, "stopped": False})) == (8.3, True)
+    (line,) = [line for line in _targets({"equal error, ct": {"rows": rows}}).splitlines() if "EI step" in line]
+    assert "no peer is exact enough" in line and "| 8.30 | undecided |" in line  # it is no lower bound
+    assert best_peer(steps(**{"exact enough": True, "stopped": False})) == (8.3, Kind.EXACT)
 
 
 def test_solvers_of_others_say_how_they_were_stopped():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deepinv_deq import IterationEquivariance, PipelineEquivariance
-from deepinv_deq.datasets import load_images
+from deepinv_deq.datasets import ct_slice, load_images, mr_slice
 from deepinv_deq.physics import SparseLinearPhysics
 
 HERE = Path(__file__).parent
@@ -134,6 +134,18 @@ def make_task(
             x, y = x.to(device), measured(x).to(device)
         sqnorm, physics = 1.0, measured if torch.device(device).type == "cpu" else operator(device, 1)
     return Task(name, physics, sqnorm, x, y, train, test, s)
+
+
+def shipped_slice(task: Task) -> tuple[Tensor, Tensor]:
+    r"""An image that comes with pydicom (a vertebra) or Matplotlib (a head), of the size of the task's own, and its measurements."""
+    size = task.x.shape[-1]
+    if task.name == "ct":
+        x = ct_slice(size)
+    else:
+        magnitude = nn.functional.interpolate(mr_slice(), size=(size, size), mode="area")
+        x = torch.cat([magnitude, torch.zeros_like(magnitude)], dim=1)
+    with torch.no_grad():
+        return x, task.physics(x)
 
 
 def mask_generator(size: int, acceleration: float, rng: torch.Generator) -> Any:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from data import DATA, SCALES, TASKS, make_task, metrics
+from data import DATA, SCALES, TASKS, make_task, metrics, shipped_slice
 from evaluation import for_tests
 from figures import save, subplots
 from losses import BEST, LOSSES
@@ -25,7 +25,6 @@ from records import folder_of, path_of, read_record
 from settings import check_name
 from weights import weights_of
 
-from deepinv_deq.datasets import ct_slice, mr_slice
 from deepinv_deq.iterations.base import linear_reconstruction
 
 COLUMNS = ("deq-id/sup", "deq-id/ei", "deq-id/best", "unet/sup", "unet/ei")  # "best" of those without ground truth
@@ -51,8 +50,7 @@ def figure_1(
         task = make_task(name, scale, data)
         x, y = task.x[task.test][:1], task.y[task.test][:1]
         if slices:
-            x = shipped_slice(name, x)
-            y = task.physics(x)
+            x, y = shipped_slice(task)
         images = {"ground truth": x, "FBP" if name == "ct" else "zero-filled": linear_reconstruction(y, task.physics)}
         for column in columns:
             method, loss = column.split("/")
@@ -76,15 +74,6 @@ def figure_1(
                 text = f"{psnr(image, x).item():.1f} dB"
                 axis.text(0.97, 0.03, text, color="yellow", ha="right", transform=axis.transAxes)
     return save(plot, path, dpi=100)
-
-
-def shipped_slice(task: str, like: torch.Tensor) -> torch.Tensor:
-    r"""An image that comes with pydicom or Matplotlib, of the size of the task's own."""
-    size = like.shape[-1]
-    if task == "ct":
-        return ct_slice(size)
-    magnitude = torch.nn.functional.interpolate(mr_slice(), size=(size, size), mode="area")
-    return torch.cat([magnitude, torch.zeros_like(magnitude)], dim=1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Certify the models that ship
     python examples/paper/shipped.py --only ct-ei/own     # one of them
 
 Loads ``ct-ei``, ``ct-ei-small`` and ``mri-ei`` as a user does, and certifies their reconstructions of test images: under the conditions of their training,
-and under others (more pixels, other numbers of views, other accelerations, other anatomy, photographs). Each condition is written to
+and under others (more pixels, other numbers of views, other accelerations, other anatomy, other scanners, photographs). Each condition is written to
 ``shipped.json`` at once. ``docs/fill_tables.py`` writes the table.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data import DATA, FILES, HERE, make_task, metrics
+from data import DATA, FILES, HERE, make_task, metrics, shipped_slice
 from evaluation import certified, plain_certificate, summary
 from records import certificate_cells, write
 
@@ -29,6 +29,7 @@ from deepinv_deq.iterations.base import linear_reconstruction
 
 RECORD = HERE / "shipped.json"
 PHOTOS = "bsds500_gray_256.npz"
+SLICE = "slice"  # an image of another scanner, which another package ships
 SCALE_OF = {"ct-ei": "paper", "ct-ei-small": "small", "mri-ei": "paper"}  # of their training
 #: What is different from the training, how many of the test images are certified, and how the table calls it.
 CONDITIONS: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -38,11 +39,13 @@ CONDITIONS: dict[str, tuple[dict[str, Any], int, str]] = {
     "ct-ei/64-30": ({"size": 64, "views": 30}, 3, "64×64, 30 views"),
     "ct-ei/hearts": ({"file": FILES["mri"]}, 3, "128×128, 50 views, MR slices of hearts"),
     "ct-ei/photos": ({"file": PHOTOS}, 3, "128×128, 50 views, photographs"),
+    "ct-ei/scanner": ({SLICE: True}, 1, "128×128, 50 views, a vertebra from another scanner"),
     "ct-ei-small/own": ({}, 10, "64×64, 30 views, as trained"),
     "mri-ei/own": ({}, 10, "256×256, 8×, as trained"),
     "mri-ei/4x": ({"acceleration": 4}, 5, "256×256, 4×"),
     "mri-ei/96": ({"size": 96}, 5, "96×96, 8×"),
     "mri-ei/chests": ({"file": FILES["ct"]}, 5, "256×256, 8×, CT slices of chests"),
+    "mri-ei/scanner": ({SLICE: True}, 1, "256×256, 8×, a head from another scanner"),
     "mri-ei/photos": ({"file": PHOTOS}, 5, "256×256, 8×, photographs"),
 }
 
@@ -56,6 +59,9 @@ def measure(condition: str, data: Path) -> dict[str, Any]:
     name = condition.split("/")[0]
     other, count, _ = CONDITIONS[condition]
     task = make_task(name.split("-")[0], SCALE_OF[name], data, other=other)
+    if SLICE in other:
+        x, y = shipped_slice(task)
+        task = replace(task, x=x, y=y, test=slice(0, 1))
     task = replace(task, test=slice(task.test.start, task.test.start + count))
     model = DEQReconstructor.from_pretrained(name).eval()
     psnr, begun = metrics(task)["psnr"], time.time()

@@ -35,6 +35,7 @@ from tests.benchmarks.names import BATCH, measured
 from tests.benchmarks.optimum import counts, other_solvers, over_the_limit
 from tests.benchmarks.options import learned_start, options, warm_starts
 from tests.benchmarks.penalty import penalty
+from tests.benchmarks.threads import threads
 from tests.benchmarks.times import data_parallel, overhead, scaling, sparse
 
 RECORDS = Path(__file__).parent / "records"
@@ -51,6 +52,7 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     "overhead": overhead,
     "penalty": penalty,
     "scaling": scaling,
+    "threads": threads,
     "data parallel": data_parallel,
     "learned start": learned_start,
     **{f"options, {n}": lambda bench, n=n: options(bench, n) for n in BATCH},

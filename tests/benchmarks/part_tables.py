@@ -106,7 +106,11 @@ def _counts(rows: list[Row]) -> str:
 
 
 def _overhead(rows: list[Row]) -> str:
-    return markdown(["task", "share of a step"], [[NAMES[r["task"]], f"{100 * r['share']:.1f} %"] for r in rows])
+    body = [
+        [NAMES[r["task"]], f"{100 * r['share']:.1f} %", f"{100 * r['replica']:.1f} %" if "replica" in r else "–"]
+        for r in rows
+    ]
+    return markdown(["task", "algebra of the solvers, share of a step", "replicas"], body)
 
 
 def _penalty(rows: list[Row]) -> str:
@@ -115,16 +119,21 @@ def _penalty(rows: list[Row]) -> str:
 
 
 def _scaling(rows: list[Row]) -> str:
-    body = [
-        [
-            r["over"],
-            ", ".join(map(str, r["sizes"])),
-            ", ".join(f"{s:.2f}" for s in r["seconds"]),
-            f"{r['exponent']:.2f}",
-        ]
-        for r in rows
-    ]
-    return markdown(["over", "sizes (side or batch)", "seconds", "fitted exponent"], body)
+    body = [[r["over"], ", ".join(map(str, r["sizes"])), *_growth(r)] for r in rows]
+    header = ["over", "sizes (side or batch)", "seconds", "fitted exponent"]
+    return markdown([*header, "peak MB of tensors", "fitted exponent of the memory"], body)
+
+
+def _growth(r: Row) -> list[str]:
+    cells = [", ".join(f"{s:.2f}" for s in r["seconds"]), f"{r['exponent']:.2f}"]
+    if "bytes" not in r:
+        return [*cells, "–", "–"]
+    return [*cells, ", ".join(f"{b / 1e6:.0f}" for b in r["bytes"]), f"{r['exponent of bytes']:.2f}"]
+
+
+def _threads(rows: list[Row]) -> str:
+    body = [[NAMES[r["task"]], r["variant"], f"{r['seconds']:.2f}", f"{r['ratio']:.2f}"] for r in rows]
+    return markdown(["task", "variant", "seconds", "/ one thread"], body)
 
 
 def _data_parallel(rows: list[Row]) -> str:
@@ -225,9 +234,10 @@ TABLES = {
         f"Solvers of other libraries, one image, default restarts, at most {MOST_OF_OTHERS} evaluations and Jacobian products",
         _other_solvers,
     ),
-    "overhead": ("Algebra of the solvers", _overhead),
+    "overhead": ("Algebra of the solvers, and replicas", _overhead),
     "penalty": ("ContractionLoss in units of a training step, one image", _penalty),
-    "scaling": ("Growth of the time of a step", _scaling),
+    "scaling": ("Growth of the time and of the memory of a step", _scaling),
+    "threads": ("Threads against chunks: an EI step of four images on two cores, wall time", _threads),
     "data parallel": (
         "An EI step of two processes that train one model, and of two that train one each",
         _data_parallel,

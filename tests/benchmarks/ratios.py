@@ -2,6 +2,7 @@ r"""Ratios of the records: times of the other methods over ours, and counts over
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 from tests.benchmarks.names import OURS
@@ -14,11 +15,19 @@ def goal(rows: list[Row]) -> float:
     return rows[0].get("goal", 1e-2)
 
 
-def best_peer(rows: list[Row]) -> tuple[float, bool]:
-    r"""Time of the fastest of the other methods that are exact enough, over ours; where none is, of the fastest, and ``False``."""
+class Kind(Enum):
+    r"""What the time of a method says: of one that is exact enough, all; of one that was stopped before, a lower bound; of one that
+    ended by itself and missed the goal, nothing."""
+
+    EXACT, STOPPED, INEXACT = range(3)
+
+
+def best_peer(rows: list[Row]) -> tuple[float, Kind]:
+    r"""Time of the fastest of the other methods that are exact enough, over ours; where none is, of the fastest."""
     others = [row for row in rows if not row["method"].startswith(OURS)]
     exact = [row for row in others if row.get("exact enough", True)]
-    return min(row["ratio"] for row in exact or others), bool(exact)
+    best = min(exact or others, key=lambda row: row["ratio"])
+    return best["ratio"], Kind.EXACT if exact else Kind.STOPPED if stopped(best) else Kind.INEXACT
 
 
 def stopped(row: Row) -> bool:

@@ -1,4 +1,4 @@
-r"""How time grows with pixels, voxels and batch, and what data-parallel training adds to a step.
+r"""How time and memory grow with pixels, voxels and batch, and what data-parallel training adds to a step.
 
 All solves take a fixed number of iterations, so the weights do not matter: the networks are untrained.
 """
@@ -59,16 +59,16 @@ def cells(data: Path | None) -> dict[tuple[str, int], tuple[Task, int]]:
     return grown
 
 
-def exponents(medians: dict[tuple[str, int], float]) -> list[dict[str, Any]]:
-    r"""The exponent of a power law through the times, over the number of pixels, voxels or images."""
+def exponents(measured: dict[tuple[str, int], float]) -> list[dict[str, Any]]:
+    r"""The exponent of a power law through times or bytes, over the number of pixels, voxels or images."""
     rows = []
     for what, power in (("pixels", 2), ("batch", 1), ("voxels", 3)):
-        sizes = [size for kind, size in medians if kind == what]
-        seconds = [medians[what, size] for size in sizes]
-        n, t = (torch.tensor(values, dtype=torch.float64).log() for values in (sizes, seconds))
+        sizes = [size for kind, size in measured if kind == what]
+        values = [measured[what, size] for size in sizes]
+        n, t = (torch.tensor(each, dtype=torch.float64).log() for each in (sizes, values))
         n = power * n
         slope = float(((n - n.mean()) * (t - t.mean())).sum() / (n - n.mean()).square().sum())
-        rows.append({"over": what, "sizes": sizes, "seconds": seconds, "exponent": slope})
+        rows.append({"over": what, "sizes": sizes, "values": values, "exponent": slope})
     return rows
 
 

@@ -4,72 +4,96 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import deepinv as dinv
 import torch
 
+from deepinv_deq.iterations import FixedPointIteration, bound
+from deepinv_deq.iterations.bound import BoundIteration
+from deepinv_deq.iterations.capture import Capture
+from deepinv_deq.solvers import Solver, problem
 from tests.benchmarks import scale, tasks
 from tests.benchmarks.bench import ROUNDS, Bench, gradient, medians, say, seconds, take_turns
+from tests.benchmarks.live_bytes import LiveBytes
 from tests.benchmarks.names import BATCH
 from tests.benchmarks.peers import TYPICAL, Settings, ours
 from tests.problems import relative_error
 
 
 def overhead(bench: Bench) -> list[dict[str, Any]]:
-    r"""Share of an EI step that is neither the iteration, its products, nor the loss: the solvers' own algebra."""
+    r"""Shares of an EI step that are neither the iteration, its products, nor the loss: the solvers' own algebra, and the replicas
+    with all that their maps do around an evaluation."""
     rows = []
     for name in BATCH:
         task = bench.contracting(name)
         model = ours(task, TYPICAL[name])
         gradient(task, model)
-        shares = []
+        shares, replicas = [], []
         for _ in range(ROUNDS):
-            spent = {"solve": 0.0, "inside": 0.0}
-            with _timing_of_solves(spent, bench.device):
+            with _exclusive_times(bench.device) as spent:
                 total = seconds(lambda: gradient(task, model), bench.device)
-            shares.append((spent["solve"] - spent["inside"]) / total)
-        rows.append({"task": name, "share": statistics.median(shares)})
+            shares.append(spent["solver"] / total)
+            replicas.append(spent["replica"] / total)
+        rows.append({"task": name, "share": statistics.median(shares), "replica": statistics.median(replicas)})
         say(f"  {rows[-1]}")
     return rows
 
 
 @contextlib.contextmanager
-def _timing_of_solves(spent: dict[str, float], device: str) -> Iterator[None]:
-    from deepinv_deq import solvers
-    from deepinv_deq.solvers import problem
+def _exclusive_times(device: str) -> Iterator[dict[str, float]]:
+    r"""Seconds in the solvers, in the maps and in the iteration, each without those of the calls inside it."""
+    spent: dict[str, float] = defaultdict(float)
+    inside = [0.0]  # of the call in progress, and of those around it
 
-    solve, count = solvers.Solver._solve, problem._counting
-
-    def timed_solve(*args):
-        out = []
-        spent["solve"] += seconds(lambda: out.append(solve(*args)), device)
-        return out[0]
-
-    def timed_map(f, layout, n):
-        def timed(x):
-            out = []
-            spent["inside"] += seconds(lambda: out.append(f(x)), device)
+    def timed(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*args: Any, **kwargs: Any) -> Any:
+            out: list[Any] = []
+            inside.append(0.0)
+            took = seconds(lambda: out.append(call(*args, **kwargs)), device)
+            spent[kind] += took - inside.pop()
+            inside[-1] += took
             return out[0]
 
-        return count(timed, layout, n)
+        return timed_call
 
-    solvers.Solver._solve, problem._counting = timed_solve, timed_map
-    try:
-        yield
-    finally:
-        solvers.Solver._solve, problem._counting = solve, count
+    counting = problem._counting
+    places: list[tuple[Any, str, str]] = [
+        (Solver, "_solve", "solver"),
+        (FixedPointIteration, "bind", "replica"),
+        (BoundIteration, "_with", "replica"),
+        (BoundIteration, "_evaluate", "replica"),
+        (Capture, "_compute_constants", "iteration"),
+        (bound, "_of", "iteration"),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, kind in places:
+            stack.enter_context(mock.patch.object(owner, name, timed(kind, getattr(owner, name))))
+        counted = lambda f, layout, n: counting(timed("iteration", f), layout, n)  # noqa: E731
+        stack.enter_context(mock.patch.object(problem, "_counting", counted))
+        yield spent
 
 
 def scaling(bench: Bench) -> list[dict[str, Any]]:
-    r"""Time of a step with 5 iterations over pixels and batch (MRI, EI) and voxels (inpainting), and the exponents of power laws."""
+    r"""Time and peak bytes of tensors of a step with 5 iterations over pixels and batch (MRI, EI) and voxels (inpainting), and the
+    exponents of power laws."""
     cells = {key: (task.to(bench.device), passes) for key, (task, passes) in scale.cells(bench.data).items()}
     work = {}
     for key, (task, passes) in cells.items():
         model = ours(task, Settings().exactly(scale.ITERATIONS))
         work[key] = lambda task=task, model=model, passes=passes: gradient(task, model, passes)
     rows = scale.exponents(medians(take_turns(work, bench.device, min(3, bench.rounds))))
+    peaks = {}
+    for key, step in work.items():
+        with LiveBytes() as memory:
+            step()
+        peaks[key] = float(memory.peak)
+    for row, of_memory in zip(rows, scale.exponents(peaks), strict=True):
+        row |= {"bytes": of_memory["values"], "exponent of bytes": of_memory["exponent"]}
+        row["seconds"] = row.pop("values")
     for row in rows:
         say(f"  {row}")
     return rows

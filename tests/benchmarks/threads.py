@@ -1,0 +1,84 @@
+r"""Threads against chunks: the wall time of an EI step on several cores."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks.bench import Bench, gradient, medians, say
+from tests.benchmarks.names import NAMES
+from tests.benchmarks.peers import Settings, ours
+from tests.benchmarks.tasks import Task
+
+IMAGES = 4
+ITERATIONS = 10  # of every solve
+ONE = "one thread"
+
+
+def threads(bench: Bench) -> list[dict[str, Any]]:
+    r"""An EI step with several threads in each operation of PyTorch, with chunks of several sizes, and with a part of the batch
+    in each of several Python threads."""
+    cores, before = os.cpu_count() or 1, torch.get_num_threads()
+    rows = []
+    for name in NAMES:
+        task = bench.contracting(name, IMAGES)
+        model, whole, single = (
+            ours(task, Settings().exactly(ITERATIONS), **size)
+            for size in ({}, {"chunk_size": IMAGES}, {"chunk_size": 1})
+        )
+        work: dict[str, tuple[int, Callable[[], Any]]] = {
+            ONE: (1, lambda task=task, model=model: gradient(task, model)),
+            f"{cores} threads": (cores, lambda task=task, model=model: gradient(task, model)),
+            f"{cores} threads, whole batch at a time": (cores, lambda task=task, model=whole: gradient(task, model)),
+            f"{cores} threads, an image at a time": (cores, lambda task=task, model=single: gradient(task, model)),
+            f"{cores} Python threads of one thread each, a part of the batch each": (
+                1,
+                lambda task=task, model=model: in_parallel(task, model, cores),
+            ),
+        }
+        times: dict[str, list[float]] = {label: [] for label in work}
+        for _ in range(bench.rounds + 1):  # the first round warms up
+            for label, (number, step) in work.items():
+                with _number_of_threads(number):
+                    start = time.perf_counter()
+                    step()
+                    times[label].append(time.perf_counter() - start)
+        seconds = medians({label: values[1:] for label, values in times.items()})
+        for label in work:
+            row = {"task": name, "variant": label, "seconds": seconds[label], "ratio": seconds[label] / seconds[ONE]}
+            rows.append(row)
+            say(f"  {row}")
+    assert torch.get_num_threads() == before
+    return rows
+
+
+def in_parallel(task: Task, model: Callable[..., Tensor], workers: int) -> list[Tensor]:
+    r"""The sum of the gradients of the loss of equal parts of the batch, each of them in a thread of its own."""
+    size = -(-len(task.y) // workers)
+    parts = [replace(task, x=task.x[i : i + size], y=task.y[i : i + size]) for i in range(0, len(task.y), size)]
+
+    def part(of: Task) -> list[Tensor]:
+        torch.set_num_threads(1)
+        return gradient(of, model)
+
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(pool.map(part, parts))
+    return [torch.stack(each).sum(0) for each in zip(*found, strict=True)]
+
+
+@contextmanager
+def _number_of_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
