@@ -22,6 +22,8 @@ class SparseProducts(LinearPhysics):
     :param settings: further arguments of :class:`deepinv.physics.LinearPhysics`.
     """
 
+    _names: frozenset[str] = frozenset()  # of the parameters of the operator whose matrix this is
+
     def __init__(self, matrix: Tensor, img_size: Sequence[int], measurement_size: Sequence[int], **settings: Any):
         super().__init__(img_size=tuple(img_size), **settings)
         self.img_size, self.measurement_size = tuple(img_size), tuple(measurement_size)
@@ -46,21 +48,35 @@ class SparseProducts(LinearPhysics):
         r"""Measure.
 
         :param torch.Tensor x: images of shape ``(B, *img_size)``.
-        :param kwargs: ignored.
+        :param kwargs: parameters, see :meth:`update_parameters`.
         :return: measurements of shape ``(B, *measurement_size)``.
-        :raises ValueError: for images of another shape.
+        :raises ValueError: for images of another shape, or a parameter of the original operator.
         """
+        self.update_parameters(**kwargs)
         return self._by_parts(lambda part: self._multiply(part, "forward"), x, self.img_size)
 
     def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
         r"""Apply the exact adjoint.
 
         :param torch.Tensor y: measurements of shape ``(B, *measurement_size)``.
-        :param kwargs: ignored.
+        :param kwargs: parameters, see :meth:`update_parameters`.
         :return: images of shape ``(B, *img_size)``.
-        :raises ValueError: for measurements of another shape.
+        :raises ValueError: for measurements of another shape, or a parameter of the original operator.
         """
+        self.update_parameters(**kwargs)
         return self._by_parts(lambda part: self._multiply(part, "adjoint"), y, self.measurement_size)
+
+    def update_parameters(self, **kwargs: Any) -> None:
+        r"""Refuse new parameters of the operator: the matrix would be that of the old ones.
+
+        :param kwargs: parameters; those that the original operator does not have are ignored, as deepinv does.
+        :raises ValueError: if the original operator has such a parameter.
+        """
+        stale = [k for k, v in kwargs.items() if v is not None and k in self._names]
+        if stale:
+            raise ValueError(
+                f"The matrix is that of fixed {', '.join(stale)}: call SparseLinearPhysics.from_physics again."
+            )
 
     def _csr(self, name: str) -> Callable[[], Tensor]:
         r"""A function that makes one of the matrices: inside of transforms of :mod:`torch.func`, none can be made."""

@@ -87,28 +87,6 @@ class SparseLinearPhysics(SparseProducts):
         """
         return _from_physics(cls, physics, tuple(img_size), None if cache is None else Path(cache), max_bytes)
 
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
-        r"""Measure.
-
-        :param torch.Tensor x: images of shape ``(B, *img_size)``.
-        :param kwargs: parameters, see :meth:`update_parameters`.
-        :return: measurements of shape ``(B, *measurement_size)``.
-        :raises ValueError: for images of another shape, or a parameter of the original operator.
-        """
-        self.update_parameters(**kwargs)
-        return super().A(x)
-
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
-        r"""Apply the exact adjoint.
-
-        :param torch.Tensor y: measurements of shape ``(B, *measurement_size)``.
-        :param kwargs: parameters, see :meth:`update_parameters`.
-        :return: images of shape ``(B, *img_size)``.
-        :raises ValueError: for measurements of another shape, or a parameter of the original operator.
-        """
-        self.update_parameters(**kwargs)
-        return super().A_adjoint(y)
-
     def A_dagger(self, y: Tensor, fbp: bool = False, **kwargs: Any) -> Tensor:
         r"""Solve a least-squares problem, as :class:`deepinv.physics.LinearPhysics` does.
 
@@ -147,18 +125,6 @@ class SparseLinearPhysics(SparseProducts):
             pairs = zip(parts_of(z), parts_of(y), strict=True)
             return times(unit, torch.complex(*(solve(*pair, gamma, **kwargs) for pair in pairs)))
         return times(unit, solve(z, y, gamma, **kwargs))
-
-    def update_parameters(self, **kwargs: Any) -> None:
-        r"""Refuse new parameters of the operator: the matrix would be that of the old ones.
-
-        :param kwargs: parameters; those that the original operator does not have are ignored, as deepinv does.
-        :raises ValueError: if the original operator has such a parameter.
-        """
-        stale = [k for k, v in kwargs.items() if v is not None and k in self._names]
-        if stale:
-            raise ValueError(
-                f"The matrix is that of fixed {', '.join(stale)}: call SparseLinearPhysics.from_physics again."
-            )
 
     def __getattr__(self, name: str) -> Any:
         # not stored as an attribute: a reference cycle would keep the matrix until the garbage collector runs

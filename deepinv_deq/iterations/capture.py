@@ -17,7 +17,7 @@ from deepinv_deq.iterations.checks import Watch, refuse_other_dimension
 from deepinv_deq.iterations.circulant import Origin
 from deepinv_deq.iterations.measurements import fits, shape, unwritten
 from deepinv_deq.iterations.originals import Originals, has_stored
-from deepinv_deq.iterations.replica import Replica
+from deepinv_deq.iterations.replica import Found, Replica
 from deepinv_deq.iterations.samples import Samples, read_by_maps, sample_tensors
 from deepinv_deq.iterations.separability import Verdicts
 from deepinv_deq.iterations.terms import all_constants, constants_of_rows
@@ -164,11 +164,7 @@ class Capture:
     def _find_inputs(self, y: Any) -> tuple[Tensor, ...]:
         found = [f for f in self.pristine.found.values() if f.tensor.requires_grad and f.role != "closure"]
         read = {id(f.tensor) for f in read_by_maps(self.pristine, self.physics)}
-        doubtful = [
-            f.tensor
-            for f in found
-            if id(f.tensor) not in read or (f.role in ("buffer", "plain") and not f.tensor.is_leaf)
-        ]
+        doubtful = [f.tensor for f in found if id(f.tensor) not in read or _kept_by_a_module(f)]
         if doubtful and self.graded:
             unused = self._unused(doubtful, y)
             found = [f for f in found if id(f.tensor) not in unused]
@@ -176,8 +172,7 @@ class Capture:
         return tuple(needed.values())
 
     def _unused(self, doubtful: Sequence[Tensor], y: Any) -> set[int]:
-        r"""Which tensors the map does not depend on, as activations that a module keeps from an earlier evaluation, or a trained level of
-        the noise model: the graph of one evaluation shows the others."""
+        r"""Which tensors the map does not depend on, as the graph of one evaluation shows: activations that a module keeps, say."""
         with torch.enable_grad():
             put = {id(t): t.detach().requires_grad_() for t in doubtful}
             replica = self.replicate(put)[0]
@@ -185,6 +180,10 @@ class Capture:
             image = iteration(iteration.init(y, physics), physics, *(c.detach() for c in self.constants))
         used = {id(leaf) for leaf in leaves(as_tuple(image))}
         return {key for key, leaf in put.items() if id(leaf) not in used}
+
+
+def _kept_by_a_module(f: Found) -> bool:
+    return f.role in ("buffer", "plain") and not f.tensor.is_leaf
 
 
 def _with(capture: Capture, known: Samples | None) -> Samples | None:
