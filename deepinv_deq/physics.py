@@ -136,6 +136,7 @@ class SparseLinearPhysics(SparseProducts):
         :param torch.Tensor y: measurements of shape ``(B, *measurement_size)``.
         :return: images of shape ``(B, *img_size)``.
         """
+        self._refuse(kwargs)
         shadow = copy.copy(self._inverse[0])
         shadow.A_adjoint = self.A_adjoint
         apply: Callable[[Tensor], Tensor] = lambda part: shadow.fbp(part.to(self._wide), **kwargs).to(part.dtype)  # noqa: E731

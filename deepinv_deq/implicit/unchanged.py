@@ -22,7 +22,7 @@ CHANGED = (
 )
 
 IN_PLACE = (
-    "A tensor{which} was changed in place between forward and backward: a tensor of the physics, a weight, a buffer or the measurements. "
+    "A tensor{which} was changed in place between forward and backward: a tensor of the physics, a weight, a buffer, the measurements or the fixed point. "
     "The gradient would be that of another map. Replace a tensor of the physics instead of changing it (physics.update(...) does), step "
     "optimisers after backward, and clone measurements whose memory is used again."
 )

@@ -11,13 +11,13 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from deepinv_deq.compat import STORES
+from deepinv_deq.compat import STORES, transforms
 from deepinv_deq.implicit.graphs import leaves
 from deepinv_deq.iterations.checks import Watch, refuse_other_dimension
 from deepinv_deq.iterations.circulant import Origin
 from deepinv_deq.iterations.measurements import fits, shape, unwritten
 from deepinv_deq.iterations.originals import Originals, has_stored
-from deepinv_deq.iterations.replica import Found, Replica
+from deepinv_deq.iterations.replica import Replica
 from deepinv_deq.iterations.samples import Samples, read_by_maps, sample_tensors
 from deepinv_deq.iterations.separability import Verdicts
 from deepinv_deq.iterations.terms import all_constants, constants_of_rows
@@ -163,27 +163,28 @@ class Capture:
 
     def _find_inputs(self, y: Any) -> tuple[Tensor, ...]:
         found = [f for f in self.pristine.found.values() if f.tensor.requires_grad and f.role != "closure"]
-        read = {id(f.tensor) for f in read_by_maps(self.pristine, self.physics)}
-        doubtful = [f.tensor for f in found if id(f.tensor) not in read or _kept_by_a_module(f)]
-        if doubtful and self.graded:
+        doubtful = [f.tensor for f in found if f.role in ("buffer", "plain") and not f.tensor.is_leaf]
+        if doubtful and self.graded and not transforms():  # those of torch.func forbid requires_grad_()
             unused = self._unused(doubtful, y)
             found = [f for f in found if id(f.tensor) not in unused]
         needed = {id(t): t for t in (*self.constants, *(f.tensor for f in found)) if t.requires_grad}
         return tuple(needed.values())
 
     def _unused(self, doubtful: Sequence[Tensor], y: Any) -> set[int]:
-        r"""Which tensors the map does not depend on, as the graph of one evaluation shows: activations that a module keeps, say."""
+        r"""Which tensors are left over from an earlier evaluation, as activations that a module keeps: the graph of one evaluation
+        shows which of them the map depends on."""
         with torch.enable_grad():
             put = {id(t): t.detach().requires_grad_() for t in doubtful}
             replica = self.replicate(put)[0]
             iteration, physics = replica.roots
-            image = iteration(iteration.init(y, physics), physics, *(c.detach() for c in self.constants))
+            image = iteration(_copy(iteration.init(y, physics)), physics, *(c.detach() for c in self.constants))
         used = {id(leaf) for leaf in leaves(as_tuple(image))}
         return {key for key, leaf in put.items() if id(leaf) not in used}
 
 
-def _kept_by_a_module(f: Found) -> bool:
-    return f.role in ("buffer", "plain") and not f.tensor.is_leaf
+def _copy(start: State) -> State:
+    r"""A start that a network may write to: the original may be the measurements themselves."""
+    return start.clone() if isinstance(start, Tensor) else tuple(t.clone() for t in start)
 
 
 def _with(capture: Capture, known: Samples | None) -> Samples | None:

@@ -56,6 +56,17 @@ def test_tangent_of_the_physics(template):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
+def test_tangent_next_to_a_physics_with_computed_parameters(template):
+    model, physics, _, y = imaging(template)
+    trained, v = physics.matrix.clone().requires_grad_(), direction(y)
+    computed = MatrixPhysics(physics.matrix, 4)
+    computed.matrix = trained * 1.0  # no leaf: it may be left over from an earlier evaluation
+    exact = dual_tangent(lambda y: unrolled(model, y, physics, 150), (y, v))
+    found = torch.func.jvp(lambda y: model(y, computed), (y,), (v,))[1]
+    assert relative_error(found, exact) <= 1e-8
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", ["dual", "func"])
 def test_tangent_of_the_parameters(template, kind):
     model, physics, _, y = imaging(template)

@@ -124,28 +124,3 @@ def test_what_does_not_change_the_map_is_no_error(does, training):
 
 def test_the_noise_level_of_the_physics_may_change_before_the_backward_pass():
     assert relative_error(gradient(nothing, False, fill_noise_level), gradient(nothing, False)) < 1e-12
-
-
-class OfThePhysics(DEProx):
-    r"""Also reads the noise level of the physics."""
-
-    def step(self, x, physics, *constants):
-        return (1 + physics.noise_model.sigma) * super().step(x, physics, *constants)
-
-
-@pytest.mark.parametrize("iteration", [DEProx, OfThePhysics])
-def test_a_trained_noise_level_may_be_stepped_before_the_backward_pass_if_the_map_does_not_read_it(iteration):
-    physics = Inpainting((1, 6, 6), mask=random_mask(1, 6, 6), noise_model=GaussianNoise(0.1))
-    y = physics.A(torch.rand(2, 1, 6, 6, dtype=F64, generator=torch.Generator().manual_seed(0)))
-    model = deq(iteration(Denoiser(nothing), stepsize=0.7))
-    gain, sigma = model.iteration.denoiser.gain, physics.noise_model.sigma
-    exact = torch.autograd.grad(model(y, physics).square().sum(), gain)
-    physics.noise_model.sigma.requires_grad_()
-    x_hat = model(y, physics)
-    with torch.no_grad():
-        sigma.mul_(0.5)
-    if iteration is DEProx:
-        assert relative_error(torch.autograd.grad(x_hat.square().sum(), gain), exact) < 1e-12
-    else:
-        with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
-            x_hat.sum().backward()

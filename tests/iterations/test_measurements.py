@@ -123,3 +123,36 @@ def test_integers_are_refused_unless_the_adjoint_makes_numbers_of_them(template)
         model(y, keeps)
     converts = Inpainting((1, 4, 4), mask=random_mask(1, 4, 4).float())
     assert relative_error(model(y, converts), model(y.float(), converts)) <= 1e-6
+
+
+class Identity(LinearPhysics):
+    r"""The identity, with a parameter that is computed from a trained one and is no part of the operator."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def A(self, x, **_):
+        return x
+
+    def A_adjoint(self, y, **_):
+        return y
+
+
+class ScaledStep(DEGrad):
+    def step(self, x, physics, *constants):
+        return physics.scale * super().step(x, physics, *constants)
+
+
+def test_measurements_stay_as_they_were_if_the_network_writes_and_parameters_are_computed():
+    class Writes(nn.Module):
+        def forward(self, x):
+            return 0.3 * torch.tanh(x.mul_(0.5))
+
+    trained = torch.ones((), dtype=F64, requires_grad=True)
+    physics, y = Identity(trained.square()), torch.rand(2, 1, 6, 6, dtype=F64, generator=rng())
+    before = y.clone()
+    x_hat = deq(ScaledStep(Writes(), stepsize=0.5))(y, physics)  # whose start is y itself
+    assert torch.equal(y, before)
+    x_hat.sum().backward()
+    assert torch.equal(y, before) and abs(trained.grad) < 1e-8  # a scaled step has the same fixed point
