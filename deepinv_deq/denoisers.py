@@ -119,7 +119,7 @@ class EquilibriumUNet(UNet):
         if weights is not None:
             with contents_of(str(pretrained), f"weights that fit {self.settings}"):
                 _load(self, weights["state_dict"], trained, pretrained)
-        # convolutions take the memory format of their weights: faster on CT, slower on MRI (docs/cost.md, memory format)
+        # convolutions take the memory format of their weights, and this one is faster on a CPU (docs/cost.md, memory format)
         self.to(device, memory_format=torch.channels_last if dim == 2 else torch.channels_last_3d)
 
     def forward(

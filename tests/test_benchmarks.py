@@ -151,6 +151,7 @@ def test_tables_say_that_a_ratio_is_a_lower_bound_and_name_the_goal():
     assert "9.0e-01 (missed)" in _methods(rows) and "| 8.30 |" in _methods(rows)
     (line,) = [line for line in _targets({"equal error, ct": {"rows": rows}}).splitlines() if "EI step" in line]
     assert "no peer is exact enough" in line and "| 8.30 | undecided |" in line  # it is no lower bound
+    assert best_peer([*steps(stopped=True), *steps(ratio=9.0, stopped=False)]) == (8.3, Kind.INEXACT)
     assert best_peer(steps(**{"exact enough": True, "stopped": False})) == (8.3, Kind.EXACT)
 
 

@@ -16,8 +16,8 @@ def goal(rows: list[Row]) -> float:
 
 
 class Kind(Enum):
-    r"""What the time of a method says: of one that is exact enough, all; of one that was stopped before, a lower bound; of one that
-    ended by itself and missed the goal, nothing."""
+    r"""What the time of the fastest method says: of one that is exact enough, all; if all were stopped before they were, a lower bound; if
+    one ended by itself and missed the goal, nothing."""
 
     EXACT, STOPPED, INEXACT = range(3)
 
@@ -26,8 +26,10 @@ def best_peer(rows: list[Row]) -> tuple[float, Kind]:
     r"""Time of the fastest of the other methods that are exact enough, over ours; where none is, of the fastest."""
     others = [row for row in rows if not row["method"].startswith(OURS)]
     exact = [row for row in others if row.get("exact enough", True)]
-    best = min(exact or others, key=lambda row: row["ratio"])
-    return best["ratio"], Kind.EXACT if exact else Kind.STOPPED if stopped(best) else Kind.INEXACT
+    best = min(exact or others, key=lambda row: row["ratio"])["ratio"]
+    if exact:
+        return best, Kind.EXACT
+    return best, Kind.STOPPED if all(stopped(row) for row in others) else Kind.INEXACT
 
 
 def stopped(row: Row) -> bool:

@@ -25,8 +25,10 @@ ONE = "one thread"
 
 def threads(bench: Bench) -> list[dict[str, Any]]:
     r"""An EI step with several threads in each operation of PyTorch, with chunks of several sizes, and with a part of the batch
-    in each of several Python threads."""
-    cores, before = os.cpu_count() or 1, torch.get_num_threads()
+    in each of several Python threads. Wall times, on a CPU only."""
+    if bench.device != "cpu":
+        return []
+    cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
     rows = []
     for name in NAMES:
         task = bench.contracting(name, IMAGES)
@@ -36,6 +38,8 @@ def threads(bench: Bench) -> list[dict[str, Any]]:
         )
         work: dict[str, tuple[int, Callable[[], Any]]] = {
             ONE: (1, lambda task=task, model=model: gradient(task, model)),
+            f"{ONE}, whole batch at a time": (1, lambda task=task, model=whole: gradient(task, model)),
+            f"{ONE}, an image at a time": (1, lambda task=task, model=single: gradient(task, model)),
             f"{cores} threads": (cores, lambda task=task, model=model: gradient(task, model)),
             f"{cores} threads, whole batch at a time": (cores, lambda task=task, model=whole: gradient(task, model)),
             f"{cores} threads, an image at a time": (cores, lambda task=task, model=single: gradient(task, model)),

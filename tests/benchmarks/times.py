@@ -3,7 +3,6 @@ r"""Times of the solvers' own algebra, of larger images and batches, of data-par
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,9 +11,8 @@ from unittest import mock
 import deepinv as dinv
 import torch
 
-from deepinv_deq.iterations import FixedPointIteration, bound
+from deepinv_deq.iterations import FixedPointIteration, bound, capture
 from deepinv_deq.iterations.bound import BoundIteration
-from deepinv_deq.iterations.capture import Capture
 from deepinv_deq.solvers import Solver, problem
 from tests.benchmarks import scale, tasks
 from tests.benchmarks.bench import ROUNDS, Bench, gradient, medians, say, seconds, take_turns
@@ -32,13 +30,13 @@ def overhead(bench: Bench) -> list[dict[str, Any]]:
         task = bench.contracting(name)
         model = ours(task, TYPICAL[name])
         gradient(task, model)
-        shares, replicas = [], []
+        shares = []
         for _ in range(ROUNDS):
             with _exclusive_times(bench.device) as spent:
                 total = seconds(lambda: gradient(task, model), bench.device)
-            shares.append(spent["solver"] / total)
-            replicas.append(spent["replica"] / total)
-        rows.append({"task": name, "share": statistics.median(shares), "replica": statistics.median(replicas)})
+            shares.append({kind: spent[kind] / total for kind in ("solver", "replica")})
+        middle = sorted(shares, key=lambda share: sum(share.values()))[len(shares) // 2]  # the median of the sum
+        rows.append({"task": name, "share": middle["solver"], "replica": middle["replica"]})
         say(f"  {rows[-1]}")
     return rows
 
@@ -53,8 +51,11 @@ def _exclusive_times(device: str) -> Iterator[dict[str, float]]:
         def timed_call(*args: Any, **kwargs: Any) -> Any:
             out: list[Any] = []
             inside.append(0.0)
-            took = seconds(lambda: out.append(call(*args, **kwargs)), device)
-            spent[kind] += took - inside.pop()
+            try:
+                took = seconds(lambda: out.append(call(*args, **kwargs)), device)
+                spent[kind] += took - inside[-1]
+            finally:
+                inside.pop()
             inside[-1] += took
             return out[0]
 
@@ -62,11 +63,14 @@ def _exclusive_times(device: str) -> Iterator[dict[str, float]]:
 
     counting = problem._counting
     places: list[tuple[Any, str, str]] = [
-        (Solver, "_solve", "solver"),
+        (Solver, "__call__", "solver"),
         (FixedPointIteration, "bind", "replica"),
-        (BoundIteration, "_with", "replica"),
+        (BoundIteration, "init", "replica"),
+        (BoundIteration, "rebind", "replica"),
+        (BoundIteration, "select", "replica"),
         (BoundIteration, "_evaluate", "replica"),
-        (Capture, "_compute_constants", "iteration"),
+        (capture, "all_constants", "iteration"),
+        (bound, "checked_start", "iteration"),
         (bound, "_of", "iteration"),
     ]
     with contextlib.ExitStack() as stack:
