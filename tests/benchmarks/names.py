@@ -33,7 +33,7 @@ MEASURED = {
     "overhead": (_BOTH + " as they ship", _TEST),
     "penalty": (_BOTH + " as they ship, at the tolerances of their training", _TEST),
     "scaling": ("untrained, 16-32-64 feature maps", "1 to 16"),
-    "threads": (_BOTH + " as they ship", "the last 4 test images"),
+    "threads": (_BOTH + " as they ship", "the last 4 (CT) or 2 (MRI) test images"),
     "data parallel": ("untrained, 16-32-64 feature maps", "2 in each process"),
     "learned start": ("`ct-ei` as it ships, 16-32-64 feature maps", _TEST),
     "options": (_SHIPPED, "the last {batch} test images"),

@@ -237,7 +237,7 @@ TABLES = {
     "overhead": ("Algebra of the solvers, and replicas", _overhead),
     "penalty": ("ContractionLoss in units of a training step, one image", _penalty),
     "scaling": ("Growth of the time and of the memory of a step", _scaling),
-    "threads": ("Threads against chunks: an EI step of four images, wall time", _threads),
+    "threads": ("Threads against chunks: an EI step, wall time", _threads),
     "data parallel": (
         "An EI step of two processes that train one model, and of two that train one each",
         _data_parallel,

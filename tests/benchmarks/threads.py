@@ -18,7 +18,7 @@ from tests.benchmarks.names import NAMES
 from tests.benchmarks.peers import Settings, ours
 from tests.benchmarks.tasks import Task
 
-IMAGES = 4
+IMAGES = {"ct": 4, "mri": 2}
 ITERATIONS = 10  # of every solve
 ONE = "one thread"
 
@@ -31,10 +31,10 @@ def threads(bench: Bench) -> list[dict[str, Any]]:
     cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
     rows = []
     for name in NAMES:
-        task = bench.contracting(name, IMAGES)
+        task = bench.contracting(name, IMAGES[name])
         model, whole, single = (
             ours(task, Settings().exactly(ITERATIONS), **size)
-            for size in ({}, {"chunk_size": IMAGES}, {"chunk_size": 1})
+            for size in ({}, {"chunk_size": IMAGES[name]}, {"chunk_size": 1})
         )
         work: dict[str, tuple[int, Callable[[], Any]]] = {
             ONE: (1, lambda task=task, model=model: gradient(task, model)),
