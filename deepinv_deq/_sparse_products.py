@@ -52,7 +52,7 @@ class SparseProducts(LinearPhysics):
         :return: measurements of shape ``(B, *measurement_size)``.
         :raises ValueError: for images of another shape, or a parameter of the original operator.
         """
-        self._refuse(kwargs)
+        self._refuse_parameters(kwargs)
         return self._by_parts(lambda part: self._multiply(part, "forward"), x, self.img_size)
 
     def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
@@ -63,7 +63,7 @@ class SparseProducts(LinearPhysics):
         :return: images of shape ``(B, *img_size)``.
         :raises ValueError: for measurements of another shape, or a parameter of the original operator.
         """
-        self._refuse(kwargs)
+        self._refuse_parameters(kwargs)
         return self._by_parts(lambda part: self._multiply(part, "adjoint"), y, self.measurement_size)
 
     def update_parameters(self, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class SparseProducts(LinearPhysics):
                 f"The matrix is that of fixed {', '.join(stale)}: call SparseLinearPhysics.from_physics again."
             )
 
-    def _refuse(self, kwargs: dict[str, Any]) -> None:
+    def _refuse_parameters(self, kwargs: dict[str, Any]) -> None:
         r"""Raise for parameters in a call that deepinv's operators would take: those that are tensors."""
         self.update_parameters(**{name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
 

@@ -134,9 +134,11 @@ class SparseLinearPhysics(SparseProducts):
         r"""Filtered back-projection by the original's formula, with this adjoint.
 
         :param torch.Tensor y: measurements of shape ``(B, *measurement_size)``.
+        :param kwargs: passed on to the original.
         :return: images of shape ``(B, *img_size)``.
+        :raises ValueError: for a parameter of the original operator.
         """
-        self._refuse(kwargs)
+        self._refuse_parameters(kwargs)
         shadow = copy.copy(self._inverse[0])
         shadow.A_adjoint = self.A_adjoint
         apply: Callable[[Tensor], Tensor] = lambda part: shadow.fbp(part.to(self._wide), **kwargs).to(part.dtype)  # noqa: E731

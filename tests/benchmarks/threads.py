@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tests.benchmarks.bench import Bench, gradient, medians, say
 from tests.benchmarks.names import NAMES
-from tests.benchmarks.peers import Settings, ours
+from tests.benchmarks.peers import Settings, ours, whole_batch
 from tests.benchmarks.tasks import Task
 
 IMAGES = {"ct": 4, "mri": 2}
@@ -28,26 +29,23 @@ def threads(bench: Bench) -> list[dict[str, Any]]:
     in each of several Python threads. Wall times, on a CPU only."""
     if bench.device != "cpu":
         return []
-    cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0))
     rows = []
     for name in NAMES:
-        task = bench.contracting(name, IMAGES[name])
-        model, whole, single = (
-            ours(task, Settings().exactly(ITERATIONS), **size)
-            for size in ({}, {"chunk_size": IMAGES[name]}, {"chunk_size": 1})
-        )
-        work: dict[str, tuple[int, Callable[[], Any]]] = {
-            ONE: (1, lambda task=task, model=model: gradient(task, model)),
-            f"{ONE}, whole batch at a time": (1, lambda task=task, model=whole: gradient(task, model)),
-            f"{ONE}, an image at a time": (1, lambda task=task, model=single: gradient(task, model)),
-            f"{cores} threads": (cores, lambda task=task, model=model: gradient(task, model)),
-            f"{cores} threads, whole batch at a time": (cores, lambda task=task, model=whole: gradient(task, model)),
-            f"{cores} threads, an image at a time": (cores, lambda task=task, model=single: gradient(task, model)),
-            f"{cores} Python threads of one thread each, a part of the batch each": (
-                1,
-                lambda task=task, model=model: in_parallel(task, model, cores),
-            ),
+        task, fixed = bench.contracting(name, IMAGES[name]), Settings().exactly(ITERATIONS)
+        default = ours(task, fixed)
+        models = {
+            "": default,
+            ", whole batch at a time": whole_batch(task, fixed),
+            ", an image at a time": ours(task, fixed, chunk_size=1),
         }
+        work: dict[str, tuple[int, Callable[[], Any]]] = {
+            f"{label}{chunks}": (number, partial(gradient, task, model))
+            for number, label in ((1, ONE), (cores, f"{cores} threads"))
+            for chunks, model in models.items()
+        }
+        parallel = f"{cores} Python threads of one thread each, a part of the batch each"
+        work[parallel] = 1, partial(in_parallel, task, default, cores)
         times: dict[str, list[float]] = {label: [] for label in work}
         for _ in range(bench.rounds + 1):  # the first round warms up
             for label, (number, step) in work.items():
@@ -60,7 +58,6 @@ def threads(bench: Bench) -> list[dict[str, Any]]:
             row = {"task": name, "variant": label, "seconds": seconds[label], "ratio": seconds[label] / seconds[ONE]}
             rows.append(row)
             say(f"  {row}")
-    assert torch.get_num_threads() == before
     return rows
 
 

@@ -89,15 +89,17 @@ def scaling(bench: Bench) -> list[dict[str, Any]]:
     for key, (task, passes) in cells.items():
         model = ours(task, Settings().exactly(scale.ITERATIONS))
         work[key] = lambda task=task, model=model, passes=passes: gradient(task, model, passes)
-    rows = scale.exponents(medians(take_turns(work, bench.device, min(3, bench.rounds))))
+    seconds_of = medians(take_turns(work, bench.device, min(3, bench.rounds)))
     peaks = {}
     for key, step in work.items():
         with LiveBytes() as memory:
             step()
         peaks[key] = float(memory.peak)
-    for row, of_memory in zip(rows, scale.exponents(peaks), strict=True):
-        row |= {"bytes": of_memory["values"], "exponent of bytes": of_memory["exponent"]}
-        row["seconds"] = row.pop("values")
+    rows = [
+        {"over": t["over"], "sizes": t["sizes"], "seconds": t["values"], "exponent": t["exponent"]}
+        | {"bytes": b["values"], "exponent of bytes": b["exponent"]}
+        for t, b in zip(scale.exponents(seconds_of), scale.exponents(peaks), strict=True)
+    ]
     for row in rows:
         say(f"  {row}")
     return rows
